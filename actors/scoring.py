@@ -1,0 +1,122 @@
+"""One split's text and tasks, ready to score; and the scorer that holds the resident model."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from actors.factors import FactorStore
+from actors.low_rank import TrialModel
+from actors.models import load_model, load_tokenizer
+from actors.perplexity import score_text
+from actors.reasoning import PackedTask, pack, score_task
+from actors.tasks import TASKS, load_examples
+from actors.text import fingerprint_windows, text_parts, windows
+from actors.types import Allocation, PreparationSpec, ReplicaSpec, Score, ScoringSpec, digest
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """Windows (windows, window) and packed tasks of one split, and their fingerprint."""
+
+    split: str
+    name: str
+    windows: torch.Tensor
+    tasks: tuple[PackedTask, ...]
+    fingerprint: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass over the split."""
+        return self.windows.numel() + sum(task.tokens for task in self.tasks)
+
+
+def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | None) -> SplitData:
+    """The text and the tasks of one split; `limit` is the model's context length, if it has one.
+
+    Raises:
+        RankfrontError: text too short, a task's table unreadable, an example too long.
+    """
+    scoring = spec.scoring
+    parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
+    ids = windows(parts[split], scoring.text.join, tokenizer, scoring.window, scoring.tokens[split])
+    tasks = tuple(_load_task(scoring, name, split, tokenizer, limit) for name in range(len(scoring.tasks)))
+    asked = [[task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks]
+    return SplitData(
+        split=split,
+        name=f"{scoring.text.source.rsplit('/', 1)[-1]}@{scoring.window}",
+        windows=ids,
+        tasks=tasks,
+        fingerprint=digest([split, fingerprint_windows(ids), asked]),
+    )
+
+
+def _load_task(scoring: ScoringSpec, index: int, split: str, tokenizer: Any, limit: int | None) -> PackedTask:
+    """The split's share of one task: a seeded shuffle, the first part searches, the rest tests."""
+    source = scoring.tasks[index]
+    examples = load_examples(source)
+    order = list(range(len(examples)))
+    random.Random(f"{scoring.seed}/{source.name}").shuffle(order)
+    border = max(1, round(scoring.search_fraction * len(order)))
+    chosen = order[:border] if split == "search" else order[border:]
+    chosen = chosen[: scoring.examples[split]]
+    return pack(source.name, TASKS[source.name].normalised, [examples[i] for i in chosen], tokenizer, limit)
+
+
+def score_split(model: nn.Module, data: SplitData, batch_tokens: int, replica: str) -> Score:
+    """Score the model as it stands; the values are checked before anyone sees them.
+
+    Raises:
+        ScoringError: a value that cannot be a score, naming it.
+    """
+    start = time.perf_counter()
+    text = score_text(model, data.windows, batch_tokens, data.name)
+    tasks = {task.name: score_task(model, task) for task in data.tasks}
+    seconds = time.perf_counter() - start
+    score = Score(data.split, text, tasks, forward_tokens=data.tokens, seconds=seconds, replica=replica)
+    score.check()
+    return score
+
+
+class Scorer:
+    """A resident model, its factor store and the splits asked for so far."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self._spec = spec
+        device = spec.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        preparation, prepared = spec.preparation, spec.prepared
+        self.tokenizer = load_tokenizer(prepared.model_folder, preparation.model)
+        self.model = load_model(prepared.model_folder, preparation.model, device)
+        self.limit = getattr(self.model.config, "max_position_embeddings", None)
+        self.trial_model = TrialModel(
+            self.model, prepared.targets, FactorStore(prepared.factor_store, device)
+        )
+        self._splits: dict[str, SplitData] = {}
+        self.split("search")
+
+    def split(self, name: str) -> SplitData:
+        """The data of a split, loaded at its first use."""
+        if name not in self._splits:
+            self._splits[name] = load_split(self._spec.preparation, name, self.tokenizer, self.limit)
+        return self._splits[name]
+
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
+        """Install the allocation and score it.
+
+        Raises:
+            ScoringError: no valid score.
+        """
+        start = time.perf_counter()
+        data = self.split(split)
+        self.trial_model.install(allocation, data.tokens)
+        installed = time.perf_counter() - start
+        batch = self._spec.preparation.scoring.batch_tokens
+        score = score_split(self.model, data, batch, self._spec.name)
+        return Score(**{**score.__dict__, "seconds": score.seconds + installed})

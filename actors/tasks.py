@@ -1,0 +1,137 @@
+"""The reasoning tasks: rows of a public data set -> zero-shot multiple choice, as the field asks it.
+
+Prompts, choices and metrics are those of lm-evaluation-harness 0.4 (names and versions as there).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from actors.text import load_table
+from actors.types import RankfrontError, TaskSource
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question: choice i is scored as log p(continuations[i] | contexts[i]).
+
+    `lengths` are the characters of each choice, by which `acc_norm` divides.
+    """
+
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    lengths: tuple[int, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task asks, whether the harness defines `acc_norm` for it, and where the hub keeps it."""
+
+    ask: Callable[[Row], Example]
+    normalised: bool
+    hub: str
+    subset: str | None = None
+
+
+def _choices(context: str, choices: list[str], gold: int) -> Example:
+    """The same context for every choice, a space before each."""
+    return Example(
+        contexts=(context,) * len(choices),
+        continuations=tuple(f" {choice}" for choice in choices),
+        lengths=tuple(map(len, choices)),
+        gold=gold,
+    )
+
+
+def _arc(row: Row) -> Example:
+    gold = row["choices"]["label"].index(row["answerKey"])
+    return _choices(f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold)
+
+
+def _boolq(row: Row) -> Example:
+    answer = row["label"] if "label" in row else row["answer"]
+    context = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return _choices(context, ["no", "yes"], int(answer))
+
+
+def _hellaswag(row: Row) -> Example:
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    return _choices(context, [clean(ending) for ending in row["endings"]], int(row["label"]))
+
+
+def _piqa(row: Row) -> Example:
+    return _choices(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+
+
+def _winogrande(row: Row) -> Example:
+    """Partial scoring: the text after the blank, given the sentence with either option filled in."""
+    before, after = row["sentence"].split("_", 1)
+    contexts = tuple(before + row[option] for option in ("option1", "option2"))
+    rest = f" {after.strip()}"
+    return Example(contexts, (rest, rest), (len(contexts[0]), len(contexts[1])), int(row["answer"]) - 1)
+
+
+def _openbookqa(row: Row) -> Example:
+    gold = row["choices"]["label"].index(row["answerKey"].strip())
+    return _choices(row["question_stem"], row["choices"]["text"], gold)
+
+
+def _social_iqa(row: Row) -> Example:
+    answers = [row[key] for key in ("answerA", "answerB", "answerC")]
+    return _choices(f"Q: {row['context']} {row['question']}\nA:", answers, int(row["label"]) - 1)
+
+
+def _sciq(row: Row) -> Example:
+    answers = [row[key] for key in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    return _choices(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", answers, 3)
+
+
+TASKS: dict[str, Task] = {
+    "arc_challenge": Task(_arc, True, "allenai/ai2_arc", "ARC-Challenge"),
+    "arc_easy": Task(_arc, True, "allenai/ai2_arc", "ARC-Easy"),
+    "boolq": Task(_boolq, False, "aps/super_glue", "boolq"),
+    "hellaswag": Task(_hellaswag, True, "Rowan/hellaswag"),
+    "openbookqa": Task(_openbookqa, True, "allenai/openbookqa", "main"),
+    "piqa": Task(_piqa, True, "baber/piqa"),
+    "sciq": Task(_sciq, True, "allenai/sciq"),
+    "social_iqa": Task(_social_iqa, False, "lighteval/siqa"),
+    "winogrande": Task(_winogrande, False, "allenai/winogrande", "winogrande_xl"),
+}
+
+
+def load_examples(source: TaskSource) -> list[Example]:
+    """Every example of a task, in the data set's order.
+
+    Raises:
+        RankfrontError: an empty table, or a row that is no question: the source, the row, the rule.
+    """
+    task = TASKS[source.name]
+    table = load_table(source.source, source.subset, source.split)
+    if len(table) == 0:
+        raise RankfrontError(f"{source.source}: {source.name} has no examples")
+    return [_checked(source, task, number, row) for number, row in enumerate(table)]
+
+
+def _checked(source: TaskSource, task: Task, number: int, row: Row) -> Example:
+    where = f"{source.source}: row {number} of {source.name}"
+    try:
+        example = task.ask(row)
+    except KeyError as error:
+        raise RankfrontError(f"{where} has no field {error}; there are {', '.join(row)}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RankfrontError(f"{where} cannot be read: {error}") from error
+    if not 0 <= example.gold < len(example.continuations):
+        raise RankfrontError(f"{where}: answer {example.gold} of {len(example.continuations)} choices")
+    if not all(example.contexts):
+        raise RankfrontError(f"{where} has an empty context")
+    return example

@@ -1,0 +1,308 @@
+"""Values that travel between driver and replicas. Standard library only, so both sides may import it.
+
+Everything here is frozen and serialises to JSON: what is on the wire is what is in the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SPLITS = ("search", "test")
+
+
+class RankfrontError(Exception):
+    """A mistake or a condition the user can act on; shown without a traceback."""
+
+
+class ScoringError(RankfrontError):
+    """A trial has no valid score (non-finite loss, value out of range); its text is the reason."""
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, the one way fingerprints are made."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A linear layer that may be compressed: y = W x + b with W of shape (rows, cols)."""
+
+    name: str
+    rows: int
+    cols: int
+    bias: bool
+    block: int
+    module: str
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.rows, self.cols)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the dense layer, its bias included."""
+        return self.rows * self.cols + (self.rows if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One rank per target, in the model's order; None means dense (left untouched)."""
+
+    ranks: tuple[tuple[str, int | None], ...]
+
+    @classmethod
+    def of(
+        cls, ranks: Mapping[str, int | None], targets: Iterable[TargetSpec], where: str = "allocation"
+    ) -> Allocation:
+        """Order `ranks` by `targets`; a target that is not named stays dense.
+
+        Raises:
+            RankfrontError: every unknown target and every rank outside 1..min(rows, cols), at once.
+        """
+        known = {target.name: target for target in targets}
+        mistakes = [f"{where}: {name!r} is no target of this model" for name in ranks if name not in known]
+        for name, rank in ranks.items():
+            if name in known and rank is not None:
+                full = known[name].full_rank
+                if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full:
+                    mistakes.append(
+                        f"{where}.{name}: rank {rank!r} is not an integer in 1..{full} (null keeps it dense)"
+                    )
+        if mistakes:
+            raise RankfrontError("\n".join(mistakes))
+        return cls(tuple((name, ranks.get(name)) for name in known))
+
+    @classmethod
+    def dense(cls, targets: Iterable[TargetSpec]) -> Allocation:
+        return cls(tuple((target.name, None) for target in targets))
+
+    def __iter__(self) -> Iterator[tuple[str, int | None]]:
+        return iter(self.ranks)
+
+    @property
+    def is_dense(self) -> bool:
+        return all(rank is None for _, rank in self.ranks)
+
+    @property
+    def key(self) -> str:
+        """Identity of the allocation: equal for equal ranks of equal targets."""
+        return digest(self.ranks)
+
+    def to_dict(self) -> dict[str, int | None]:
+        return dict(self.ranks)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where documents come from and how they become one text.
+
+    `source` is a hub id, a local path or `package:name/path` (see `actors.sources`).
+    """
+
+    source: str
+    subset: str | None = None
+    split: str | None = None
+    column: str = "text"
+    join: str = "\n\n"
+    deduplicate: bool = False
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A reasoning task by its lm-evaluation-harness name, and where its examples come from."""
+
+    name: str
+    source: str
+    subset: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A pretrained causal language model. `dtype` is the precision it computes in."""
+
+    source: str
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Text and size of the calibration; `tokens` is rounded down to whole windows."""
+
+    text: TextSource
+    tokens: int
+    window: int
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """How targets are decomposed: see `actors.decompose` for the methods and the bias."""
+
+    method: str = "feature"
+    bias: str = "mean"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class ScoringSpec:
+    """What a score is made of: perplexity text and reasoning tasks, per split, with caps."""
+
+    text: TextSource
+    window: int
+    tokens: Mapping[str, int]
+    tasks: tuple[TaskSource, ...] = ()
+    examples: Mapping[str, int] = field(default_factory=dict)
+    search_fraction: float = 0.2
+    seed: int = 0
+    batch_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class PreparationSpec:
+    """All that decides the factor store, the splits and the scores of a study."""
+
+    model: ModelSource
+    calibration: CalibrationSpec
+    factors: FactorSpec
+    scoring: ScoringSpec
+    calibration_fraction: float
+    cache: str
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a preparation leaves behind, without a tensor in it.
+
+    `fingerprints` holds one sha256 for each of model, tokenizer, calibration, search, test, factors.
+    """
+
+    model_folder: str
+    factor_store: str
+    targets: tuple[TargetSpec, ...]
+    model_parameters: int
+    fingerprints: Mapping[str, str]
+    tokens: Mapping[str, int]
+    examples: Mapping[str, Mapping[str, int]]
+    seconds: Mapping[str, float]
+    reused: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Prepared:
+        return cls(**{**data, "targets": tuple(TargetSpec(**target) for target in data["targets"])})
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Loss over one text: `nats` summed over `tokens` predicted tokens.
+
+    `stderr` is the standard error of nats/token, over windows.
+    """
+
+    name: str
+    nats: float
+    tokens: int
+    stderr: float
+
+    @property
+    def nll(self) -> float:
+        """nats/token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Zero-shot multiple choice. `acc` and `acc_norm` as lm-evaluation-harness defines them.
+
+    `margin` is the mean of log p(gold) - max log p(wrong), in nats; `acc_norm` is None for the
+    tasks where the harness does not define it.
+    """
+
+    examples: int
+    acc: float
+    acc_norm: float | None
+    margin: float
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `acc` (binomial, n - 1 as in lm-evaluation-harness)."""
+        return math.sqrt(self.acc * (1 - self.acc) / (self.examples - 1)) if self.examples > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Score:
+    """The answer of a replica for one allocation on one split."""
+
+    split: str
+    text: TextScore
+    tasks: Mapping[str, TaskScore]
+    forward_tokens: int
+    seconds: float
+    replica: str
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every metric by the name an objective uses; means over tasks weigh tasks equally."""
+        values = {"nll": self.text.nll}
+        for kind in ("acc", "acc_norm", "margin"):
+            found = {name: getattr(task, kind) for name, task in self.tasks.items()}
+            found = {name: value for name, value in found.items() if value is not None}
+            values.update({f"reasoning.{name}.{kind}": value for name, value in found.items()})
+            if found:
+                values[f"reasoning.{kind}"] = sum(found.values()) / len(found)
+        return values
+
+    @property
+    def reasoning_stderr(self) -> float:
+        """Standard error of `reasoning.acc`, the tasks being independent samples."""
+        count = len(self.tasks)
+        return math.sqrt(sum(task.stderr**2 for task in self.tasks.values())) / count if count else math.nan
+
+    def check(self) -> None:
+        """Raise `ScoringError` naming the first value that cannot be a score."""
+        if self.text.tokens < 1:
+            raise ScoringError(f"{self.text.name}: no token was scored")
+        named = {"nll": self.text.nll, **self.metrics}
+        for name, value in named.items():
+            if not math.isfinite(value):
+                raise ScoringError(f"{name} is {value} on the {self.split} split")
+            if name.endswith((".acc", ".acc_norm")) and not 0 <= value <= 1:
+                raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
+        if self.text.nll < 0:
+            raise ScoringError(f"nll is {self.text.nll} nats/token, below 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Score:
+        rest = {key: value for key, value in data.items() if key not in ("text", "tasks")}
+        tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
+        return cls(text=TextScore(**data["text"]), tasks=tasks, **rest)
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """Everything a replica needs to start: it loads these once and lives for the whole search."""
+
+    name: str
+    preparation: PreparationSpec
+    prepared: Prepared
+    threads: int
+    device: str = "auto"

@@ -1,0 +1,1 @@
+"""The driver: decides which allocation is scored next and keeps the record. Imports no torch."""

@@ -1,0 +1,207 @@
+"""The command line: wiring only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from actors.types import Allocation, RankfrontError
+from search.config import SamplerSection, load_config
+from search.findings import front_table, headline
+from search.records import StudySummary, TrialRow
+from search.session import StudyFolder, find_study, report, search
+
+app = typer.Typer(
+    help="Search which rank each linear layer of a language model should keep.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# A pipe or a log has no width of its own: give it room for the front.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True, highlight=False)
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's folder, or its name in --runs.")]
+Runs = Annotated[Path, typer.Option(help="Folder that holds the studies.")]
+
+
+@app.command("search")
+def search_command(
+    config: Annotated[Path, typer.Argument(help="The study's YAML config.")],
+    trials: Annotated[int | None, typer.Option(help="Total trials of the study.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any config key.")
+    ] = None,
+) -> None:
+    """Start the study of a config, or continue it."""
+    overrides = dict(_override(text) for text in set_ or [])
+    if trials is not None:
+        overrides["stop.trials"] = trials
+    folder, summary, reason = search(load_config(config, overrides), console)
+    _print_end(folder, summary, reason, config)
+    if reason.startswith("SIG"):
+        raise typer.Exit(130 if reason == "SIGINT" else 143)
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, found, value = text.partition("=")
+    if not found:
+        raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
+    return key, yaml.safe_load(value)
+
+
+def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: Path) -> None:
+    finished = sum(row.finished for row in summary.rows)
+    failed = sum(row.state == "FAIL" for row in summary.rows)
+    running = sum(row.state == "RUNNING" for row in summary.rows)
+    console.print()
+    if summary.front:
+        console.print(front_table(summary))
+    for sentence in headline(summary):
+        console.print(f"  {sentence}", soft_wrap=True)
+    console.print()
+    counts = f"{finished} trials scored" + (f", {failed} failed" if failed else "")
+    if running:
+        counts += f", {running} in flight (they will be scored again under their numbers)"
+    console.print(f"Stopped: {reason}. {counts}; all saved in [bold]{folder.path}/[/]", soft_wrap=True)
+    console.print("  report.html, front.png   the front, to look at")
+    console.print("  front.json, trials.parquet, evaluations.parquet   the same, to compute with")
+    more = (folder.config.stop.trials or len(summary.rows)) + 40
+    console.print("\nNext:", style="bold")
+    if reason.startswith("SIG"):
+        console.print(f"  rankfront search {config}   # goes on where it stopped", soft_wrap=True)
+    console.print(f"  rankfront search {config} --trials {more}   # search further", soft_wrap=True)
+    console.print(
+        f"  rankfront export {folder.path} --budget 0.9   # write the best model at <= 90%", soft_wrap=True
+    )
+    console.print(f"  rankfront report {folder.path}   # write the report again")
+
+
+@app.command("report")
+def report_command(study: StudyName, runs: Runs = Path("runs")) -> None:
+    """Write tables, plots and the page again from the study, and show the front."""
+    folder = find_study(study, runs)
+    summary = report(folder, folder.open_study())
+    if summary.front:
+        console.print(front_table(summary))
+    for sentence in headline(summary):
+        console.print(f"  {sentence}", soft_wrap=True)
+    console.print(
+        f"Written to {folder.path}/: report.html, front.png, front.json, trials.parquet", soft_wrap=True
+    )
+
+
+@app.command("enqueue")
+def enqueue_command(
+    study: StudyName,
+    file: Annotated[Path, typer.Argument(help="YAML or JSON: {target: rank or null}, or a list of them.")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Add allocations of your own; a running search takes them up next, a stopped one when it resumes."""
+    folder = find_study(study, runs)
+    allocations = _read_allocations(file, folder)
+    numbers = folder.open_study(SamplerSection(name="random")).enqueue((a, "enqueued") for a in allocations)
+    known = len(allocations) - len(numbers)
+    listed = ", ".join(map(str, numbers)) or "none"
+    console.print(f"Enqueued as trials: {listed}" + (f"; {known} are in the study already" if known else ""))
+
+
+def _read_allocations(file: Path, folder: StudyFolder) -> list[Allocation]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RankfrontError(f"{file}: cannot be read: {error}") from error
+    items = data if isinstance(data, list) else [data]
+    ranks = [item.get("ranks", item) if isinstance(item, dict) else item for item in items]
+    for index, item in enumerate(ranks):
+        if not isinstance(item, dict):
+            raise RankfrontError(f"{file}: item {index} is no mapping of targets to ranks")
+    targets = folder.prepared.targets
+    return [Allocation.of(item, targets, f"{file.name}[{index}]") for index, item in enumerate(ranks)]
+
+
+@app.command("export")
+def export_command(
+    study: StudyName,
+    trial: Annotated[int | None, typer.Option(help="Which trial.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="The best front point at or under this model budget.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write one allocation as a model folder that transformers loads, and check it against the record."""
+    if (trial is None) == (budget is None):
+        raise RankfrontError("export: give either --trial N or --budget B")
+    folder = find_study(study, runs)
+    row = _choose(report(folder, folder.open_study()), trial, budget)
+    from actors.export import export
+
+    destination = to or folder.path / "exports" / f"trial-{row.number:05d}"
+    assert row.score is not None
+    check = export(
+        folder.config.preparation(),
+        folder.prepared,
+        row.allocation,
+        folder.config.storage,
+        destination,
+        row.score,
+        {"study": folder.config.study, "trial": row.number, "budget.model": row.budget_model},
+    )
+    console.print(
+        f"Trial {row.number} ({row.budget_model:.1%} of all parameters) written to [bold]{destination}/[/]"
+    )
+    for line in check:
+        console.print(f"  {line}", soft_wrap=True)
+    console.print(
+        "\nLoad it:\n"
+        "  import actors.modeling_rankfront  # or trust_remote_code=True without rankfront\n"
+        "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'  model = AutoModelForCausalLM.from_pretrained("{destination}")',
+        soft_wrap=True,
+    )
+
+
+def _choose(summary: StudySummary, trial: int | None, budget: float | None) -> TrialRow:
+    if trial is not None:
+        row = next((row for row in summary.rows if row.number == trial), None)
+        if row is None:
+            raise RankfrontError(f"--trial {trial}: the study has trials 0..{len(summary.rows) - 1}")
+        if not row.finished:
+            raise RankfrontError(
+                f"--trial {trial}: it is {row.state}" + (f": {row.reason}" if row.reason else "")
+            )
+        return row
+    assert budget is not None
+    rows = {row.number: row for row in summary.rows}
+    under = [rows[n] for n in summary.front if rows[n].budget_model <= budget and rows[n].score]
+    if not under:
+        lowest = min((rows[n].budget_model for n in summary.front), default=None)
+        found = "the front is empty" if lowest is None else f"the front reaches down to {lowest:.3f}"
+        raise RankfrontError(f"--budget {budget}: no front point at or under it; {found}")
+    return min(under, key=lambda row: row.score.text.nll if row.score else 0.0)
+
+
+def main() -> None:
+    """Run the command line; mistakes the user can mend are shown without a traceback."""
+    try:
+        app()
+    except RankfrontError as error:
+        errors.print(f"[bold red]rankfront:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("rankfront: interrupted; every finished trial is saved, the same command goes on")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()

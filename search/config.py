@@ -1,0 +1,421 @@
+"""The study's config: strict, with every mistake listed at once, saved resolved beside the study.
+
+Sections are checked one by one and then against each other, so one mistake never hides another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from actors.sources import Source
+from actors.tasks import TASKS
+from actors.text import text_parts
+from actors.types import (
+    CalibrationSpec,
+    FactorSpec,
+    ModelSource,
+    PreparationSpec,
+    RankfrontError,
+    ScoringSpec,
+    TaskSource,
+    TextSource,
+)
+from search.records import Objective
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1)]
+
+# Metrics a score always holds, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
+METRICS: dict[str, bool] = {
+    "budget.model": True,
+    "budget.linear": True,
+    "nll": True,
+    "reasoning.acc": False,
+    "reasoning.acc_norm": False,
+    "reasoning.margin": False,
+}
+_TASK_METRIC = re.compile(r"^reasoning\.(?P<task>\w+)\.(acc|acc_norm|margin)$")
+
+
+class ConfigError(RankfrontError):
+    """A config with mistakes: one line each, with the path, the value and what would be right."""
+
+    def __init__(self, where: str, mistakes: list[str]) -> None:
+        self.mistakes = mistakes
+        count = f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}"
+        super().__init__("\n".join([f"{where}: {count}, nothing was started", *(f"  {m}" for m in mistakes)]))
+
+
+def _known_source(name: str) -> str:
+    try:
+        return Source.parse(name).name
+    except RankfrontError as error:
+        raise ValueError(str(error)) from error
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelSection(_Section):
+    """The pretrained model. `trust_remote_code` runs code that comes with it: only for models you trust."""
+
+    source: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    _source = field_validator("source")(_known_source)
+
+
+class TextSection(_Section):
+    """Documents: a column of a data set, joined into one text."""
+
+    source: str
+    subset: str | None = None
+    split: str | None = None
+    column: str = "text"
+    join: str = "\n\n"
+    deduplicate: bool = False
+
+    _source = field_validator("source")(_known_source)
+
+
+class TaskSection(_Section):
+    """A reasoning task by its lm-evaluation-harness name; without a source, from the hub."""
+
+    name: str
+    source: str | None = None
+    subset: str | None = None
+    split: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in TASKS:
+            raise ValueError(f"{name!r} is no task; one of {', '.join(TASKS)}")
+        return name
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, name: str | None) -> str | None:
+        return None if name is None else _known_source(name)
+
+    def resolved(self) -> TaskSource:
+        task = TASKS[self.name]
+        if self.source is None:
+            return TaskSource(self.name, task.hub, task.subset, self.split or "validation")
+        return TaskSource(self.name, self.source, self.subset, self.split)
+
+
+class CalibrationSection(_Section):
+    """Calibration text: `text` of its own, or the first `fraction` of the scoring text."""
+
+    text: TextSection | None = None
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    tokens: Positive = 65_536
+    window: Annotated[int, Field(ge=2)] = 512
+
+
+class FactorSection(_Section):
+    method: Literal["weight", "feature"] = "feature"
+    bias: Literal["mean", "none"] = "mean"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TargetSection(_Section):
+    """Which linear layers may be compressed: shell patterns over their names."""
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+class PerSplit(_Section):
+    """A cap for each split."""
+
+    search: Positive
+    test: Positive
+
+
+class ScoringSection(_Section):
+    window: Annotated[int, Field(ge=2)] = 512
+    tokens: PerSplit = PerSplit(search=8_192, test=32_768)
+    tasks: tuple[TaskSection, ...] = ()
+    examples: PerSplit = PerSplit(search=100, test=400)
+    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+    batch_tokens: Positive = 1_024
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names(cls, tasks: Any) -> Any:
+        if isinstance(tasks, list | tuple):
+            return [{"name": task} if isinstance(task, str) else task for task in tasks]
+        return tasks
+
+
+class SpaceSection(_Section):
+    """The search space: targets that share a group share one level.
+
+    `levels` equal steps of parameters between `floor` and dense; `segments` cuts the depth of a
+    `module` group into that many parts.
+    """
+
+    group: Literal["target", "module", "block"] = "target"
+    segments: Positive = 1
+    levels: Annotated[int, Field(ge=1, le=1000)] = 20
+    floor: Share = 0.2
+
+
+class SamplerSection(_Section):
+    name: Literal["nsga2", "nsga3", "tpe", "random"] = "tpe"
+    seed: Annotated[int, Field(ge=0)] = 0
+    population: Annotated[int, Field(ge=2)] = 32
+
+
+class ReferenceSection(_Section):
+    """Scored before the sampler's first proposal: dense, and uniform allocations at these linear budgets."""
+
+    dense: bool = True
+    uniform: tuple[Share, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
+
+
+class PlateauSection(_Section):
+    """Stop when the hypervolume grew by no more than `tolerance` (relative) over `trials` trials."""
+
+    trials: Positive
+    tolerance: Annotated[float, Field(ge=0)] = 0.001
+
+
+class StopSection(_Section):
+    """The search stops at the first of these; None never stops."""
+
+    trials: Positive | None = 200
+    tokens: Positive | None = None
+    hours: Annotated[float, Field(gt=0)] | None = None
+    plateau: PlateauSection | None = None
+
+
+class ReplicaSection(_Section):
+    """How many replicas, and what each may use. `auto` asks the machine."""
+
+    count: Positive | Literal["auto"] = "auto"
+    threads: Positive | Literal["auto"] = "auto"
+    attempts: Positive = 2
+    trial_seconds: Annotated[float, Field(gt=0)] | None = None
+
+
+class Config(_Section):
+    """One study. See the sections for what each key means."""
+
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    runs: str = "runs"
+    model: ModelSection
+    text: TextSection
+    calibration: CalibrationSection = CalibrationSection()
+    factors: FactorSection = FactorSection()
+    targets: TargetSection = TargetSection()
+    storage: Literal["pivoted", "factored"] = "pivoted"
+    scoring: ScoringSection = ScoringSection()
+    objectives: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] = ("budget.model", "nll")
+    space: SpaceSection = SpaceSection()
+    sampler: SamplerSection = SamplerSection()
+    references: ReferenceSection = ReferenceSection()
+    stop: StopSection = StopSection()
+    replicas: ReplicaSection = ReplicaSection()
+
+    @property
+    def folder(self) -> Path:
+        """The study's folder."""
+        return Path(self.runs) / self.study
+
+    @property
+    def named_objectives(self) -> tuple[Objective, ...]:
+        return tuple(Objective(name, minimize=METRICS.get(name, False)) for name in self.objectives)
+
+    def preparation(self) -> PreparationSpec:
+        """What the workers need of this config."""
+        calibration, scoring = self.calibration, self.scoring
+        text = TextSource(**self.text.model_dump())
+        own = calibration.text
+        return PreparationSpec(
+            model=ModelSource(**self.model.model_dump()),
+            calibration=CalibrationSpec(
+                text=TextSource(**own.model_dump()) if own else text,
+                tokens=calibration.tokens,
+                window=calibration.window,
+            ),
+            factors=FactorSpec(**self.factors.model_dump()),
+            scoring=ScoringSpec(
+                text=text,
+                window=scoring.window,
+                tokens=scoring.tokens.model_dump(),
+                tasks=tuple(task.resolved() for task in scoring.tasks),
+                examples=scoring.examples.model_dump(),
+                search_fraction=scoring.search_fraction,
+                seed=scoring.seed,
+                batch_tokens=scoring.batch_tokens,
+            ),
+            calibration_fraction=calibration.fraction,
+            include=self.targets.include,
+            exclude=self.targets.exclude,
+            cache=str((Path(self.runs) / "factors").resolve()),
+        )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read, resolve and check a config; `overrides` maps dotted keys to values.
+
+    Raises:
+        ConfigError: every mistake, one line each.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), ["the top level must be a mapping of keys"])
+    for key, value in (overrides or {}).items():
+        _set(raw, key, value)
+    return parse_config(raw, str(path))
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise RankfrontError(f"{key}: {parent!r} is not a section")
+    raw[last] = value
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
+    """Check a config given as plain data.
+
+    Raises:
+        ConfigError: every mistake, one line each.
+    """
+    mistakes: list[str] = []
+    sections: dict[str, Any] = {}
+    for key in raw:
+        if key not in Config.model_fields:
+            mistakes.append(f"{key}: unknown key; one of {', '.join(Config.model_fields)}")
+    for key, field in Config.model_fields.items():
+        if key not in raw:
+            if field.is_required():
+                mistakes.append(f"{key}: missing")
+            else:
+                sections[key] = field.get_default()
+            continue
+        annotation: Any = field.annotation
+        for constraint in field.metadata:
+            annotation = Annotated[annotation, constraint]
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        try:
+            sections[key] = adapter.validate_python(raw[key])
+        except ValidationError as error:
+            mistakes += [_sentence(key, detail) for detail in error.errors()]
+    for needs, rule in _RULES:
+        if all(need in sections for need in needs):
+            mistakes += rule(*(sections[need] for need in needs))
+    if mistakes:
+        raise ConfigError(where, mistakes)
+    return Config(**sections)
+
+
+def _sentence(section: str, detail: Any) -> str:
+    path = section + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
+    if detail["type"] == "missing":
+        return f"{path}: missing"
+    if detail["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> list[str]:
+    tasks = [task.name for task in scoring.tasks]
+    found = []
+    for index, name in enumerate(objectives):
+        match = _TASK_METRIC.match(name)
+        if name not in METRICS and not (match and match["task"] in tasks):
+            offered = [*METRICS, *(f"reasoning.{task}.acc" for task in tasks)]
+            found.append(f"objectives[{index}]: {name!r} is unknown; one of {', '.join(offered)}")
+        elif name.startswith("reasoning.") and not tasks:
+            found.append(f"objectives[{index}]: {name!r} needs scoring.tasks, which is empty")
+        elif name.endswith(".acc_norm") and not any(
+            TASKS[task].normalised for task in ([match["task"]] if match else tasks)
+        ):
+            found.append(f"objectives[{index}]: {name!r} is not defined for {', '.join(tasks)}")
+        if name in objectives[:index]:
+            found.append(f"objectives[{index}]: {name!r} is there twice")
+    if not any(name.startswith("budget.") for name in objectives):
+        found.append("objectives: one of them must be a budget (budget.model or budget.linear)")
+    return found
+
+
+def _task_mistakes(scoring: ScoringSection) -> list[str]:
+    names = [task.name for task in scoring.tasks]
+    return [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+
+
+def _stop_mistakes(stop: StopSection) -> list[str]:
+    if all(rule is None for rule in (stop.trials, stop.tokens, stop.hours, stop.plateau)):
+        return ["stop: set at least one of trials, tokens, hours, plateau"]
+    return []
+
+
+def _space_mistakes(space: SpaceSection) -> list[str]:
+    if space.segments > 1 and space.group != "module":
+        return [f"space.segments: {space.segments} needs group: module, not {space.group}"]
+    return []
+
+
+def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
+    """Texts that are certainly too short: a token is at least one character long.
+
+    Texts on the hub are not fetched to check a config; the workers check every text in tokens.
+    """
+    sources = [text, calibration.text or text]
+    if any(Source.parse(section.source).path is None for section in sources):
+        return []
+    own = TextSource(**(calibration.text or text).model_dump())
+    try:
+        parts = text_parts(
+            CalibrationSpec(own, calibration.tokens, calibration.window),
+            ScoringSpec(
+                TextSource(**text.model_dump()),
+                scoring.window,
+                scoring.tokens.model_dump(),
+                search_fraction=scoring.search_fraction,
+            ),
+            calibration.fraction,
+        )
+    except (RankfrontError, OSError, ValueError) as error:
+        return [f"text: {error}"]
+    needed = {"calibration": calibration.window, "search": scoring.window, "test": scoring.window}
+    return [
+        f"{'calibration.window' if part == 'calibration' else 'scoring.window'}: text too short: the {part} "
+        f"part has {sum(map(len, documents))} characters, a window of {needed[part]} tokens needs more"
+        for part, documents in parts.items()
+        if sum(map(len, documents)) < needed[part]
+    ]
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
+    (("objectives", "scoring"), _objective_mistakes),
+    (("scoring",), _task_mistakes),
+    (("stop",), _stop_mistakes),
+    (("space",), _space_mistakes),
+    (("text", "calibration", "scoring"), _text_mistakes),
+)

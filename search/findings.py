@@ -1,0 +1,180 @@
+"""What a study found, for people: sentences, and one table shown in the terminal and on the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from actors.types import Score
+from search.panels import dense_row, front_rows
+from search.records import StudySummary, TrialRow
+
+LADDER = (0.95, 0.9, 0.8, 0.7, 0.6)
+"""Model budgets the headline speaks about: those at which published results are compared."""
+
+LARGEST_WRITTEN = math.log(1e5)
+"""nats/token from which a perplexity is written as a power of e: digits mean nothing there, exp overflows."""
+
+SAME = "≈"
+SAME_NOTE = "≈ within two combined standard errors of the row above (both taken as independent)"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The front as text: as many cells in each row as there are columns."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+
+
+def headline(summary: StudySummary) -> list[str]:
+    """A sentence for each budget of the ladder: what the best front point at or under it costs.
+
+    The best has the lowest search-split loss; a point that answered the rung before is not repeated. The
+    test split, which chose nothing, is added where both the point and the dense model were scored on it.
+    """
+    sentences, told = [], set()
+    reference = dense_row(summary)
+    for rung in LADDER:
+        under = [row for row in front_rows(summary) if row.budget_model <= rung]
+        if not under:
+            continue
+        best = min(under, key=lambda row: row.score.text.nll if row.score else math.inf)
+        if best.number not in told:
+            told.add(best.number)
+            sentences.append(_sentence(best, reference, summary))
+    return sentences
+
+
+def front_cells(summary: StudySummary) -> Cells:
+    """The front by falling budget, under the dense model where that is not itself a member."""
+    reference = dense_row(summary)
+    rows = front_rows(summary)
+    if reference is not None and reference not in rows:
+        rows = [reference, *rows]
+    tests = {row.number: summary.test_score(row.number) for row in rows}
+    tested = [test for test in tests.values() if test is not None]
+    tasks = any(row.score and row.score.tasks for row in rows)
+    wanted = {
+        "acc": tasks,
+        "test nll": bool(tested),
+        "test ppl": bool(tested),
+        "test acc": any(t.tasks for t in tested),
+    }
+    columns = ["trial", "kept", "nll", "ppl", "Δ dense", "acc", "test nll", "test ppl", "test acc", "origin"]
+    keep = [i for i, name in enumerate(columns) if wanted.get(name, True)]
+    cells, above = [], None
+    for row in rows:
+        full = _cells(row, above, reference, tests[row.number])
+        cells.append(tuple(full[i] for i in keep))
+        above = row.score
+    note = SAME_NOTE if any(SAME in cell for row_cells in cells for cell in row_cells) else ""
+    return Cells(tuple(columns[i] for i in keep), tuple(cells), note)
+
+
+def front_table(summary: StudySummary) -> Table:
+    """The front for a terminal of 100 columns."""
+    cells = front_cells(summary)
+    table = Table(
+        title=Text(f"{summary.study}: {len(summary.front)} on the front"),
+        caption=Text(cells.note) if cells.note else None,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for column in cells.columns:
+        last = column == "origin"
+        table.add_column(
+            column,
+            justify="left" if last else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=12 if last else None,
+        )
+    for row in cells.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with at most one decimal: 0.9 -> `90%`, 0.873 -> `87.3%`."""
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def perplexity(nll: float) -> str:
+    """exp(nll) in about four digits; far from any use, the power itself."""
+    return (
+        f"e^{nll:.1f}" if nll >= LARGEST_WRITTEN else f"{math.exp(nll):,.{2 if nll < math.log(10) else 1}f}"
+    )
+
+
+def _sentence(row: TrialRow, reference: TrialRow | None, summary: StudySummary) -> str:
+    assert row.score is not None
+    kept = f"Keeping {percent(row.budget_model)} of the parameters"
+    if reference is None or reference.score is None:
+        return (
+            f"{kept} gives {row.score.text.nll:.2f} nats/token (perplexity {perplexity(row.score.text.nll)})."
+        )
+    text = f"{kept} {_cost(row.score, reference.score, 'perplexity ')}"
+    test, dense = summary.test_score(row.number), summary.test_score(reference.number)
+    if test is not None and dense is not None:
+        text += f"; on the test split it {_cost(test, dense, '')}"
+    return text + "."
+
+
+def _cost(score: Score, dense: Score, unit: str) -> str:
+    """`costs 0.31 nats/token (perplexity 30.1 -> 41.0)`, with the accuracy where tasks were scored."""
+    difference = score.text.nll - dense.text.nll
+    verb = "costs" if difference >= 0 else "gains"
+    change = f"{perplexity(dense.text.nll)} -> {perplexity(score.text.nll)}"
+    text = f"{verb} {abs(difference):.2f} nats/token ({unit}{change}"
+    if score.tasks and dense.tasks:
+        before, after = (100 * s.metrics["reasoning.acc"] for s in (dense, score))
+        text += f", accuracy {before:.1f}% -> {after:.1f}%"
+    return text + ")"
+
+
+def _cells(
+    row: TrialRow, above: Score | None, reference: TrialRow | None, test: Score | None
+) -> Sequence[str]:
+    score = row.score
+    assert score is not None
+    difference = score.text.nll - reference.score.text.nll if reference and reference.score else math.nan
+    same = SAME if above is not None and _indistinct(score, above) else ""
+    return (
+        str(row.number),
+        f"{100 * row.budget_model:.1f}%",
+        same + _loss(score),
+        perplexity(score.text.nll),
+        f"{difference:+.3f}" if math.isfinite(difference) else "",
+        _accuracy(score),
+        _loss(test),
+        perplexity(test.text.nll) if test else "",
+        _accuracy(test),
+        row.origin,
+    )
+
+
+def _indistinct(one: Score, other: Score) -> bool:
+    error = math.hypot(one.text.stderr, other.text.stderr)
+    return abs(one.text.nll - other.text.nll) < 2 * error
+
+
+def _loss(score: Score | None) -> str:
+    return f"{score.text.nll:.3f}{_error(score.text.stderr, 3)}" if score else ""
+
+
+def _accuracy(score: Score | None) -> str:
+    if score is None or not score.tasks:
+        return ""
+    return f"{100 * score.metrics['reasoning.acc']:.1f}{_error(100 * score.reasoning_stderr, 1)}"
+
+
+def _error(value: float, digits: int) -> str:
+    return f"±{value:.{digits}f}" if math.isfinite(value) else ""

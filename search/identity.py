@@ -1,0 +1,96 @@
+"""What makes a study the same study: the one table of what may change on resume and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from actors.types import RankfrontError
+from search.config import Config
+
+Verdict = Literal["fixed", "content", "free"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`key` and everything below it: `fixed` must be equal; `content` is compared by fingerprint, so
+    the same bytes may come from another place; `free` may change. The longest key that fits decides."""
+
+    key: str
+    verdict: Verdict
+    why: str
+
+
+RESUME_RULES: tuple[Rule, ...] = (
+    Rule("study", "fixed", "the name is the folder"),
+    Rule("runs", "free", "the folder may have moved"),
+    Rule("model", "fixed", "scores of two precisions do not compare"),
+    Rule("model.source", "content", "weights and tokenizer, by fingerprint"),
+    Rule("model.trust_remote_code", "free", "a permission, not a setting"),
+    Rule("text", "content", "search windows, by fingerprint"),
+    Rule("calibration", "content", "calibration windows, by fingerprint"),
+    Rule("factors", "fixed", "method, bias and precision decide every score"),
+    Rule("targets", "fixed", "the parameters of the study"),
+    Rule("storage", "fixed", "decides what a rank costs"),
+    Rule("scoring", "fixed", "decides what a score means"),
+    Rule("scoring.tasks", "content", "examples, by fingerprint"),
+    Rule("scoring.tokens.test", "free", "test scores are kept apart, each with its fingerprint"),
+    Rule("scoring.examples.test", "free", "test scores are kept apart, each with its fingerprint"),
+    Rule("scoring.batch_tokens", "free", "speed; scores differ by rounding only"),
+    Rule("objectives", "fixed", "the values of the study"),
+    Rule("space", "fixed", "the parameters of the study"),
+    Rule("sampler", "free", "samplers learn from whatever trials there are"),
+    Rule("references", "free", "missing ones are added"),
+    Rule("stop", "free", "how far to go"),
+    Rule("replicas", "free", "how fast to go"),
+)
+
+# Fingerprints of a preparation that a resumed study must meet again.
+FIXED_FINGERPRINTS = ("model", "tokenizer", "calibration", "search", "factors")
+
+
+def rule_for(key: str) -> Rule:
+    """The rule that decides a dotted config key."""
+    fitting = [rule for rule in RESUME_RULES if key == rule.key or key.startswith(rule.key + ".")]
+    return max(fitting, key=lambda rule: len(rule.key))
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def config_differences(saved: Config, given: Config) -> list[str]:
+    """Every fixed key whose value differs, one line each."""
+    was, now = flatten(saved.model_dump(mode="json")), flatten(given.model_dump(mode="json"))
+    return [
+        f"{key}: was {was.get(key)!r}, now {now.get(key)!r} ({rule_for(key).why})"
+        for key in sorted({*was, *now})
+        if rule_for(key).verdict == "fixed" and was.get(key) != now.get(key)
+    ]
+
+
+def fingerprint_differences(saved: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
+    """Every fixed fingerprint that differs, one line each."""
+    return [
+        f"{key}: the content differs (was {saved.get(key, 'unknown')[:12]}, now {given[key][:12]})"
+        for key in FIXED_FINGERPRINTS
+        if saved.get(key) != given[key]
+    ]
+
+
+def refuse(study: str, differences: list[str]) -> None:
+    """Raise RankfrontError naming every difference, if there is one."""
+    if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise RankfrontError(
+            f"study {study!r} cannot be resumed with this config:\n{lines}\n"
+            "Give the new study another name, or put these back."
+        )

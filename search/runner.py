@@ -1,0 +1,189 @@
+"""The loop: propose, dispatch, record; stop when the config or the user says so."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from optuna.trial import TrialState
+
+from actors.types import RankfrontError, Score
+from search.config import StopSection
+from search.pareto import hypervolume_history, plateaued
+from search.pool import Job, Outcome, Pool
+from search.study import Planned, SearchStudy
+
+# How long one look for results may take: the screen is redrawn and Ctrl-C is seen this often.
+TICK_SECONDS = 0.25
+
+# Room the hypervolume leaves beyond the dense model, by metric: a front point outside adds nothing.
+# Ten times the dense perplexity is a broken model; so is accuracy at zero.
+NLL_ROOM = math.log(10)
+MARGIN_ROOM = 10.0
+
+
+@dataclass
+class Stop:
+    """Asked for from outside (a signal); the loop ends at its next look."""
+
+    reason: str | None = None
+
+
+@dataclass
+class Progress:
+    """What the screen shows; the loop keeps it up to date."""
+
+    started: float = field(default_factory=time.monotonic)
+    scored: int = 0  # by replicas, in this run
+
+
+def sampler_share(study: SearchStudy, stop: StopSection) -> int:
+    """Trials the sampler may still propose."""
+    return max(0, stop.trials - study.started) if stop.trials is not None else 2**31
+
+
+def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
+    """Where the hypervolume is measured from, in the objectives' own units: budget 1, ten times the
+    dense perplexity, accuracy 0, the dense margin less 10 nats. None until dense is scored."""
+    dense = next((row.score for row in study.rows() if row.finished and row.allocation.is_dense), None)
+    if dense is None:
+        return None
+    point = []
+    for objective in study.objectives:
+        if objective.name.startswith("budget."):
+            point.append(1.0)
+        elif objective.name == "nll":
+            point.append(dense.text.nll + NLL_ROOM)
+        elif objective.name.endswith(".margin"):
+            point.append(dense.metrics[objective.name] - MARGIN_ROOM)
+        else:
+            point.append(0.0)
+    return tuple(point)
+
+
+def minimised(study: SearchStudy) -> tuple[np.ndarray, np.ndarray]:
+    """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished trials."""
+    signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
+    rows = [(row.number, row.values) for row in study.rows() if row.values is not None]
+    values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(signs))
+    return values * signs, np.array([number for number, _ in rows], dtype=int)
+
+
+def hypervolumes(study: SearchStudy) -> np.ndarray:
+    """Hypervolume after each finished trial, (n,); empty until there is a reference point."""
+    reference = reference_point(study)
+    if reference is None:
+        return np.empty(0)
+    signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
+    return hypervolume_history(minimised(study)[0], np.array(reference) * signs)
+
+
+class Runner:
+    """Runs one study on one pool until a stop rule or `stop` ends it.
+
+    Invariant: a trial is dispatched only after it is RUNNING in the storage, and leaves `_planned`
+    only after its end is in the storage.
+    """
+
+    def __init__(
+        self,
+        study: SearchStudy,
+        pool: Pool,
+        rules: StopSection,
+        origin: str,
+        stop: Stop,
+        redraw: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._study, self._pool, self._rules, self._origin = study, pool, rules, origin
+        self._stop, self._redraw = stop, redraw
+        self._planned: dict[int, Planned] = {}
+        self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
+        self.progress = Progress()
+
+    def run(self) -> str:
+        """Returns why it stopped."""
+        for planned in self._study.in_flight():
+            self._dispatch(planned)
+        while True:
+            reason = self._stop.reason or self._rule_met()
+            if reason is None:
+                self._fill()
+            if self._stop.reason or not self._planned:
+                return reason or f"{self._rules.trials} trials"
+            for outcome in self._pool.wait(TICK_SECONDS):
+                self._record(outcome)
+            self._redraw(self.progress)
+
+    def _fill(self) -> None:
+        """Keep every replica busy with one trial ahead. Enqueued trials are always taken up."""
+        while self._pool.free > 0:
+            self._study.sync()
+            if not self._study.waiting and sampler_share(self._study, self._rules) == 0:
+                return
+            try:
+                planned = self._study.propose(self._origin)
+            except RankfrontError:
+                continue  # recorded as failed with its reason
+            source = self._study.scored_as(planned.allocation)
+            if source is not None:
+                self._study.copy_score(planned, source)
+                self._redraw(self.progress)
+                if self._stop.reason or self._rule_met():
+                    return
+            else:
+                self._dispatch(planned)
+
+    def _dispatch(self, planned: Planned) -> None:
+        key = planned.allocation.key
+        if key in self._twins:
+            self._twins[key].append(planned)
+            return
+        self._twins[key] = []
+        self._planned[planned.number] = planned
+        self._pool.submit(Job(planned.number, planned.allocation))
+
+    def _record(self, outcome: Outcome) -> None:
+        planned = self._planned[outcome.job.key]
+        twins = self._twins.pop(planned.allocation.key)
+        reason = outcome.reason or _invalid(outcome.score)
+        if outcome.score is None or reason:
+            for each in (planned, *twins):
+                self._study.fail(each.number, reason or "no score")
+        else:
+            self._study.complete(planned, outcome.score)
+            self.progress.scored += 1
+            for twin in twins:
+                self._study.copy_score(twin, planned.number)
+        del self._planned[planned.number]
+
+    def _rule_met(self) -> str | None:
+        """The first stop rule that holds, other than the number of trials."""
+        rules = self._rules
+        if rules.hours is not None and time.monotonic() - self.progress.started > rules.hours * 3600:
+            return f"{rules.hours} hours"
+        if rules.tokens is not None:
+            rows = self._study.rows()
+            scored = sum(r.score.forward_tokens for r in rows if r.score and r.copied_from is None)
+            if scored >= rules.tokens:
+                return f"{rules.tokens:,} scored tokens"
+        if rules.plateau is not None:
+            history = hypervolumes(self._study)
+            if plateaued(history, rules.plateau.trials, rules.plateau.tolerance):
+                return f"hypervolume flat over {rules.plateau.trials} trials"
+        return None
+
+    def finished(self) -> int:
+        return self._study.count(TrialState.COMPLETE)
+
+
+def _invalid(score: Score | None) -> str | None:
+    if score is None:
+        return None
+    try:
+        score.check()
+    except RankfrontError as error:
+        return str(error)
+    return None

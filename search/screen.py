@@ -1,0 +1,99 @@
+"""What a person sees while a search runs: one live line on a terminal, sparse lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from search.pareto import front
+from search.runner import Progress, hypervolumes, minimised
+from search.study import SearchStudy
+
+# A log file gets a line this often at most.
+PLAIN_SECONDS = 15.0
+LADDER = (0.95, 0.9, 0.8, 0.7)
+
+
+class Screen:
+    """Redraws at most four times a second; costs nothing while no trial ends."""
+
+    def __init__(self, console: Console, study: SearchStudy, goal: int | None, done_before: int) -> None:
+        self._console, self._study = console, study
+        self._goal, self._before = goal, done_before
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        )
+        self._last = 0.0
+        self._shown = -1
+        self._facts = ""
+
+    def __enter__(self) -> Screen:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def redraw(self, progress: Progress) -> None:
+        """Show where the search stands."""
+        ended = self._study.count(TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
+        if ended != self._shown:
+            self._shown, self._facts = ended, self._findings()
+        now = time.monotonic()
+        if self._live:
+            self._live.update(Text(self._line(progress, now), no_wrap=True, overflow="ellipsis"))
+        elif now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            self._console.print(self._line(progress, now), highlight=False, soft_wrap=True)
+
+    def _line(self, progress: Progress, now: float) -> str:
+        counts = {state: self._study.count(state) for state in TrialState}
+        ended = counts[TrialState.COMPLETE] + counts[TrialState.FAIL] + counts[TrialState.PRUNED]
+        minutes = (now - progress.started) / 60
+        rate = (ended - self._before) / minutes if minutes > 0 else 0.0
+        goal = f"/{self._goal}" if self._goal else ""
+        parts = [f"trials {ended}{goal} done, {counts[TrialState.RUNNING]} running"]
+        if counts[TrialState.FAIL]:
+            parts.append(f"{counts[TrialState.FAIL]} failed")
+        parts.append(self._facts)
+        if rate > 0:
+            parts.append(f"{rate:.1f}/min")
+            if self._goal:
+                parts.append(f"ETA {_clock(max(0, self._goal - ended) / rate * 60)}")
+        return " | ".join(part for part in parts if part)
+
+    def _findings(self) -> str:
+        values, numbers = minimised(self._study)
+        if not len(values):
+            return ""
+        chosen = front(values)
+        parts = [f"front {len(chosen)}"]
+        volumes = hypervolumes(self._study)
+        if len(volumes):
+            parts.append(f"HV {volumes[-1]:.4f}")
+        rows = self._study.rows()
+        members = [rows[numbers[index]] for index in chosen]
+        scored = [(row.budget_model, row.score.text.nll) for row in members if row.score]
+        rungs = []
+        for rung in LADDER:
+            under = [nll for budget, nll in scored if budget <= rung]
+            if under:
+                rungs.append(f"{rung:.0%} {min(under):.3f}")
+        if rungs:
+            parts.append("nats at " + ", ".join(rungs))
+        return " | ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,275 @@
+"""One run of a study, from its config to its report: the order in which everything happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import yaml
+from rich.console import Console
+
+from actors.types import Prepared, RankfrontError, ReplicaSpec
+from search.config import Config, SamplerSection, parse_config
+from search.cost import CostModel
+from search.evaluations import Evaluations
+from search.files import write_atomic
+from search.identity import config_differences, fingerprint_differences, refuse
+from search.journal import JOURNAL, LOCK, driver_lock, open_journal, repair
+from search.pareto import front
+from search.pool import Job, Machine, Pool, connect, prepare
+from search.records import Evaluation, StudySummary
+from search.references import reference_allocations
+from search.report import write_report
+from search.runner import TICK_SECONDS, Runner, Stop, hypervolumes, minimised, reference_point
+from search.samplers import make_sampler
+from search.screen import Screen
+from search.space import Space
+from search.study import SearchStudy, open_storage_study
+
+CONFIG, PREPARED = "config.yaml", "prepared.json"
+
+# Bytes of a replica beyond its weights: torch, a batch of logits, activations.
+REPLICA_BYTES = 700 * 2**20
+# Weights are there twice (dense and product) and the node's factors are shared: see actors.low_rank.
+WEIGHT_COPIES = 2.5
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study on disk: its config and what was prepared for it."""
+
+    path: Path
+    config: Config
+    prepared: Prepared
+
+    @classmethod
+    def open(cls, path: Path) -> StudyFolder:
+        """Raises RankfrontError where there is no study, or it never got as far as its first trial."""
+        if not (path / CONFIG).exists() or not (path / PREPARED).exists():
+            raise RankfrontError(f"{path} holds no study: no {CONFIG} and {PREPARED} in it")
+        config = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
+        return cls(path, config, Prepared.from_dict(json.loads((path / PREPARED).read_text())))
+
+    def open_study(self, sampler: SamplerSection | None = None) -> SearchStudy:
+        """The study behind the folder, ready to be read and written."""
+        config, cost = self.config, self.cost
+        section = sampler or config.sampler
+        objectives = config.named_objectives
+        study, _ = open_storage_study(open_journal(self.path), config.study, objectives)
+        space = Space(cost, **config.space.model_dump())
+        return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives)
+
+    @property
+    def cost(self) -> CostModel:
+        return CostModel(
+            self.prepared.targets,
+            self.prepared.model_parameters,
+            self.config.storage,
+            self.config.factors.bias,
+        )
+
+
+def find_study(name: str, runs: Path) -> StudyFolder:
+    """A study by the path of its folder, or by its name in `runs`."""
+    path = Path(name)
+    return StudyFolder.open(path if (path / CONFIG).exists() else runs / name)
+
+
+def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
+    """Everything the reports show."""
+    values, numbers = minimised(study)
+    rows = study.rows()
+    chosen = sorted(numbers[front(values)].tolist(), key=lambda number: -rows[number].budget_model)
+    volumes = hypervolumes(study)
+    prepared, config = folder.prepared, folder.config
+    scored = sum(row.score.forward_tokens for row in rows if row.score and row.copied_from is None)
+    facts = {
+        "model": config.model.source,
+        "parameters": f"{prepared.model_parameters:,} ({len(prepared.targets)} targets hold "
+        f"{folder.cost.linear_parameters:,})",
+        "factors": f"{config.factors.method}, bias {config.factors.bias}, {config.factors.dtype}",
+        "storage of a compressed target": config.storage,
+        "calibration": f"{prepared.tokens['calibration']:,} tokens",
+        "search split": _split_fact(prepared, "search"),
+        "test split": _split_fact(prepared, "test"),
+        "space": f"{config.space.group}, {config.space.levels} levels above {config.space.floor:.0%}",
+        "sampler": f"{config.sampler.name}, seed {config.sampler.seed}",
+        "trials": f"{len(rows)}, {scored:,} tokens scored",
+        "factor store": prepared.factor_store,
+        "optuna": optuna.__version__,
+    }
+    return StudySummary(
+        study=config.study,
+        model=config.model.source,
+        objectives=study.objectives,
+        rows=rows,
+        front=tuple(chosen),
+        hypervolume=float(volumes[-1]) if len(volumes) else 0.0,
+        reference=reference_point(study) or (),
+        evaluations=Evaluations(folder.path).rows,
+        facts=facts,
+    )
+
+
+def _split_fact(prepared: Prepared, split: str) -> str:
+    tasks = ", ".join(f"{count} of {name}" for name, count in prepared.examples[split].items())
+    return f"{prepared.tokens[split]:,} tokens of text" + (f"; {tasks}" if tasks else "")
+
+
+def report(folder: StudyFolder, study: SearchStudy) -> StudySummary:
+    """Write the tables, the plots and the page; returns what they show."""
+    summary = summarise(folder, study)
+    write_report(summary, folder.path, folder.prepared.targets)
+    return summary
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: Stop, console: Console) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the loop at its next look; the second ends the process."""
+
+    def handler(number: int, frame: object) -> None:
+        if stop.reason:
+            raise KeyboardInterrupt
+        stop.reason = signal.Signals(number).name
+        console.print(f"{stop.reason}: stopping; what is finished is saved")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _study_folder(path: Path) -> Iterator[None]:
+    """The folder, locked; a folder that nothing came of is taken away again."""
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with driver_lock(path):
+            yield
+    finally:
+        if new and {file.name for file in path.iterdir()} <= {LOCK}:
+            shutil.rmtree(path)
+
+
+def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary, str]:
+    """Run or resume a study: returns its folder, what was found, and why it stopped.
+
+    Raises:
+        RankfrontError: another driver holds the study, it is another study, or it cannot start.
+    """
+    path = config.folder
+    say = _sayer(console)
+    with _study_folder(path):
+        if (path / CONFIG).exists():
+            saved = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
+            refuse(config.study, config_differences(saved, config))
+        repaired = repair(path / JOURNAL)
+        if repaired:
+            say(f"journal: {repaired}")
+        machine = connect()
+        prepared = prepare(config.preparation(), machine, say)
+        if (path / PREPARED).exists():
+            before = json.loads((path / PREPARED).read_text())["fingerprints"]
+            refuse(config.study, fingerprint_differences(before, prepared.fingerprints))
+        write_atomic(path / CONFIG, config.to_yaml())
+        write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
+        folder = StudyFolder(path, config, prepared)
+        study = folder.open_study()
+        study.enqueue(reference_allocations(config.references, folder.cost))
+        stop = Stop()
+        pool = _start_pool(config, prepared, machine, say)
+        try:
+            with stop_on_signals(stop, console):
+                reason = _run(config, study, pool, stop, console)
+                if not stop.reason:
+                    _score_test(folder, study, pool, stop, say)
+        finally:
+            pool.close()
+        return folder, report(folder, study), stop.reason or reason
+
+
+def _sayer(console: Console) -> Callable[[str], None]:
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(f"[dim]{time.monotonic() - start:6.1f} s[/]  {line}", highlight=False, soft_wrap=True)
+
+    return say
+
+
+def _start_pool(config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None]) -> Pool:
+    count, threads = replica_plan(config, prepared, machine)
+    say(f"replicas: {count}, {threads} threads each" + (", one GPU each" if machine.gpus else ""))
+    specs = [
+        ReplicaSpec(f"replica-{index}", config.preparation(), prepared, threads) for index in range(count)
+    ]
+    section = config.replicas
+    return Pool(specs, 1 if machine.gpus else 0, section.attempts, section.trial_seconds)
+
+
+def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[int, int]:
+    """How many replicas, with how many threads each: a GPU each, or what cores and memory allow."""
+    section = config.replicas
+    wanted_threads = 1 if section.threads == "auto" else section.threads
+    if section.count != "auto":
+        count = section.count
+    elif machine.gpus:
+        count = machine.gpus
+    else:
+        itemsize = 4 if config.model.dtype == "float32" else 2
+        each = REPLICA_BYTES + WEIGHT_COPIES * prepared.model_parameters * itemsize
+        count = max(1, min(machine.cores // wanted_threads, int(0.8 * machine.memory / each)))
+    if section.threads == "auto":
+        return count, max(1, machine.cores // count)
+    return count, section.threads
+
+
+def _run(config: Config, study: SearchStudy, pool: Pool, stop: Stop, console: Console) -> str:
+    before = len([row for row in study.rows() if row.state not in ("WAITING", "RUNNING")])
+    with Screen(console, study, config.stop.trials, before) as screen:
+        runner = Runner(study, pool, config.stop, config.sampler.name, stop, screen.redraw)
+        return runner.run()
+
+
+def _score_test(
+    folder: StudyFolder, study: SearchStudy, pool: Pool, stop: Stop, say: Callable[[str], None]
+) -> None:
+    """Score the front and the references once on the test split; known scores are not repeated."""
+    evaluations = Evaluations(folder.path)
+    fingerprint = folder.prepared.fingerprints["test"]
+    values, numbers = minimised(study)
+    rows = study.rows()
+    wanted = [
+        rows[number]
+        for number in sorted(
+            {
+                *numbers[front(values)].tolist(),
+                *(row.number for row in rows if row.finished and row.origin == "dense"),
+            }
+        )
+        if evaluations.get(number, "factors", "test", fingerprint) is None
+    ]
+    if not wanted:
+        return
+    tokens = folder.prepared.tokens["test.forward"]
+    say(f"test split: scoring {len(wanted)} trials of the front, {tokens:,} tokens each")
+    queue = list(wanted)
+    while (queue or pool.outstanding) and not stop.reason:
+        while queue and pool.free:
+            row = queue.pop(0)
+            pool.submit(Job(row.number, row.allocation, "test"))
+        for outcome in pool.wait(TICK_SECONDS):
+            if outcome.score is None:
+                say(f"trial {outcome.job.key} has no test score: {outcome.reason}")
+            else:
+                evaluations.add(Evaluation(outcome.job.key, "factors", "test", fingerprint, outcome.score))

@@ -1,0 +1,251 @@
+"""The study: an ordinary Optuna study on disk, and the in-memory mirror its sampler runs on.
+
+Order of writing: propose -> persist RUNNING -> (dispatch) -> persist the result -> tell the mirror.
+With 200 parameters `study.ask` on a journal writes each parameter apart, most of a second; a trial
+proposed on the mirror is stored whole in one write. The mirror holds the same trials under the same
+numbers; where another process added some, they are taken over before the next proposal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from actors.types import Allocation, RankfrontError, Score
+from search.cost import CostModel
+from search.records import Objective, TrialRow
+from search.samplers import reseed
+from search.space import Space
+
+# Our one attribute at a trial's creation, and our one packed result written before its final state.
+PLAN, RESULT = "rankfront.plan", "rankfront.result"
+IDENTITY = "rankfront.identity"
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial that is RUNNING in the storage and waits for its score."""
+
+    number: int
+    allocation: Allocation
+
+
+def open_storage_study(
+    storage: BaseStorage, name: str, objectives: Sequence[Objective]
+) -> tuple[optuna.Study, bool]:
+    """The Optuna study of that name, created if there is none; says whether it was."""
+    directions = [
+        StudyDirection.MINIMIZE if objective.minimize else StudyDirection.MAXIMIZE for objective in objectives
+    ]
+    known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    if name not in known:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([objective.name for objective in objectives])
+    return study, name not in known
+
+
+class SearchStudy:
+    """One driver's view of a study. The caller holds the study's lock."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        sampler: BaseSampler,
+        seed: int,
+        space: Space,
+        cost: CostModel,
+        objectives: Sequence[Objective],
+    ) -> None:
+        self._study, self._storage = study, study._storage
+        self._sampler, self._seed = sampler, seed
+        self._space, self._cost = space, cost
+        self.objectives = tuple(objectives)
+        self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
+        self._ids: list[int] = []  # storage ids by trial number
+        self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
+        self._plans: dict[int, Allocation] = {}
+        self.sync()
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def sync(self) -> int:
+        """Take over trials that others added to the storage; returns how many."""
+        trials = self._storage.get_all_trials(self._study._study_id, deepcopy=False)
+        new = trials[len(self._ids) :]
+        for trial in new:
+            self._ids.append(trial._trial_id)
+            self._mirror.add_trial(trial)
+            if trial.state == TrialState.COMPLETE:
+                self._scored.setdefault(self._allocation(trial).key, trial.number)
+        return len(new)
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._mirror.get_trials(deepcopy=False, states=states or None)
+
+    def _allocation(self, trial: FrozenTrial) -> Allocation:
+        plan = trial.user_attrs.get(PLAN)
+        if plan is None or "ranks" not in plan:
+            return self._space.allocation(trial.params)
+        names = [target.name for target in self._cost.targets]
+        return Allocation(tuple(zip(names, plan["ranks"], strict=True)))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an enqueued trial waits to be taken up."""
+        return bool(self._trials(TrialState.WAITING))
+
+    @property
+    def started(self) -> int:
+        """Trials that are running or ended."""
+        return len(self._ids) - len(self._trials(TrialState.WAITING))
+
+    def count(self, *states: TrialState) -> int:
+        return len(self._trials(*states))
+
+    def in_flight(self) -> list[Planned]:
+        """Trials that were RUNNING when the last driver ended: to be scored again under their number."""
+        running = self._trials(TrialState.RUNNING)
+        return [Planned(trial.number, self._allocation(trial)) for trial in running]
+
+    def rows(self) -> tuple[TrialRow, ...]:
+        """Every trial, for reports and exports."""
+        return tuple(self._row(trial) for trial in self._trials())
+
+    def _row(self, trial: FrozenTrial) -> TrialRow:
+        plan, result = trial.user_attrs.get(PLAN, {}), trial.user_attrs.get(RESULT, {})
+        allocation = self._allocation(trial) if trial.params else Allocation.dense(self._cost.targets)
+        budgets = self._cost.budgets(allocation)
+        score = Score.from_dict(result["score"]) if "score" in result else None
+        return TrialRow(
+            number=trial.number,
+            state=trial.state.name,
+            origin=plan.get("origin", "enqueued"),
+            allocation=allocation,
+            budget_linear=budgets["budget.linear"],
+            budget_model=budgets["budget.model"],
+            values=tuple(trial.values) if trial.state == TrialState.COMPLETE else None,
+            score=score,
+            seconds=score.seconds if score else None,
+            replica=score.replica if score else None,
+            reason=result.get("reason"),
+            copied_from=result.get("copied_from"),
+        )
+
+    def scored_as(self, allocation: Allocation) -> int | None:
+        """The number of the finished trial that scored this allocation, if there is one."""
+        return self._scored.get(allocation.key)
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def enqueue(self, allocations: Iterable[tuple[Allocation, str]], skip_known: bool = True) -> list[int]:
+        """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out."""
+        known = {self._allocation(t).key for t in self._trials() if t.params} if skip_known else set()
+        numbers = []
+        for allocation, origin in allocations:
+            if allocation.key in known:
+                continue
+            known.add(allocation.key)
+            trial = create_trial(
+                state=TrialState.WAITING,
+                params=self._space.params(allocation),
+                distributions=self._space.distributions,
+                user_attrs={PLAN: self._plan(allocation, origin)},
+            )
+            self._storage.create_new_trial(self._study._study_id, trial)
+            numbers.append(len(self._ids))
+            self.sync()
+        return numbers
+
+    def _plan(self, allocation: Allocation, origin: str) -> dict[str, Any]:
+        return {"origin": origin, "ranks": [rank for _, rank in allocation]}
+
+    def propose(self, origin: str) -> Planned:
+        """The next trial, RUNNING in the storage when this returns: an enqueued one, or the sampler's.
+
+        Raises:
+            RankfrontError: an enqueued trial's parameters are outside the space; it is recorded as failed.
+        """
+        self.sync()
+        reseed(self._sampler, self._seed, len(self._ids))
+        trial = self._mirror.ask(fixed_distributions=self._space.distributions)
+        frozen = self._mirror._storage.get_trial(trial._trial_id)
+        if frozen.number < len(self._ids):
+            return self._take_up(frozen)
+        allocation = self._space.allocation(frozen.params)
+        frozen.user_attrs[PLAN] = self._plan(allocation, origin)
+        self._mirror._storage.set_trial_user_attr(trial._trial_id, PLAN, frozen.user_attrs[PLAN])
+        stored = self._storage.create_new_trial(self._study._study_id, frozen)
+        number = self._storage.get_trial(stored).number
+        if number != frozen.number:
+            # Someone enqueued between our look and our write: start the mirror over from the storage.
+            self._rebuild()
+        else:
+            self._ids.append(stored)
+        return Planned(number, allocation)
+
+    def _take_up(self, frozen: FrozenTrial) -> Planned:
+        """Start a WAITING trial that the mirror just handed out."""
+        stored_id = self._ids[frozen.number]
+        stored = self._storage.get_trial(stored_id)
+        self._storage.set_trial_state_values(stored_id, TrialState.RUNNING)
+        for key, value in frozen.system_attrs.items():
+            if stored.system_attrs.get(key) != value:
+                self._storage.set_trial_system_attr(stored_id, key, value)
+        for name, value in frozen.params.items():
+            if name not in stored.params:
+                distribution = frozen.distributions[name]
+                internal = distribution.to_internal_repr(value)
+                self._storage.set_trial_param(stored_id, name, internal, distribution)
+        try:
+            return Planned(frozen.number, self._allocation(frozen))
+        except RankfrontError as error:
+            self.fail(frozen.number, str(error))
+            raise
+
+    def _rebuild(self) -> None:
+        self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
+        self._ids, self._scored = [], {}
+        self.sync()
+
+    def complete(self, planned: Planned, score: Score, copied_from: int | None = None) -> tuple[float, ...]:
+        """Record a score: result first, then the state, then the mirror. Returns the values."""
+        metrics = {**self._cost.budgets(planned.allocation), **score.metrics}
+        values = tuple(metrics[objective.name] for objective in self.objectives)
+        result: dict[str, Any] = {"score": score.to_dict()}
+        if copied_from is not None:
+            result["copied_from"] = copied_from
+        self._finish(planned.number, TrialState.COMPLETE, values, result)
+        self._scored.setdefault(planned.allocation.key, planned.number)
+        return values
+
+    def copy_score(self, planned: Planned, source: int) -> tuple[float, ...]:
+        """Answer a trial from the record of an equal allocation."""
+        result = self._mirror.get_trials(deepcopy=False)[source].user_attrs[RESULT]
+        return self.complete(planned, Score.from_dict(result["score"]), copied_from=source)
+
+    def fail(self, number: int, reason: str) -> None:
+        """Record a trial as failed, with its reason. It gets no values."""
+        self._finish(number, TrialState.FAIL, None, {"reason": reason})
+
+    def _finish(
+        self, number: int, state: TrialState, values: tuple[float, ...] | None, result: Mapping[str, Any]
+    ) -> None:
+        stored = self._ids[number]
+        self._storage.set_trial_user_attr(stored, RESULT, dict(result))
+        self._storage.set_trial_state_values(stored, state, values)
+        memory = self._mirror._storage
+        mirrored = memory.get_trial_id_from_study_id_trial_number(self._mirror._study_id, number)
+        memory.set_trial_user_attr(mirrored, RESULT, dict(result))
+        self._mirror.tell(number, values, state=state)

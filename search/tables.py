@@ -1,0 +1,164 @@
+"""What a study found, as files for programs: `trials.parquet`, `evaluations.parquet`, `front.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.types import Allocation, Score
+from search.records import Evaluation, StudySummary, TrialRow
+
+INTEGERS = ("tokens", "forward_tokens")
+ALWAYS = ("nll", "nll_stderr", "reasoning.acc", "reasoning.acc_stderr", *INTEGERS)
+"""Score columns that are there even when nothing was scored, so that readers need no special case."""
+
+TRIAL_FIELDS = (
+    ("number", pa.int64()),
+    ("state", pa.string()),
+    ("origin", pa.string()),
+    ("copied_from", pa.int64()),
+    ("reason", pa.string()),
+    ("budget_linear", pa.float64()),
+    ("budget_model", pa.float64()),
+    ("seconds", pa.float64()),
+    ("replica", pa.string()),
+    ("ranks", pa.list_(pa.int32())),
+)
+EVALUATION_FIELDS = (
+    ("trial", pa.int64()),
+    ("variant", pa.string()),
+    ("split", pa.string()),
+    ("fingerprint", pa.string()),
+    ("seconds", pa.float64()),
+    ("replica", pa.string()),
+)
+
+
+def score_values(score: Score) -> dict[str, float | int | None]:
+    """Every metric of a score with its standard error (`<name>_stderr`) and the tokens behind it.
+
+    Whatever is not finite (the standard error of a single example, say) is None.
+    """
+    errors = {"nll_stderr": score.text.stderr, "reasoning.acc_stderr": score.reasoning_stderr}
+    errors.update({f"reasoning.{name}.acc_stderr": task.stderr for name, task in score.tasks.items()})
+    floats = {name: finite(value) for name, value in {**score.metrics, **errors}.items()}
+    return {**floats, "tokens": score.text.tokens, "forward_tokens": score.forward_tokens}
+
+
+def trials_parquet(summary: StudySummary) -> bytes:
+    """One row per trial; `value.<objective>` as told to the study, scores as `<split>.<metric>`.
+
+    `ranks` follows the targets named in the schema metadata (`targets`, JSON); null is dense.
+    """
+    targets = target_names(summary.rows)
+    rows = [_trial(row, summary) for row in summary.rows]
+    objectives = [objective.name for objective in summary.objectives]
+    scored = [f"search.{name}" for name in (*ALWAYS, *(o for o in objectives if not o.startswith("budget.")))]
+    fields = [*TRIAL_FIELDS, *((f"value.{name}", pa.float64()) for name in objectives)]
+    return _parquet(rows, fields, scored, {"targets": json.dumps(targets), **_identity(summary)})
+
+
+def evaluations_parquet(summary: StudySummary) -> bytes:
+    """One row per evaluation, its key and its metrics (unprefixed: `split` is a column here)."""
+    rows = [_evaluation(evaluation) for evaluation in summary.evaluations]
+    return _parquet(rows, EVALUATION_FIELDS, ALWAYS, _identity(summary))
+
+
+def front_json(summary: StudySummary) -> str:
+    """The front with everything needed to rebuild its members, as strict JSON."""
+    by_number = {row.number: row for row in summary.rows}
+    document = {
+        "study": summary.study,
+        "model": summary.model,
+        "objectives": [{"name": o.name, "minimize": o.minimize} for o in summary.objectives],
+        "reference": [finite(value) for value in summary.reference],
+        "hypervolume": finite(summary.hypervolume),
+        "facts": dict(summary.facts),
+        "front": [_member(by_number[number], summary) for number in summary.front],
+    }
+    return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def target_names(rows: Iterable[TrialRow]) -> list[str]:
+    """Names of the targets, in the order every allocation has.
+
+    Raises:
+        ValueError: a trial whose allocation names other targets, or in another order.
+    """
+    names: list[str] | None = None
+    for row in rows:
+        found = [name for name, _ in row.allocation]
+        if names is not None and found != names:
+            raise ValueError(f"trial {row.number}: its targets differ from those of the trials before it")
+        names = found
+    return names or []
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None where it is no finite number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _identity(summary: StudySummary) -> dict[str, str]:
+    return {"study": summary.study, "model": summary.model}
+
+
+def _ranks(allocation: Allocation) -> list[int | None]:
+    return [rank for _, rank in allocation]
+
+
+def _trial(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
+    record: dict[str, Any] = {name: getattr(row, name) for name, _ in TRIAL_FIELDS if name != "ranks"}
+    record["ranks"] = _ranks(row.allocation)
+    if row.values is not None:
+        named = zip(summary.objectives, row.values, strict=True)
+        record.update({f"value.{objective.name}": value for objective, value in named})
+    if row.score is not None:
+        record.update({f"{row.score.split}.{k}": v for k, v in score_values(row.score).items()})
+    return record
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    key = dict(zip(("trial", "variant", "split", "fingerprint"), evaluation.key, strict=True))
+    return {
+        **key,
+        "seconds": evaluation.score.seconds,
+        "replica": evaluation.score.replica,
+        **score_values(evaluation.score),
+    }
+
+
+def _member(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
+    test = summary.test_score(row.number)
+    objectives = [objective.name for objective in summary.objectives]
+    return {
+        "trial": row.number,
+        "origin": row.origin,
+        "budget_linear": row.budget_linear,
+        "budget_model": row.budget_model,
+        "values": dict(zip(objectives, row.values, strict=True)) if row.values is not None else None,
+        "search": score_values(row.score) if row.score is not None else None,
+        "test": score_values(test) if test is not None else None,
+        "ranks": row.allocation.to_dict(),
+    }
+
+
+def _parquet(
+    rows: Sequence[Mapping[str, Any]],
+    fields: Iterable[tuple[str, pa.DataType]],
+    scored: Iterable[str],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """`fields` and `scored` are always columns; other scores follow in the order they are met."""
+    types = dict(fields)
+    for name in [*scored, *(name for row in rows for name in row)]:
+        types.setdefault(name, pa.int64() if name.rpartition(".")[2] in INTEGERS else pa.float64())
+    schema = pa.schema(list(types.items()), metadata=dict(metadata))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), sink)
+    return bytes(sink.getvalue())
