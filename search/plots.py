@@ -71,8 +71,9 @@ def _draw(axis: Axes, panel: Panel) -> None:
     )
     hollow = {"facecolors": "none", "edgecolors": FRONT, "linewidths": 1.5}
     _scatter(axis, panel.test, label="front (test split)", marker="D", s=52, zorder=5, **hollow)
-    uniform = {"color": UNIFORM, "edgecolors": "white", "linewidths": 0.8}
-    _scatter(axis, panel.uniform, label="uniform allocation", marker="s", s=62, zorder=3, **uniform)
+    # A frame, larger than a front marker: uniform allocations that are on the front show as both.
+    uniform = {"facecolors": "none", "edgecolors": UNIFORM, "linewidths": 1.8}
+    _scatter(axis, panel.uniform, label="uniform allocation", marker="s", s=170, zorder=3, **uniform)
     if panel.dense is not None:
         star = {"color": DENSE, "edgecolors": "white", "linewidths": 1.0}
         _scatter(axis, [panel.dense], label="dense model", marker="*", s=330, zorder=6, **star)

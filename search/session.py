@@ -107,7 +107,7 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     }
     return StudySummary(
         study=config.study,
-        model=config.model.source,
+        model=_short_name(config.model.source),
         objectives=study.objectives,
         rows=rows,
         front=tuple(chosen),
@@ -116,6 +116,11 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
         evaluations=Evaluations(folder.path).rows,
         facts=facts,
     )
+
+
+def _short_name(source: str) -> str:
+    """A hub id as it is; of a path or a packaged file its last part."""
+    return source.rsplit("/", 1)[-1] if source.startswith(("/", "package:")) else source
 
 
 def _split_fact(prepared: Prepared, split: str) -> str:

@@ -1,0 +1,55 @@
+"""What the benchmarks share: the quick start's model and text, and tables in Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from actors.preparation import prepare
+from actors.types import PreparationSpec, Prepared
+from search.config import Config, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "runs" / "benchmarks"
+
+
+def quick_start(**sections: object) -> Config:
+    """The quick start's config with some sections replaced, its studies under runs/benchmarks."""
+    raw = yaml.safe_load((ROOT / "configs" / "smollm2.yaml").read_text())
+    return parse_config({**raw, "runs": str(CACHE), **sections})
+
+
+def prepared(spec: PreparationSpec) -> Prepared:
+    """Run the preparation here, printing its progress."""
+    for item in prepare(spec, torch.get_num_threads()):
+        if isinstance(item, Prepared):
+            return item
+        print(item, file=sys.stderr, flush=True)
+    raise RuntimeError("the preparation ended without a result")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine() -> str:
+    """Processor, cores and versions, for the line under a table."""
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.processor(),
+    )
+    cores = len(os.sched_getaffinity(0))
+    return f"{model}, {cores} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
