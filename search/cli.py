@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,14 +74,23 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: 
     console.print("  report.html, front.png   the front, to look at")
     console.print("  front.json, trials.parquet, evaluations.parquet   the same, to compute with")
     more = (folder.config.stop.trials or len(summary.rows)) + 40
+    me = _program()
     console.print("\nNext:", style="bold")
     if reason.startswith("SIG"):
-        console.print(f"  rankfront search {config}   # goes on where it stopped", soft_wrap=True)
-    console.print(f"  rankfront search {config} --trials {more}   # search further", soft_wrap=True)
+        console.print(f"  {me} search {config}   # goes on where it stopped", soft_wrap=True)
+    console.print(f"  {me} search {config} --trials {more}   # search further", soft_wrap=True)
     console.print(
-        f"  rankfront export {folder.path} --budget 0.9   # write the best model at <= 90%", soft_wrap=True
+        f"  {me} export {folder.path} --budget 0.9   # write the best model at <= 90%", soft_wrap=True
     )
-    console.print(f"  rankfront report {folder.path}   # write the report again")
+    console.print(f"  {me} report {folder.path}   # write the report again")
+
+
+def _program() -> str:
+    """How this program can be called again from here: by name where that finds it, else by its path."""
+    found = shutil.which("rankfront")
+    if found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve():
+        return "rankfront"
+    return os.path.relpath(sys.argv[0])
 
 
 @app.command("report")

@@ -5,6 +5,8 @@ Sections are checked one by one and then against each other, so one mistake neve
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -323,12 +325,29 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
             sections[key] = adapter.validate_python(raw[key])
         except ValidationError as error:
             mistakes += [_sentence(key, detail) for detail in error.errors()]
+            with contextlib.suppress(ValidationError):
+                sections[key] = adapter.validate_python(_without(raw[key], error))
     for needs, rule in _RULES:
         if all(need in sections for need in needs):
             mistakes += rule(*(sections[need] for need in needs))
     if mistakes:
         raise ConfigError(where, mistakes)
     return Config(**sections)
+
+
+def _without(value: Any, error: ValidationError) -> Any:
+    """A section less its mistakes, so that what is left of it is still held against the others."""
+    value = copy.deepcopy(value)
+    for detail in sorted(error.errors(), key=lambda detail: str(detail["loc"]), reverse=True):
+        location = detail["loc"]
+        item = next((index for index, step in enumerate(location) if isinstance(step, int)), None)
+        *path, last = location[: None if item is None else item + 1] or ("",)  # an item goes as a whole
+        parent: Any = value
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            for step in path:
+                parent = parent[step]
+            del parent[last]
+    return value
 
 
 def _sentence(section: str, detail: Any) -> str:
