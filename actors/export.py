@@ -11,6 +11,7 @@ from typing import Any
 import scipy.linalg
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -136,7 +137,7 @@ def export(
         (partial / "ranks.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
         lines = check(partial, preparation, prepared, allocation, recorded)
         partial.rename(destination)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"export to {destination}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -173,6 +174,10 @@ def check(
     tolerance = LOGIT_TOLERANCE if preparation.model.dtype == "float32" else 0.05
     if difference > tolerance * largest:
         raise RankfrontError(f"the reloaded logits differ by {difference:.3g} (largest logit {largest:.3g})")
+    if abs(score.text.nll - recorded.text.nll) > tolerance * recorded.text.nll:
+        raise RankfrontError(
+            f"nll is {score.text.nll:.6f} nats/token reloaded, {recorded.text.nll:.6f} recorded"
+        )
     return [
         f"parameters: {stored:,} stored, {stored / prepared.model_parameters:.4f} of the dense model's",
         f"logits of the reloaded folder: max abs difference {difference:.2e} (largest logit {largest:.1f})",

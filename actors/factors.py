@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -78,7 +78,7 @@ def build_store(
         if folder.exists():  # a damaged store, or another run that was faster: ours is whole
             shutil.rmtree(folder)
         partial.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"factor store {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -39,7 +39,10 @@ class TrialLinear(nn.Module):
 
     def install(self, rank: int, store: FactorStore, name: str, tokens: int) -> None:
         """Run at `rank` from now on; `tokens` is how many tokens the trial will send through."""
+        dtype = self.dense.weight.dtype
         left, right, bias = store.rank(name, rank)  # (r, m), (r, n), (m,) or None
+        left, right = left.to(dtype), right.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         rows, cols = self.dense.weight.shape
         self.rank, self._bias = rank, bias if self.dense.bias is None else self._with_own(bias)
         if rank * (rows + cols) * tokens <= rows * cols * (tokens + rank):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -125,12 +126,15 @@ def _download(hub_id: str, revision: str) -> Path:
 
 def load_model(folder: str | Path, source: ModelSource, device: str = "cpu") -> PreTrainedModel:
     """The model of a materialised folder, in evaluation mode, without gradients."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[source.dtype],
-        trust_remote_code=source.trust_remote_code,
-        use_safetensors=True,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[source.dtype],
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (ValueError, OSError, SafetensorError) as error:
+        raise RankfrontError(f"{source.source}: cannot be loaded from safetensors: {error}") from error
     model.requires_grad_(False)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
@@ -207,8 +211,9 @@ def count_parameters(model: nn.Module) -> int:
 def copy_side_files(folder: str | Path, destination: Path) -> None:
     """Tokenizer and generation settings of a model folder, as they are, beside an export."""
     for file in sorted(Path(folder).iterdir()):
-        is_weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
-        if file.is_file() and not is_weights and file.name != "config.json":
+        is_weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
+        wanted = file.suffix in _WEIGHT_SUFFIXES and not is_weights and file.name != "config.json"
+        if file.is_file() and wanted:
             shutil.copyfile(file, destination / file.name)
     settings = destination / "generation_config.json"
     if settings.exists():

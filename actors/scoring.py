@@ -17,7 +17,15 @@ from actors.perplexity import score_text
 from actors.reasoning import PackedTask, pack, score_task
 from actors.tasks import TASKS, load_examples
 from actors.text import fingerprint_windows, text_parts, windows
-from actors.types import Allocation, PreparationSpec, ReplicaSpec, Score, ScoringSpec, digest
+from actors.types import (
+    Allocation,
+    PreparationSpec,
+    RankfrontError,
+    ReplicaSpec,
+    Score,
+    ScoringSpec,
+    digest,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ def _load_task(scoring: ScoringSpec, index: int, split: str, tokenizer: Any, lim
     random.Random(f"{scoring.seed}/{source.name}").shuffle(order)
     border = max(1, round(scoring.search_fraction * len(order)))
     chosen = order[:border] if split == "search" else order[border:]
+    if not chosen:
+        raise RankfrontError(f"{source.source}: {source.name} leaves no example for the {split} split")
     chosen = chosen[: scoring.examples[split]]
     return pack(source.name, TASKS[source.name].normalised, [examples[i] for i in chosen], tokenizer, limit)
 

@@ -132,6 +132,6 @@ def _checked(source: TaskSource, task: Task, number: int, row: Row) -> Example:
         raise RankfrontError(f"{where} cannot be read: {error}") from error
     if not 0 <= example.gold < len(example.continuations):
         raise RankfrontError(f"{where}: answer {example.gold} of {len(example.continuations)} choices")
-    if not all(example.contexts):
+    if not all(context.strip() for context in example.contexts):
         raise RankfrontError(f"{where} has an empty context")
     return example

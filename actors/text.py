@@ -75,9 +75,10 @@ def load_documents(text: TextSource) -> list[str]:
         raise RankfrontError(f"{text.source}: column {text.column!r} holds something other than text")
     if not text.deduplicate:
         return [document for document in column if document.strip()]
-    first = {" ".join(document.split()).casefold(): document for document in reversed(column)}
-    kept = set(map(id, first.values()))
-    return [document for document in column if id(document) in kept and document.strip()]
+    first: dict[str, str] = {}
+    for document in column:
+        first.setdefault(" ".join(document.split()).casefold(), document)
+    return [document for key, document in first.items() if key]
 
 
 def divide(documents: Sequence[str], fractions: Sequence[float]) -> list[list[str]]:

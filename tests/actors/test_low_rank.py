@@ -1,0 +1,196 @@
+"""Trial installation against a model whose weights were truncated in numpy, float64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from actors.calibration import collect_moments
+from actors.factors import FactorStore, build_store
+from actors.low_rank import TrialModel
+from actors.models import list_targets, load_model
+from actors.types import Allocation, FactorSpec, ModelSource, TargetSpec
+
+FEW, MANY = 1, 10**9  # tokens for which a rank below and near full runs as two factors, and as one product
+
+
+@dataclass(frozen=True)
+class Setting:
+    folder: Path
+    targets: tuple[TargetSpec, ...]
+    store: FactorStore
+
+    def dense(self) -> Any:
+        return load_model(self.folder, ModelSource(str(self.folder)))
+
+    def trial(self) -> tuple[Any, TrialModel]:
+        model = self.dense()
+        return model, TrialModel(model, self.targets, self.store)
+
+    def allocation(self, **ranks: int) -> Allocation:
+        """By module name, in every block."""
+        last = {target.name: target.module.split(".")[-1] for target in self.targets}
+        return Allocation.of(
+            {name: ranks[module] for name, module in last.items() if module in ranks}, self.targets
+        )
+
+
+@pytest.fixture(
+    scope="module", params=[("llama", "mean"), ("biased_llama", "mean"), ("biased_llama", "none")]
+)
+def setting(
+    request: pytest.FixtureRequest, ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Setting:
+    which, bias = request.param
+    folder: Path = request.getfixturevalue(which)
+    model = load_model(folder, ModelSource(str(folder)))
+    targets = list_targets(model)
+    place = tmp_path_factory.mktemp("stores") / "store"
+    moments = collect_moments(model, targets, ids)
+    build_store(place, "print", model, targets, moments, FactorSpec(bias=bias))
+    return Setting(folder, targets, FactorStore(place))
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def truncated(setting: Setting, allocation: Allocation, ids: torch.Tensor) -> nn.Module:
+    """The dense model with every chosen weight and bias replaced by what numpy makes of its inputs.
+
+    W_r = V_r V_r^T W, V the eigenvectors of the outputs' second moment; b_r = b + (W - W_r) mu.
+    """
+    model = setting.dense()
+    reference = copy.deepcopy(model)
+    mean_bias = setting.store.manifest["bias"] == "mean"
+    for name, rank in allocation:
+        if rank is None:
+            continue
+        layer = model.get_submodule(name)
+        seen: list[torch.Tensor] = []
+        handle = layer.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0]))
+        logits(model, ids)
+        handle.remove()
+        inputs = seen[0].flatten(0, 1).double().numpy()
+        weight, mu = layer.weight.double().numpy(), inputs.mean(0)
+        outputs = (inputs - mu if mean_bias else inputs) @ weight.T
+        basis = np.linalg.eigh(outputs.T @ outputs)[1][:, ::-1][:, :rank]
+        cut = basis @ basis.T @ weight
+        bias = layer.bias.double().numpy() if layer.bias is not None else np.zeros(len(weight))
+        if mean_bias:
+            bias = bias + (weight - cut) @ mu
+        replacement = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            replacement.weight.copy_(torch.from_numpy(cut))
+            replacement.bias.copy_(torch.from_numpy(bias))
+        reference.set_submodule(name, replacement)
+    return reference
+
+
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_an_allocation_computes_what_the_truncated_weights_do(
+    tokens: int, setting: Setting, ids: torch.Tensor
+) -> None:
+    allocation = setting.allocation(q_proj=12, v_proj=9, o_proj=20, up_proj=24, down_proj=28)
+    model, trial = setting.trial()
+    trial.install(allocation, tokens)
+    found, dense = logits(model, ids[:4]), logits(setting.dense(), ids[:4])
+    expected = logits(truncated(setting, allocation, ids), ids[:4])
+    assert largest_difference(found, expected) < 1e-4
+    assert largest_difference(dense, expected) > 0.05  # the ranks chosen do change the model
+
+
+def test_both_products_agree_and_the_cheaper_one_runs(setting: Setting) -> None:
+    _, trial = setting.trial()
+    target = next(target for target in setting.targets if target.module == "mlp.up_proj")
+    m, n = target.rows, target.cols
+    x = torch.randn(50, n, generator=torch.Generator().manual_seed(0))
+    for rank in (1, 10, 21, 22, 31, 32):  # mn / (m + n) = 21.3
+        allocation = Allocation.of({target.name: rank}, setting.targets)
+        outputs, operations = [], []
+        for tokens in (FEW, MANY):
+            trial.install(Allocation.dense(setting.targets), tokens)
+            trial.install(allocation, tokens)
+            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+                outputs.append(trial.layer(target.name)(x))
+            operations.append(counter.get_total_flops() // (2 * len(x)))
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+        # for one token the product A B costs more than it saves; for many it is spread to nothing
+        assert operations == [r_mn := rank * (m + n), min(r_mn, m * n)]
+
+
+def test_both_products_give_the_same_logits(setting: Setting, ids: torch.Tensor) -> None:
+    allocation = setting.allocation(q_proj=30, k_proj=15, gate_proj=30, down_proj=30)
+    found = []
+    for tokens in (FEW, MANY):
+        model, trial = setting.trial()
+        trial.install(allocation, tokens)
+        found.append(logits(model, ids[:2]))
+    assert largest_difference(*found) < 1e-5
+
+
+def test_dense_again_is_the_dense_model_to_the_bit(setting: Setting, ids: torch.Tensor) -> None:
+    model, trial = setting.trial()
+    before = logits(setting.dense(), ids[:2])
+    assert torch.equal(logits(model, ids[:2]), before)  # wrapped, nothing installed
+    for tokens in (FEW, MANY):
+        trial.install(setting.allocation(q_proj=5, up_proj=31, down_proj=31), tokens)
+        assert not torch.equal(logits(model, ids[:2]), before)
+        trial.install(Allocation.dense(setting.targets), tokens)
+        assert torch.equal(logits(model, ids[:2]), before)
+
+
+def test_the_order_of_trials_leaves_no_trace(setting: Setting, ids: torch.Tensor) -> None:
+    one, other = setting.allocation(q_proj=30, up_proj=10), setting.allocation(q_proj=7, down_proj=31)
+    model, trial = setting.trial()
+    trial.install(one, MANY)
+    alone = logits(model, ids[:2])
+    for allocation in (other, Allocation.dense(setting.targets), other, one):
+        trial.install(allocation, MANY)
+    assert torch.equal(logits(model, ids[:2]), alone)
+
+
+def test_only_changed_targets_are_touched(setting: Setting) -> None:
+    _, trial = setting.trial()
+    assert trial.install(Allocation.dense(setting.targets), MANY) == 0
+    allocation = setting.allocation(q_proj=5, up_proj=20)
+    assert trial.install(allocation, MANY) == 6
+    assert trial.install(allocation, MANY) == 0
+    changed = allocation.to_dict() | {"model.layers.1.mlp.up_proj": 21, "model.layers.2.mlp.down_proj": 3}
+    assert trial.install(Allocation.of(changed, setting.targets), MANY) == 2
+    assert trial.install(Allocation.dense(setting.targets), MANY) == 7
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize(
+    ("model_dtype", "store_dtype"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
+)
+def test_the_model_and_its_factors_may_differ_in_precision(
+    model_dtype: str, store_dtype: str, tokens: int, llama: Path, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """The config sets `model.dtype` and `factors.dtype` apart."""
+    model = load_model(llama, ModelSource(str(llama), dtype=model_dtype))
+    targets = list_targets(model)
+    moments = collect_moments(model, targets, ids)
+    build_store(tmp_path / "store", "print", model, targets, moments, FactorSpec(dtype=store_dtype))
+    dense = logits(model, ids[:2]).float()
+    trial = TrialModel(model, targets, FactorStore(tmp_path / "store"))
+    trial.install(Allocation(tuple((t.name, t.full_rank) for t in targets)), tokens)
+    found = logits(model, ids[:2])
+    assert found.dtype == getattr(torch, model_dtype)
+    # full rank is the dense model but for rounding: 21 layers of a few parts in 2^8
+    assert ((found.float() - dense).square().mean() / dense.square().mean()).sqrt() < 0.1

@@ -1,0 +1,234 @@
+"""Which models are taken, what is refused and never run, and which layers are targets."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers.normalizers import Lowercase
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, PretrainedConfig, T5Config
+
+from actors.models import (
+    copy_side_files,
+    count_parameters,
+    decoder_blocks,
+    fingerprint,
+    fingerprint_tokenizer,
+    list_targets,
+    load_model,
+    load_tokenizer,
+    materialise,
+)
+from actors.types import ModelSource, RankfrontError, TargetSpec
+
+HIDDEN, INTERMEDIATE, KEYS = 32, 64, 16
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEYS, HIDDEN),
+    "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def config_folder(folder: Path, config: PretrainedConfig) -> ModelSource:
+    config.save_pretrained(folder)
+    return ModelSource(str(folder))
+
+
+def test_targets_are_the_linear_layers_of_the_blocks_in_order(llama: Path, biased_llama: Path) -> None:
+    for folder, bias in ((llama, False), (biased_llama, True)):
+        model = load_model(folder, ModelSource(str(folder)))
+        assert list_targets(model) == tuple(
+            TargetSpec(f"model.layers.{block}.{module}", rows, cols, bias, block, module)
+            for block in range(3)
+            for module, (rows, cols) in SHAPES.items()
+        )
+
+
+def test_include_and_exclude_choose_by_shell_patterns(llama: Path) -> None:
+    model = load_model(llama, ModelSource(str(llama)))
+    chosen = list_targets(model, include=("*.1.*", "*.down_proj"), exclude=("*.self_attn.[qk]_proj",))
+    assert [target.name.removeprefix("model.layers.") for target in chosen] == [
+        "0.mlp.down_proj",
+        "1.self_attn.v_proj",
+        "1.self_attn.o_proj",
+        "1.mlp.gate_proj",
+        "1.mlp.up_proj",
+        "1.mlp.down_proj",
+        "2.mlp.down_proj",
+    ]
+    with pytest.raises(RankfrontError, match=r"leaves none of 21 linear layers, such as model\.layers\.0\."):
+        list_targets(model, include=("*.MLP.*",))
+
+
+def test_a_loaded_model_computes_what_was_saved(llama: Path) -> None:
+    plain = transformers.LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    model = load_model(llama, ModelSource(str(llama)))
+    probe = torch.arange(20)[None]
+    assert torch.equal(model(probe).logits, plain(probe).logits)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    half = load_model(llama, ModelSource(str(llama), dtype="bfloat16"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_tied_parameters_count_once(llama: Path, biased_llama: Path) -> None:
+    linear = sum(rows * cols for rows, cols in SHAPES.values())
+    biases = sum(rows for rows, _ in SHAPES.values())
+    embedding, norms = 384 * HIDDEN, 7 * HIDDEN
+    tied = load_model(llama, ModelSource(str(llama)))
+    assert count_parameters(tied) == 3 * linear + embedding + norms
+    own_head = load_model(biased_llama, ModelSource(str(biased_llama)))
+    assert count_parameters(own_head) == 3 * (linear + biases) + 2 * embedding + norms
+
+
+def test_blocks_are_the_largest_list() -> None:
+    model = nn.Module()
+    model.heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+    model.decoder = nn.Module()
+    model.decoder.blocks = nn.ModuleList([nn.Linear(9, 9)])
+    prefix, blocks = decoder_blocks(model)
+    assert prefix == "decoder.blocks"
+    assert blocks is model.decoder.blocks
+    with pytest.raises(RankfrontError, match="Sequential has no list of decoder blocks"):
+        decoder_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_materialise_uses_a_safetensors_folder_where_it_is(llama: Path, tmp_path: Path) -> None:
+    assert materialise(ModelSource(str(llama)), tmp_path) == llama.resolve()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    source = config_folder(tmp_path / "t5", T5Config(d_model=8, num_layers=1))
+    with pytest.raises(RankfrontError, match="'t5' is not a causal language model"):
+        materialise(source, tmp_path)
+
+
+def test_classifiers_are_refused(tmp_path: Path) -> None:
+    source = config_folder(tmp_path / "vit", transformers.ViTConfig())
+    with pytest.raises(RankfrontError, match="'vit' is not a causal language model"):
+        materialise(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MixtralConfig(num_local_experts=2), transformers.Qwen3MoeConfig(), transformers.DeepseekV3Config()],
+    ids=lambda config: config.model_type,
+)
+def test_mixtures_of_experts_are_refused(config: PretrainedConfig, tmp_path: Path) -> None:
+    source = config_folder(tmp_path / "moe", config)
+    with pytest.raises(RankfrontError, match="mixes experts, which has no adapter yet"):
+        materialise(source, tmp_path)
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(RankfrontError, match=r"no config\.json; a model is a folder with one or a \.gguf"):
+        materialise(ModelSource(str(tmp_path)), tmp_path)
+
+
+def test_a_config_of_no_known_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "not-a-model"}))
+    with pytest.raises(RankfrontError, match="cannot be read as a model"):
+        materialise(ModelSource(str(tmp_path)), tmp_path)
+
+
+def test_a_model_without_linear_layers_says_so(tmp_path: Path) -> None:
+    """GPT-2's projections are transformers' Conv1D, whose weight lies the other way round."""
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    with pytest.raises(
+        RankfrontError, match=r"GPT2LMHeadModel has no targets: no torch\.nn\.Linear in its 2"
+    ):
+        list_targets(GPT2LMHeadModel(config))
+
+
+def test_pickled_weights_are_refused_and_never_unpickled(llama: Path, tmp_path: Path) -> None:
+    folder, trap = tmp_path / "model", tmp_path / "sprung"
+    shutil.copytree(llama, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(RankfrontError, match=r"safetensors"):
+        load_model(folder, ModelSource(str(folder)))
+    assert not trap.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert trap.exists()  # the trap works
+
+
+def test_remote_code_is_refused_and_never_run(tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Config: pass\n")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": names}))
+    with pytest.raises(RankfrontError, match="trust_remote_code"):
+        materialise(ModelSource(str(folder)), tmp_path)
+    assert not sprung.exists()
+
+
+def test_fingerprint_is_of_files_and_precision(llama: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(llama, copy)
+    source = ModelSource(str(copy))
+    before = fingerprint(source)
+    assert before == fingerprint(ModelSource(str(llama)))
+    (copy / "README.md").write_text("a note beside the model")
+    assert before == fingerprint(source)
+    assert before != fingerprint(ModelSource(str(copy), dtype="bfloat16"))
+    with (copy / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        last = weights.read(1)
+        weights.seek(-1, 2)
+        weights.write(bytes([last[0] ^ 1]))
+    assert before != fingerprint(source)
+
+
+def test_tokenizer_fingerprint_is_of_what_it_does(llama: Path) -> None:
+    source = ModelSource(str(llama))
+    one, other = load_tokenizer(llama, source), load_tokenizer(llama, source)
+    assert fingerprint_tokenizer(one) == fingerprint_tokenizer(other)
+    other.add_tokens(["<new>"])
+    assert fingerprint_tokenizer(one) != fingerprint_tokenizer(other)
+    lower = load_tokenizer(llama, source)
+    lower.backend_tokenizer.normalizer = Lowercase()
+    assert fingerprint_tokenizer(one) != fingerprint_tokenizer(lower)
+
+
+def test_side_files_leave_weights_and_config_behind(llama: Path, tmp_path: Path) -> None:
+    copy_side_files(llama, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (tmp_path / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+def test_side_files_never_hold_a_pickle(llama: Path, tmp_path: Path) -> None:
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    shutil.copytree(llama, source)
+    destination.mkdir()
+    for name in ("pytorch_model.bin", "optimizer.pt", "model.pth", "training_args.bin", "state.pkl"):
+        (source / name).write_bytes(pickle.dumps({}))
+    copy_side_files(source, destination)
+    assert {file.suffix for file in destination.iterdir()} == {".json"}

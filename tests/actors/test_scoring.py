@@ -1,0 +1,143 @@
+"""Splits that share nothing, and a scorer whose answers are those of the installed model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from transformers import LlamaForCausalLM
+
+from actors.models import load_tokenizer
+from actors.preparation import prepare
+from actors.scoring import Scorer, load_split
+from actors.types import (
+    Allocation,
+    PreparationSpec,
+    Prepared,
+    ReplicaSpec,
+    ScoringError,
+)
+from search.config import Config, parse_config
+from search.cost import CostModel
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    scoring = {"examples": {"search": 100, "test": 100}, "tokens": {"search": 10**6, "test": 10**6}}
+    return parse_config(tiny.tiny_config(tmp_path_factory.mktemp("scoring"), scoring=scoring))
+
+
+@pytest.fixture(scope="module")
+def prepared(config: Config) -> Prepared:
+    *_, prepared = prepare(config.preparation())
+    assert isinstance(prepared, Prepared)
+    return prepared
+
+
+@pytest.fixture
+def replica(config: Config, prepared: Prepared) -> ReplicaSpec:
+    return ReplicaSpec("r7", config.preparation(), prepared, threads=1, device="cpu")
+
+
+def test_the_splits_share_no_question_and_leave_none_out(config: Config) -> None:
+    spec = config.preparation()
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    search, test = (load_split(spec, split, tokenizer, 256) for split in ("search", "test"))
+    for one, other, rows in zip(search.tasks, test.tasks, (tiny.arc_rows(), tiny.piqa_rows()), strict=True):
+        questions = [{example.contexts[0] for example in task.examples} for task in (one, other)]
+        assert questions[0].isdisjoint(questions[1])
+        asked = {row["question" if "question" in row else "goal"] for row in rows}
+        assert questions[0] | questions[1] == {f"Question: {question}\nAnswer:" for question in asked}
+        assert (len(one.examples), len(other.examples)) == (6, 24)  # a fifth and the rest of 30
+
+
+def test_the_splits_share_no_text(config: Config) -> None:
+    spec = config.preparation()
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    texts = [
+        tokenizer.decode(load_split(spec, split, tokenizer, 256).windows.flatten())
+        for split in ("search", "test")
+    ]
+    found = [{i for i, document in enumerate(tiny.documents()) if document[40:90] in text} for text in texts]
+    assert all(len(documents) > 4 for documents in found)
+    assert max(found[0]) < min(found[1])
+
+
+def test_caps_take_the_first_of_the_same_order(config: Config) -> None:
+    """A larger cap adds examples and windows; it never exchanges them."""
+    whole = config.preparation()
+    capped = replace(whole.scoring, examples={"search": 2, "test": 7}, tokens={"search": 96, "test": 64})
+    tokenizer = load_tokenizer(whole.model.source, whole.model)
+    for split in ("search", "test"):
+        full = load_split(whole, split, tokenizer, 256)
+        part = load_split(replace(whole, scoring=capped), split, tokenizer, 256)
+        assert part.windows.tolist() == full.windows[: len(part.windows)].tolist()
+        assert part.windows.numel() == capped.tokens[split]
+        for one, other in zip(part.tasks, full.tasks, strict=True):
+            assert one.examples == other.examples[: capped.examples[split]]
+        assert part.tokens == part.windows.numel() + sum(task.tokens for task in part.tasks)
+        assert part.fingerprint != full.fingerprint
+
+
+def plain_nll(spec: PreparationSpec, windows: torch.Tensor) -> float:
+    model = LlamaForCausalLM.from_pretrained(spec.model.source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return sum(model(row[None], labels=row[None]).loss.item() for row in windows) / len(windows)
+
+
+def test_the_dense_allocation_scores_as_the_plain_model(replica: ReplicaSpec) -> None:
+    scorer = Scorer(replica)
+    score = scorer.score(Allocation.dense(replica.prepared.targets))
+    assert score.text.nll == pytest.approx(
+        plain_nll(replica.preparation, scorer.split("search").windows), rel=1e-5
+    )
+    assert (score.split, score.replica) == ("search", "r7")
+    assert score.forward_tokens == replica.prepared.tokens["search.forward"]
+    assert {name: task.examples for name, task in score.tasks.items()} == {"arc_easy": 6, "piqa": 6}
+    assert score.text.name == "text@32"
+
+
+def test_a_score_depends_on_its_allocation_only(replica: ReplicaSpec) -> None:
+    """Whatever was scored before, on whichever split, in a scorer new or old: equal to the bit."""
+    targets = replica.prepared.targets
+    cost = CostModel(targets, replica.prepared.model_parameters, "pivoted", "mean")
+    half, most = cost.uniform(0.5), cost.uniform(0.9)
+
+    def values(scorer: Scorer, allocation: Allocation, split: str = "search") -> dict[str, float]:
+        return scorer.score(allocation, split).metrics
+
+    used = Scorer(replica)
+    first = values(used, half)
+    assert values(used, most) != first
+    values(used, Allocation.dense(targets))
+    values(used, most, "test")
+    assert values(used, half) == first
+    assert values(Scorer(replica), half) == first
+
+
+def test_less_is_kept_more_is_lost(replica: ReplicaSpec) -> None:
+    """At full rank nothing is lost; at rank one of everything the loss is far above dense."""
+    targets = replica.prepared.targets
+    scorer = Scorer(replica)
+    dense = scorer.score(Allocation.dense(targets)).text.nll
+    full = scorer.score(Allocation(tuple((t.name, t.full_rank) for t in targets))).text.nll
+    assert full == pytest.approx(dense, rel=1e-4)
+    one = scorer.score(Allocation(tuple((t.name, 1) for t in targets))).text
+    assert abs(one.nll - dense) > 0.05
+    assert math.isfinite(one.nll)
+
+
+def test_a_broken_model_fails_and_the_scorer_lives_on(replica: ReplicaSpec) -> None:
+    dense = Allocation.dense(replica.prepared.targets)
+    scorer = Scorer(replica)
+    before = scorer.score(dense).metrics
+    norm = scorer.model.get_submodule("model.norm").weight
+    kept = norm.clone()
+    norm.fill_(torch.nan)
+    with pytest.raises(ScoringError, match="text@32: non-finite loss"):
+        scorer.score(dense)
+    norm.copy_(kept)
+    assert scorer.score(dense).metrics == before

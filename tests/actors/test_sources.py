@@ -1,0 +1,164 @@
+"""Names of models and data: the three forms, what is refused, and fingerprints of files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from actors import sources
+from actors.sources import Source, fingerprint_files
+from actors.types import RankfrontError
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package that fails when it is run."""
+    folder = tmp_path / "site" / "tiny_packaged"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise AssertionError('a data package was run')")
+    (folder / "data" / "model.gguf").write_text("weights")
+    (tmp_path / "site" / "secret.txt").write_text("not of the package")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id", "revision"),
+    [
+        ("gpt2", "gpt2", None),
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B", None),
+        ("org/name@v1.0", "org/name", "v1.0"),
+        ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
+        ("hub:org/name@main", "org/name", "main"),
+    ],
+)
+def test_hub_ids(
+    name: str, hub_id: str, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = Source.parse(name)
+    assert (place.hub_id, place.revision, place.path) == (hub_id, revision, None)
+
+
+def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("./models", "~/models", str(tmp_path / "models"), "./models/../models"):
+        place = Source.parse(name)
+        assert place.path == (tmp_path / "models").resolve()
+        assert place.name == str(place.path)  # a saved config means the same from any folder
+        assert place.hub_id is None
+
+
+def test_a_local_path_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RankfrontError, match=r"no file or folder .*/nowhere"):
+        Source.parse(str(tmp_path / "nowhere"))
+
+
+def test_packaged_file_is_found_without_running_the_package(package: Path) -> None:
+    place = Source.parse("package:tiny_packaged/data/model.gguf")
+    assert place.path == (package / "data" / "model.gguf").resolve()
+    assert place.name == "package:tiny_packaged/data/model.gguf"
+
+
+@pytest.mark.parametrize("inner", ["../secret.txt", "data/../../secret.txt", "/etc/hostname", "link.txt"])
+def test_nothing_outside_a_package_is_reached_through_it(package: Path, inner: str) -> None:
+    (package / "link.txt").symlink_to(package.parent / "secret.txt")
+    with pytest.raises(RankfrontError, match="leaves the package 'tiny_packaged'"):
+        Source.parse(f"package:tiny_packaged/{inner}")
+
+
+def test_missing_packages_and_files(package: Path) -> None:
+    with pytest.raises(RankfrontError, match=r"the package 'tiny_packaged' has no 'data/other\.gguf'"):
+        Source.parse("package:tiny_packaged/data/other.gguf")
+    for name in ("no_such_package/x", "colorsys/x", "tiny_packaged.data/model.gguf", "/x", ""):
+        with pytest.raises(RankfrontError, match="no Python package"):
+            Source.parse(f"package:{name}")
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_ambiguous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RankfrontError, match=r"write \./org/name or hub:org/name"):
+        Source.parse("org/name")
+    assert Source.parse("hub:org/name").hub_id == "org/name"
+    assert Source.parse("./org/name").path == (tmp_path / "org" / "name").resolve()
+
+
+@pytest.mark.parametrize("name", ["", "two words", "org/name/more", "https://host/x", "org/name@", "C:\\x"])
+def test_what_is_no_source(name: str) -> None:
+    with pytest.raises(RankfrontError, match="is no source: write a hub id"):
+        Source.parse(name)
+
+
+def tree(folder: Path) -> Path:
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a.safetensors").write_bytes(b"0123456789")
+    (folder / "inner" / "config.json").write_bytes(b"{}")
+    return folder
+
+
+def test_fingerprint_is_of_names_and_contents_not_of_the_place(tmp_path: Path) -> None:
+    here, there = tree(tmp_path / "here"), tree(tmp_path / "there")
+    assert fingerprint_files(here) == fingerprint_files(there)
+    (there / ".lock").write_bytes(b"hidden files do not count")
+    assert fingerprint_files(here) == fingerprint_files(there)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "a.safetensors").write_bytes(b"0123456780"),
+        lambda folder: (folder / "a.safetensors").write_bytes(b"012345678"),
+        lambda folder: (folder / "a.safetensors").rename(folder / "b.safetensors"),
+        lambda folder: (folder / "inner" / "config.json").rename(folder / "config.json"),
+        lambda folder: (folder / "empty.json").write_bytes(b""),
+        lambda folder: shutil.rmtree(folder / "inner"),
+    ],
+    ids=["content", "size", "name", "folder", "added", "removed"],
+)
+def test_fingerprint_changes_with(change: object, tmp_path: Path) -> None:
+    folder = tree(tmp_path / "model")
+    before = fingerprint_files(folder)
+    change(folder)  # type: ignore[operator]
+    assert fingerprint_files(folder) != before
+
+
+def test_suffixes_choose_files_of_a_folder(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "model")
+    before = fingerprint_files(folder, (".safetensors",))
+    (folder / "inner" / "config.json").write_bytes(b"changed")
+    assert fingerprint_files(folder, (".safetensors",)) == before
+    (folder / "a.safetensors").write_bytes(b"changed")
+    assert fingerprint_files(folder, (".safetensors",)) != before
+
+
+def test_large_files_are_sampled_at_both_ends_and_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, sample, samples = 10_000, 100, 11
+    monkeypatch.setattr(sources, "_WHOLE_FILE_BYTES", 1_000)
+    monkeypatch.setattr(sources, "_SAMPLE_BYTES", sample)
+    monkeypatch.setattr(sources, "_SAMPLES", samples)
+    file = tmp_path / "model.gguf"
+
+    def fingerprint_with(position: int | None, length: int = size) -> str:
+        content = bytearray(length)
+        if position is not None:
+            content[position] = 1
+        file.write_bytes(content)
+        return fingerprint_files(file)
+
+    plain = fingerprint_with(None)
+    starts = [round(i * (size - sample) / (samples - 1)) for i in range(samples)]
+    for start in starts:  # the first and the last byte of every sample, so of the file too
+        assert fingerprint_with(start) != plain
+        assert fingerprint_with(start + sample - 1) != plain
+    assert fingerprint_with(None, size + 1) != plain
+    assert fingerprint_with(starts[1] - 1) == plain  # between two samples: sampled, not read whole
+    assert fingerprint_with(None) == plain

@@ -1,0 +1,178 @@
+"""Documents to windows: loading, repeats, disjoint parts, token windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.text import divide, fingerprint_windows, load_documents, load_table, text_parts, windows
+from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+
+ROWS = [{"text": "first, „quoted”", "n": 1}, {"text": 'second "line"', "n": 2}, {"text": "third", "n": 3}]
+TEXTS = [row["text"] for row in ROWS]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converted tables land below the test's folder, not in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def saved(folder: Path, column: list, name: str = "text") -> TextSource:
+    datasets.Dataset.from_dict({name: column}).save_to_disk(str(folder))
+    return TextSource(str(folder))
+
+
+def write(path: Path) -> Path:
+    table = datasets.Dataset.from_list(ROWS)
+    if path.suffix == ".parquet":
+        table.to_parquet(str(path))
+    elif path.suffix == ".csv":
+        table.to_csv(str(path), index=False)
+    elif path.suffix in (".jsonl", ".json"):
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8")
+    else:
+        table.save_to_disk(str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl", "t.json", "folder"])
+def test_every_kind_of_table_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    table = load_table(str(write(tmp_path / name)))
+    assert [dict(row) for row in table] == ROWS
+
+
+def test_a_text_file_is_a_table_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    assert load_table(str(tmp_path / "t.txt"))["text"][:] == TEXTS
+
+
+def test_a_split_of_a_saved_dictionary(tmp_path: Path) -> None:
+    whole = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": whole, "test": whole.select([2])}).save_to_disk(str(tmp_path / "t"))
+    assert load_table(str(tmp_path / "t"), split="test")["text"][:] == ["third"]
+    assert load_table(str(tmp_path / "t" / "train"), split="test")["text"][:] == TEXTS
+    with pytest.raises(RankfrontError, match=r"t/dev holds no saved data set; beside it: test, train"):
+        load_table(str(tmp_path / "t"), split="dev")
+
+
+def test_unknown_kinds_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "t.pkl").write_bytes(b"")
+    with pytest.raises(RankfrontError, match=r"ends in one of \.parquet, \.jsonl, \.json, \.csv, \.txt"):
+        load_table(str(tmp_path / "t.pkl"))
+
+
+def test_a_missing_column_is_named_with_those_there(tmp_path: Path) -> None:
+    saved(tmp_path / "t", TEXTS, "passage")
+    with pytest.raises(RankfrontError, match=r"no column 'text'; there are passage"):
+        load_documents(TextSource(str(tmp_path / "t")))
+
+
+@pytest.mark.parametrize("column", [[1, 2], ["text", None], [["a", "list"]]])
+def test_a_column_of_something_else_is_refused(column: list, tmp_path: Path) -> None:
+    source = saved(tmp_path / "t", column)
+    with pytest.raises(RankfrontError, match="column 'text' holds something other than text"):
+        load_documents(source)
+
+
+def test_empty_documents_are_dropped_and_repeats_kept_unless_asked(tmp_path: Path) -> None:
+    source = saved(tmp_path / "t", ["b", "", "a", " \n", "b"])
+    assert load_documents(source) == ["b", "a", "b"]
+
+
+def test_deduplication_keeps_the_first_of_each_in_order(tmp_path: Path) -> None:
+    """Documents are the same when they differ in case and white space only."""
+    column = ["Two words", "one", "two  WORDS", "", "ONE ", "three", "Two\nwords", "one", "straße", "STRASSE"]
+    source = saved(tmp_path / "t", column)
+    kept = load_documents(TextSource(source.source, deduplicate=True))
+    assert kept == ["Two words", "one", "three", "straße"]
+
+
+def test_deduplication_of_one_letter_documents(tmp_path: Path) -> None:
+    """Python keeps one object for each of these strings, so identity says nothing."""
+    source = saved(tmp_path / "t", ["a", "b", "a", "a"])
+    assert load_documents(TextSource(source.source, deduplicate=True)) == ["a", "b"]
+
+
+FRACTIONS = st.lists(st.integers(1, 10), min_size=1, max_size=4).map(lambda w: [x / sum(w) for x in w])
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=30), max_size=25), FRACTIONS)
+def test_divide_gives_contiguous_parts_of_about_the_asked_size(documents: list, fractions: list) -> None:
+    """Every border lies within half a document of where the fractions put it."""
+    parts = divide(documents, fractions)
+    assert len(parts) == len(fractions)
+    assert [document for part in parts for document in part] == documents
+    lengths = [sum(map(len, part)) for part in parts]
+    half = max(map(len, documents), default=0) / 2
+    for index in range(len(parts)):
+        asked = sum(fractions[: index + 1]) * sum(lengths)
+        assert abs(sum(lengths[: index + 1]) - asked) <= half + 1e-6
+
+
+def test_the_three_parts_of_one_text_are_disjoint_and_whole(tmp_path: Path) -> None:
+    text = TextSource(str(tiny.tiny_text(tmp_path / "text")))
+    calibration = CalibrationSpec(text, tokens=64, window=32)
+    parts = text_parts(calibration, ScoringSpec(text, 32, {}, search_fraction=0.25), 0.4)
+    assert [*parts] == ["calibration", "search", "test"]
+    assert [*parts["calibration"], *parts["search"], *parts["test"]] == tiny.documents()
+    sizes = {name: sum(map(len, documents)) for name, documents in parts.items()}
+    share = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+    assert share == pytest.approx({"calibration": 0.4, "search": 0.15, "test": 0.45}, abs=0.02)
+
+
+def test_a_calibration_text_of_its_own_is_taken_whole(tmp_path: Path) -> None:
+    text = TextSource(str(tiny.tiny_text(tmp_path / "text")))
+    own = saved(tmp_path / "own", TEXTS)
+    scoring = ScoringSpec(text, 32, {}, search_fraction=0.5)
+    parts = text_parts(CalibrationSpec(own, 64, 32), scoring, 0.4)
+    assert parts["calibration"] == TEXTS
+    assert [*parts["search"], *parts["test"]] == tiny.documents()
+    # the same folder read otherwise is another text: it is whole and may overlap, as asked
+    joined = text_parts(CalibrationSpec(TextSource(text.source, join=" "), 64, 32), scoring, 0.4)
+    assert joined["calibration"] == tiny.documents()
+
+
+def test_windows_are_consecutive_pieces_of_the_joined_text() -> None:
+    tokenizer, documents = tiny.tiny_tokenizer(), tiny.documents(5)
+    expected = tokenizer.encode("\n--\n".join(documents), add_special_tokens=False)
+    found = windows(documents, "\n--\n", tokenizer, window=32, tokens=10**9)
+    assert found.dtype == torch.int64
+    assert found.shape == (len(expected) // 32, 32)
+    assert found.flatten().tolist() == expected[: found.numel()]
+    assert windows(documents, "\n--\n", tokenizer, 32, 100).tolist() == found[:3].tolist()
+
+
+def test_windows_of_a_tokenizer_that_adds_special_tokens_have_none() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tiny_tokenizer()
+    plain = windows(tiny.documents(5), " ", tokenizer, 32, 320)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("text")["input_ids"][0] == tokenizer.eos_token_id
+    assert windows(tiny.documents(5), " ", tokenizer, 32, 320).tolist() == plain.tolist()
+
+
+def test_too_short_a_text_says_how_short() -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    count = len(tokenizer("short text")["input_ids"])
+    with pytest.raises(RankfrontError, match=rf"{count} tokens in 1 documents, a window needs 32"):
+        windows(["short text"], " ", tokenizer, 32, 320)
+    with pytest.raises(RankfrontError, match="0 tokens in 0 documents"):
+        windows([], " ", tokenizer, 32, 320)
+
+
+def test_fingerprint_is_of_ids_and_shape() -> None:
+    ids = torch.arange(12)
+    prints = [ids.view(3, 4), ids.view(4, 3), ids.flip(0).view(3, 4)]
+    assert len({fingerprint_windows(ids) for ids in prints}) == 3
+    assert fingerprint_windows(ids.view(4, 3).T) == fingerprint_windows(ids.view(4, 3).T.contiguous())

@@ -1,0 +1,160 @@
+"""Wire types: what an allocation refuses, what a score may be, and that both survive JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from actors.types import (
+    Allocation,
+    Prepared,
+    RankfrontError,
+    Score,
+    ScoringError,
+    TargetSpec,
+    TaskScore,
+    TextScore,
+    digest,
+)
+
+TARGETS = (
+    TargetSpec("b.0.up", rows=8, cols=4, bias=True, block=0, module="up"),
+    TargetSpec("b.0.down", rows=4, cols=8, bias=False, block=0, module="down"),
+    TargetSpec("b.1.up", rows=8, cols=4, bias=True, block=1, module="up"),
+)
+SCORE = Score(
+    split="search",
+    text=TextScore("text@32", nats=620.0, tokens=310, stderr=0.1),
+    tasks={
+        "arc_easy": TaskScore(examples=20, acc=0.75, acc_norm=0.5, margin=-0.25),
+        "boolq": TaskScore(examples=10, acc=0.5, acc_norm=None, margin=0.75),
+    },
+    forward_tokens=1_000,
+    seconds=1.5,
+    replica="r0",
+)
+
+
+def test_target_counts_its_bias() -> None:
+    assert [target.full_rank for target in TARGETS] == [4, 4, 4]
+    assert [target.parameters for target in TARGETS] == [40, 32, 40]
+
+
+def test_allocation_follows_the_targets_and_leaves_the_rest_dense() -> None:
+    allocation = Allocation.of({"b.1.up": 3, "b.0.up": None}, TARGETS)
+    assert list(allocation) == [("b.0.up", None), ("b.0.down", None), ("b.1.up", 3)]
+    assert not allocation.is_dense
+    assert Allocation.of({}, TARGETS) == Allocation.dense(TARGETS)
+    assert Allocation.dense(TARGETS).is_dense
+
+
+def test_allocation_lists_every_mistake_at_once() -> None:
+    ranks = {"b.0.up": 0, "b.0.down": 5, "b.1.up": True, "b.9.up": 2, "nonsense": None}
+    with pytest.raises(RankfrontError) as caught:
+        Allocation.of(ranks, TARGETS, where="ranks.yaml")
+    lines = str(caught.value).splitlines()
+    assert sorted(lines) == [
+        "ranks.yaml.b.0.down: rank 5 is not an integer in 1..4 (null keeps it dense)",
+        "ranks.yaml.b.0.up: rank 0 is not an integer in 1..4 (null keeps it dense)",
+        "ranks.yaml.b.1.up: rank True is not an integer in 1..4 (null keeps it dense)",
+        "ranks.yaml: 'b.9.up' is no target of this model",
+        "ranks.yaml: 'nonsense' is no target of this model",
+    ]
+
+
+@pytest.mark.parametrize("rank", [2.0, "2", -1, float("nan")])
+def test_allocation_refuses_what_is_no_rank(rank: object) -> None:
+    with pytest.raises(RankfrontError, match=r"b\.0\.up: rank .* is not an integer in 1\.\.4"):
+        Allocation.of({"b.0.up": rank}, TARGETS)  # type: ignore[dict-item]
+
+
+def test_allocation_key_is_of_ranks_and_names_and_survives_json() -> None:
+    one = Allocation.of({"b.0.up": 2, "b.1.up": 4}, TARGETS)
+    same = Allocation.of(json.loads(json.dumps(one.to_dict())), TARGETS)
+    assert (one, one.key, hash(one)) == (same, same.key, hash(same))
+    others = [Allocation.of(ranks, TARGETS) for ranks in ({}, {"b.0.up": 4, "b.1.up": 2}, {"b.0.up": 2})]
+    assert len({one.key, *(other.key for other in others)}) == 4
+
+
+def test_digest_is_of_the_value_not_of_its_order_or_spelling() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": (1, 2), "a": 1})
+    assert digest({"a": 1}) != digest({"a": "1"})
+    # sha256 of the ten characters ["\u20ac"], by sha256sum
+    assert digest(["€"]) == "4da17663adcf5ff8f3209973f3d5b64b63545365eaf428bf40e938381995fea1"
+
+
+def test_score_survives_json_with_every_bit() -> None:
+    odd = replace(SCORE, text=replace(SCORE.text, nats=0.1 + 0.2, stderr=1e-300))
+    assert Score.from_dict(json.loads(json.dumps(odd.to_dict()))) == odd
+
+
+def test_prepared_survives_json() -> None:
+    prepared = Prepared(
+        model_folder="/m",
+        factor_store="/f",
+        targets=TARGETS,
+        model_parameters=7,
+        fingerprints={"model": "x"},
+        tokens={"search": 3},
+        examples={"search": {"arc_easy": 2}},
+        seconds={"load": 0.25},
+        reused=False,
+    )
+    assert Prepared.from_dict(json.loads(json.dumps(prepared.to_dict()))) == prepared
+
+
+def test_metrics_are_equal_means_over_the_tasks_that_define_them() -> None:
+    assert SCORE.metrics == {
+        "nll": 2.0,
+        "reasoning.arc_easy.acc": 0.75,
+        "reasoning.boolq.acc": 0.5,
+        "reasoning.acc": 0.625,
+        "reasoning.arc_easy.acc_norm": 0.5,
+        "reasoning.acc_norm": 0.5,
+        "reasoning.arc_easy.margin": -0.25,
+        "reasoning.boolq.margin": 0.75,
+        "reasoning.margin": 0.25,
+    }
+    assert SCORE.text.perplexity == pytest.approx(math.e**2, rel=1e-15)
+    assert replace(SCORE, tasks={}).metrics == {"nll": 2.0}
+
+
+def test_standard_errors_are_of_means() -> None:
+    def of_hits(hits: int, examples: int) -> float:
+        mean = hits / examples
+        squares = hits * (1 - mean) ** 2 + (examples - hits) * mean**2
+        return math.sqrt(squares / (examples - 1) / examples)
+
+    arc, boolq = of_hits(15, 20), of_hits(5, 10)
+    assert SCORE.tasks["arc_easy"].stderr == pytest.approx(arc, rel=1e-12)
+    assert SCORE.reasoning_stderr == pytest.approx(math.hypot(arc, boolq) / 2, rel=1e-12)
+    assert math.isnan(TaskScore(examples=1, acc=1.0, acc_norm=None, margin=0.0).stderr)
+    assert math.isnan(replace(SCORE, tasks={}).reasoning_stderr)
+
+
+def test_check_lets_a_score_pass() -> None:
+    SCORE.check()
+    replace(SCORE, text=replace(SCORE.text, nats=0.0), tasks={}).check()
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "reason"),
+    [
+        ({"nats": math.nan}, {}, "nll is nan on the search split"),
+        ({"nats": math.inf}, {}, "nll is inf on the search split"),
+        ({"nats": -1.0}, {}, "nll is .* nats/token, below 0"),
+        ({"tokens": 0}, {}, "text@32: no token was scored"),
+        ({}, {"acc": 1.25}, r"reasoning\.arc_easy\.acc is 1\.25 on the search split, outside 0\.\.1"),
+        ({}, {"acc": -0.01}, r"reasoning\.arc_easy\.acc is -0\.01 on the search split, outside 0\.\.1"),
+        ({}, {"acc_norm": 1.01}, r"reasoning\.arc_easy\.acc_norm is 1\.01 .*, outside 0\.\.1"),
+        ({}, {"acc": math.nan}, r"reasoning\.arc_easy\.acc is nan on the search split"),
+        ({}, {"margin": -math.inf}, r"reasoning\.arc_easy\.margin is -inf on the search split"),
+    ],
+)
+def test_check_names_what_cannot_be_a_score(text: dict, task: dict, reason: str) -> None:
+    tasks = {**SCORE.tasks, "arc_easy": replace(SCORE.tasks["arc_easy"], **task)}
+    with pytest.raises(ScoringError, match=reason):
+        replace(SCORE, text=replace(SCORE.text, **text), tasks=tasks).check()
