@@ -16,7 +16,7 @@ from actors.types import Allocation, RankfrontError
 from search.config import SamplerSection, load_config
 from search.findings import front_table, headline
 from search.records import StudySummary, TrialRow
-from search.session import StudyFolder, find_study, report, search
+from search.session import StudyFolder, find_study, repair_if_idle, report, search
 
 app = typer.Typer(
     help="Search which rank each linear layer of a language model should keep.",
@@ -54,7 +54,10 @@ def _override(text: str) -> tuple[str, Any]:
     key, found, value = text.partition("=")
     if not found:
         raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 
 def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: Path) -> None:
@@ -116,6 +119,7 @@ def enqueue_command(
     """Add allocations of your own; a running search takes them up next, a stopped one when it resumes."""
     folder = find_study(study, runs)
     allocations = _read_allocations(file, folder)
+    repair_if_idle(folder.path)
     numbers = folder.open_study(SamplerSection(name="random")).enqueue((a, "enqueued") for a in allocations)
     known = len(allocations) - len(numbers)
     listed = ", ".join(map(str, numbers)) or "none"
@@ -132,8 +136,15 @@ def _read_allocations(file: Path, folder: StudyFolder) -> list[Allocation]:
     for index, item in enumerate(ranks):
         if not isinstance(item, dict):
             raise RankfrontError(f"{file}: item {index} is no mapping of targets to ranks")
-    targets = folder.prepared.targets
-    return [Allocation.of(item, targets, f"{file.name}[{index}]") for index, item in enumerate(ranks)]
+    allocations, mistakes = [], []
+    for index, item in enumerate(ranks):
+        try:
+            allocations.append(Allocation.of(item, folder.prepared.targets, f"{file.name}[{index}]"))
+        except RankfrontError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise RankfrontError("\n".join(mistakes))
+    return allocations
 
 
 @app.command("export")

@@ -8,12 +8,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from actors.sources import Source
 from actors.tasks import TASKS
@@ -203,11 +211,21 @@ class StopSection(_Section):
     plateau: PlateauSection | None = None
 
 
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{value!r}: input should be 'auto' or an integer greater than or equal to 1")
+
+
+# One validator for both: a union would list a mistake once for each of its members.
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
+
+
 class ReplicaSection(_Section):
     """How many replicas, and what each may use. `auto` asks the machine."""
 
-    count: Positive | Literal["auto"] = "auto"
-    threads: Positive | Literal["auto"] = "auto"
+    count: CountOrAuto = "auto"
+    threads: CountOrAuto = "auto"
     attempts: Positive = 2
     trial_seconds: Annotated[float, Field(gt=0)] | None = None
 
@@ -354,12 +372,29 @@ def _sentence(section: str, detail: Any) -> str:
     path = section + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"])
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        return f"{path}: unknown key"
+        return f"{path}: unknown key; one of {', '.join(_keys_beside(section, detail['loc']))}"
     if detail["type"] == "missing":
         return f"{path}: missing"
     if detail["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path}: {detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_beside(section: str, location: tuple[str | int, ...]) -> list[str]:
+    """The known keys of the section that an unknown key stands in."""
+    model: Any = Config.model_fields[section].annotation
+    for step in (*location[:-1], None):
+        model = next((part for part in _parts(model) if hasattr(part, "model_fields")), None)
+        if isinstance(step, str) and model is not None:
+            model = model.model_fields[step].annotation
+    return list(model.model_fields) if model is not None else []
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """A type and everything it is made of: the members of a union, the items of a tuple."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 
 def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from actors.types import RankfrontError
 
 JOURNAL = "study.journal"
 LOCK = "driver.lock"
+
+# A write holds the journal for milliseconds: a lock file older than this was left by a killed process.
+LOCK_SECONDS = 5
 
 
 def repair(path: Path) -> str | None:
@@ -45,7 +49,7 @@ def repair(path: Path) -> str | None:
         raise RankfrontError(
             f"{path}: record {good + 1} is damaged, whole records follow it; restore the file from a backup"
         )
-    kept = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%dT%H%M%S')}")
+    kept = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}")
     kept.write_bytes(torn)
     with path.open("r+b") as stream:
         stream.truncate(whole)
@@ -65,7 +69,7 @@ def _is_record(line: bytes) -> bool:
 def open_journal(folder: Path) -> JournalStorage:
     """The storage of a study folder. The lock file guards single writes against `enqueue` and dashboards."""
     path = str(folder / JOURNAL)
-    return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
+    return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path, grace_period=LOCK_SECONDS)))
 
 
 @contextmanager

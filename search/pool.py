@@ -47,11 +47,14 @@ class Outcome:
 
 @dataclass
 class _Slot:
+    """A replica and its queue; `since` is when the first job of the queue began."""
+
     spec: ReplicaSpec
     actor: Any
-    proven: bool = False
+    starting: Any  # answers when the replica has loaded; None from then on
     queue: deque[tuple[Any, Job]] = field(default_factory=deque)
     since: float = 0.0
+    overdue: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,15 @@ def connect() -> Machine:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not ray.is_initialized():
         common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "namespace": "rankfront"}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**common)
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            try:
+                ray.init(**common)
+            except ConnectionError as error:
+                raise RankfrontError(
+                    f"RAY_ADDRESS={address}: no cluster answers there ({error}). Where it wants a token, set "
+                    "RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
+                ) from error
         else:
             ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
     total = ray.cluster_resources()
@@ -107,9 +117,10 @@ def _environment(threads: int) -> dict[str, Any]:
     return {"env_vars": {**dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}}
 
 
-def _cause(error: RayTaskError) -> BaseException:
+def _cause(error: RayError) -> BaseException:
     """The user's mistake itself where it is one; otherwise Ray's error with the worker's traceback."""
-    return error.cause if isinstance(error.cause, RankfrontError) else error
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, RankfrontError) else error
 
 
 class Pool:
@@ -123,7 +134,7 @@ class Pool:
         trial_seconds: float | None = None,
     ) -> None:
         self._gpus, self._attempts, self._limit = gpus_each, attempts, trial_seconds
-        self._retries: deque[Job] = deque()
+        self._queue: deque[Job] = deque()  # not yet with a replica
         self._failed_starts = 0
         self._slots = [self._start(spec) for spec in specs]
 
@@ -139,7 +150,7 @@ class Pool:
             )
             .remote(spec)
         )
-        return _Slot(spec, actor)
+        return _Slot(spec, actor, actor.ready.remote())
 
     @property
     def size(self) -> int:
@@ -147,7 +158,7 @@ class Pool:
 
     @property
     def outstanding(self) -> int:
-        return len(self._retries) + sum(len(slot.queue) for slot in self._slots)
+        return len(self._queue) + sum(len(slot.queue) for slot in self._slots)
 
     @property
     def free(self) -> int:
@@ -155,12 +166,22 @@ class Pool:
         return max(0, DEPTH * len(self._slots) - self.outstanding)
 
     def submit(self, job: Job) -> None:
-        """Hand a job to the replica with the shortest queue."""
-        slot = min(self._slots, key=lambda slot: len(slot.queue))
-        if not slot.queue:
-            slot.since = time.monotonic()
-        reference = slot.actor.score.remote(job.allocation, job.split)
-        slot.queue.append((reference, job))
+        """Take a job; it goes to the replica with the shortest queue, once one is loaded."""
+        self._queue.append(job)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._queue:
+            loaded = [slot for slot in self._slots if slot.starting is None and len(slot.queue) < DEPTH]
+            if not loaded:
+                return
+            slot = min(loaded, key=lambda slot: len(slot.queue))
+            if slot.queue and len(self._queue) <= sum(slot.starting is not None for slot in self._slots):
+                return  # better run at once by a replica that is loading than second by a busy one
+            job = self._queue.popleft()
+            if not slot.queue:
+                slot.since = time.monotonic()
+            slot.queue.append((slot.actor.score.remote(job.allocation, job.split), job))
 
     def wait(self, seconds: float) -> Iterator[Outcome]:
         """Outcomes that are ready within `seconds`; jobs of dead replicas are tried elsewhere.
@@ -168,20 +189,35 @@ class Pool:
         Raises:
             RankfrontError: replicas cannot start; the first error in full.
         """
-        while self._retries:
-            self.submit(self._retries.popleft())
-        heads = {slot.queue[0][0]: slot for slot in self._slots if slot.queue}
-        if not heads:
+        self._hand_out()
+        expected = {slot.queue[0][0]: slot for slot in self._slots if slot.queue}
+        expected |= {slot.starting: slot for slot in self._slots if slot.starting is not None}
+        if not expected or not self.outstanding:
             return
-        ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=0)
+        ready, _ = ray.wait(list(expected), num_returns=len(expected), timeout=0)
         if not ready:
-            ready, _ = ray.wait(list(heads), num_returns=1, timeout=seconds)
+            ready, _ = ray.wait(list(expected), num_returns=1, timeout=seconds)
         for reference in ready:
-            slot = heads[reference]
-            outcome = self._collect(slot)
-            if outcome is not None:
-                yield outcome
+            slot = expected[reference]
+            if reference is slot.starting:
+                self._note_started(slot)
+            else:
+                outcome = self._collect(slot)
+                if outcome is not None:
+                    yield outcome
         self._stop_overdue()
+
+    def _note_started(self, slot: _Slot) -> None:
+        """A replica has loaded, or died of it."""
+        try:
+            ray.get(slot.starting)
+        except RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts >= START_FAILURES:
+                raise RankfrontError(f"replicas cannot start: {_cause(error)}") from error
+            self._replace(slot)
+        else:
+            slot.starting, self._failed_starts = None, 0
 
     def _collect(self, slot: _Slot) -> Outcome | None:
         reference, job = slot.queue[0]
@@ -194,34 +230,34 @@ class Pool:
             text = str(cause) if isinstance(cause, RankfrontError) else _last_line(error)
             return self._again_or_fail(job, text)
         except RayActorError as error:
-            return self._replace(slot, f"replica {slot.spec.name} died: {_last_line(error)}", error)
+            reason = f"replica {slot.spec.name} died: {_last_line(error)}"
+            if slot.overdue:
+                reason = f"no score within {self._limit} seconds, replica stopped"
+            # Jobs queued behind the one that ran were not begun: they cost no attempt.
+            self._queue.extendleft(queued for _, queued in reversed(list(slot.queue)[1:]))
+            self._replace(slot)
+            return self._again_or_fail(job, reason)
         slot.queue.popleft()
-        slot.since, slot.proven, self._failed_starts = time.monotonic(), True, 0
+        slot.since = time.monotonic()
         return Outcome(job, score)
+
+    def _replace(self, slot: _Slot) -> None:
+        """Start a new replica in a dead one's place."""
+        self._slots[self._slots.index(slot)] = self._start(slot.spec)
 
     def _again_or_fail(self, job: Job, reason: str) -> Outcome | None:
         if job.attempt < self._attempts:
-            self._retries.append(replace(job, attempt=job.attempt + 1))
+            self._queue.append(replace(job, attempt=job.attempt + 1))
             return None
         return Outcome(job, None, f"{reason} (attempt {job.attempt} of {self._attempts})")
-
-    def _replace(self, slot: _Slot, reason: str, error: RayError | None = None) -> Outcome | None:
-        """Start a new replica in a dead one's place; its running job is tried again, the others requeued."""
-        (_, first), *rest = slot.queue
-        if not slot.proven:
-            self._failed_starts += 1
-            if self._failed_starts >= START_FAILURES:
-                raise RankfrontError(f"replicas cannot start: {error}")
-        self._slots[self._slots.index(slot)] = self._start(slot.spec)
-        self._retries.extend(job for _, job in rest)
-        return self._again_or_fail(first, reason)
 
     def _stop_overdue(self) -> None:
         if self._limit is None:
             return
         for slot in self._slots:
-            if slot.proven and slot.queue and time.monotonic() - slot.since > self._limit:
-                ray.kill(slot.actor)  # its head now ends in RayActorError, and is tried again
+            if slot.queue and not slot.overdue and time.monotonic() - slot.since > self._limit:
+                slot.overdue = True
+                ray.kill(slot.actor)  # its first job now ends in RayActorError, and is tried again
 
     def close(self) -> None:
         """Let go of every replica at once; jobs under way are dropped."""

@@ -19,6 +19,11 @@ from search.study import Planned, SearchStudy
 # How long one look for results may take: the screen is redrawn and Ctrl-C is seen this often.
 TICK_SECONDS = 0.25
 
+# Proposals that need no replica (scored before, or in flight) between two looks at the pool.
+KNOWN_PER_LOOK = 16
+# That many in a row without a new allocation: the sampler has run out of them.
+EXHAUSTED = 500
+
 # Room the hypervolume leaves beyond the dense model, by metric: a front point outside adds nothing.
 # Ten times the dense perplexity is a broken model; so is accuracy at zero.
 NLL_ROOM = math.log(10)
@@ -38,11 +43,6 @@ class Progress:
 
     started: float = field(default_factory=time.monotonic)
     scored: int = 0  # by replicas, in this run
-
-
-def sampler_share(study: SearchStudy, stop: StopSection) -> int:
-    """Trials the sampler may still propose."""
-    return max(0, stop.trials - study.started) if stop.trials is not None else 2**31
 
 
 def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
@@ -101,6 +101,8 @@ class Runner:
         self._stop, self._redraw = stop, redraw
         self._planned: dict[int, Planned] = {}
         self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
+        self._known_in_a_row = 0
+        self._judged: tuple[int, str | None] = (-1, None)
         self.progress = Progress()
 
     def run(self) -> str:
@@ -111,28 +113,26 @@ class Runner:
             reason = self._stop.reason or self._rule_met()
             if reason is None:
                 self._fill()
-            if self._stop.reason or not self._planned:
-                return reason or f"{self._rules.trials} trials"
+            elif self._stop.reason or not self._planned:
+                return reason
             for outcome in self._pool.wait(TICK_SECONDS):
                 self._record(outcome)
             self._redraw(self.progress)
 
     def _fill(self) -> None:
-        """Keep every replica busy with one trial ahead. Enqueued trials are always taken up."""
-        while self._pool.free > 0:
+        """Keep every replica busy with one trial ahead, as far as that takes few proposals already known."""
+        for _ in range(self._pool.free + KNOWN_PER_LOOK):
             self._study.sync()
-            if not self._study.waiting and sampler_share(self._study, self._rules) == 0:
+            if self._pool.free == 0 or self._rule_met():
                 return
             try:
                 planned = self._study.propose(self._origin)
             except RankfrontError:
-                continue  # recorded as failed with its reason
+                continue  # another program's trial, recorded as failed with its reason
             source = self._study.scored_as(planned.allocation)
             if source is not None:
                 self._study.copy_score(planned, source)
-                self._redraw(self.progress)
-                if self._stop.reason or self._rule_met():
-                    return
+                self._known_in_a_row += 1
             else:
                 self._dispatch(planned)
 
@@ -140,9 +140,11 @@ class Runner:
         key = planned.allocation.key
         if key in self._twins:
             self._twins[key].append(planned)
+            self._known_in_a_row += 1
             return
         self._twins[key] = []
         self._planned[planned.number] = planned
+        self._known_in_a_row = 0
         self._pool.submit(Job(planned.number, planned.allocation))
 
     def _record(self, outcome: Outcome) -> None:
@@ -160,10 +162,24 @@ class Runner:
         del self._planned[planned.number]
 
     def _rule_met(self) -> str | None:
-        """The first stop rule that holds, other than the number of trials."""
+        """The first stop rule that holds. Enqueued trials are scored whatever the number of trials."""
         rules = self._rules
+        if rules.trials is not None and self._study.started >= rules.trials and not self._study.waiting:
+            return f"{rules.trials} trials"
+        if self._known_in_a_row >= EXHAUSTED:
+            return f"nothing new in the last {EXHAUSTED} proposals"
         if rules.hours is not None and time.monotonic() - self.progress.started > rules.hours * 3600:
             return f"{rules.hours} hours"
+        if rules.tokens is None and rules.plateau is None:
+            return None
+        finished = self._study.count(TrialState.COMPLETE)
+        if finished != self._judged[0]:
+            self._judged = (finished, self._record_rule_met())
+        return self._judged[1]
+
+    def _record_rule_met(self) -> str | None:
+        """The rules that read every finished trial; looked at only when there is a new one."""
+        rules = self._rules
         if rules.tokens is not None:
             rows = self._study.rows()
             scored = sum(r.score.forward_tokens for r in rows if r.score and r.copied_from is None)
@@ -174,9 +190,6 @@ class Runner:
             if plateaued(history, rules.plateau.trials, rules.plateau.tolerance):
                 return f"hypervolume flat over {rules.plateau.trials} trials"
         return None
-
-    def finished(self) -> int:
-        return self._study.count(TrialState.COMPLETE)
 
 
 def _invalid(score: Score | None) -> str | None:

@@ -19,14 +19,14 @@ def make_sampler(section: SamplerSection) -> BaseSampler:
     200 parameters, and interactions between layers go unseen.
     """
     seed = section.seed
-    if section.name == "nsga2":
-        return NSGAIISampler(population_size=section.population, seed=seed)
-    if section.name == "nsga3":
-        return NSGAIIISampler(population_size=section.population, seed=seed)
-    if section.name == "random":
-        return RandomSampler(seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if section.name == "nsga2":
+            return NSGAIISampler(population_size=section.population, seed=seed)
+        if section.name == "nsga3":
+            return NSGAIIISampler(population_size=section.population, seed=seed)
+        if section.name == "random":
+            return RandomSampler(seed=seed)
         return TPESampler(multivariate=True, constant_liar=True, seed=seed)
 
 

@@ -62,7 +62,7 @@ class StudyFolder:
         config, cost = self.config, self.cost
         section = sampler or config.sampler
         objectives = config.named_objectives
-        study, _ = open_storage_study(open_journal(self.path), config.study, objectives)
+        study = open_storage_study(open_journal(self.path), config.study, objectives)
         space = Space(cost, **config.space.model_dump())
         return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives)
 
@@ -74,6 +74,12 @@ class StudyFolder:
             self.config.storage,
             self.config.factors.bias,
         )
+
+
+def repair_if_idle(folder: Path) -> None:
+    """Before something is written beside a possible driver: a torn tail may stay only where one runs."""
+    with contextlib.suppress(RankfrontError), driver_lock(folder):
+        repair(folder / JOURNAL)
 
 
 def find_study(name: str, runs: Path) -> StudyFolder:

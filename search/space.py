@@ -42,16 +42,20 @@ class Space:
             for target in self._cost.targets
         }
 
+    def check(self, params: Mapping[str, object]) -> None:
+        """Raise RankfrontError for the first level that is no integer in 0..L; other names are ignored."""
+        for name in self.distributions:
+            level = params.get(name, 0)
+            if not isinstance(level, int) or not 0 <= level <= self._levels:
+                raise RankfrontError(f"params.{name}: level {level!r} is not an integer in 0..{self._levels}")
+
     def allocation(self, params: Mapping[str, int]) -> Allocation:
         """The allocation of a full set of levels.
 
         Raises:
             RankfrontError: a group without a level, or a level outside 0..L.
         """
-        for name in self.distributions:
-            level = params.get(name)
-            if not isinstance(level, int) or not 0 <= level <= self._levels:
-                raise RankfrontError(f"params.{name}: level {level!r} is not an integer in 0..{self._levels}")
+        self.check(dict.fromkeys(self.distributions) | dict(params))
         return Allocation(
             tuple((t.name, self._ranks[t.name][params[self._group_of[t.name]]]) for t in self._cost.targets)
         )

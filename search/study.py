@@ -8,6 +8,7 @@ numbers; where another process added some, they are taken over before the next p
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,20 +41,18 @@ class Planned:
     allocation: Allocation
 
 
-def open_storage_study(
-    storage: BaseStorage, name: str, objectives: Sequence[Objective]
-) -> tuple[optuna.Study, bool]:
-    """The Optuna study of that name, created if there is none; says whether it was."""
+def open_storage_study(storage: BaseStorage, name: str, objectives: Sequence[Objective]) -> optuna.Study:
+    """The Optuna study of that name, created if there is none; an existing one is not written to."""
     directions = [
         StudyDirection.MINIMIZE if objective.minimize else StudyDirection.MAXIMIZE for objective in objectives
     ]
-    known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
-    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
-    if name not in known:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([objective.name for objective in objectives])
-    return study, name not in known
+    if name in {known.study_name for known in storage.get_all_studies()}:
+        return optuna.load_study(study_name=name, storage=storage)
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names([objective.name for objective in objectives])
+    return study
 
 
 class SearchStudy:
@@ -86,7 +85,8 @@ class SearchStudy:
         new = trials[len(self._ids) :]
         for trial in new:
             self._ids.append(trial._trial_id)
-            self._mirror.add_trial(trial)
+            # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
+            self._mirror._storage.create_new_trial(self._mirror._study_id, trial)
             if trial.state == TrialState.COMPLETE:
                 self._scored.setdefault(self._allocation(trial).key, trial.number)
         return len(new)
@@ -125,7 +125,10 @@ class SearchStudy:
 
     def _row(self, trial: FrozenTrial) -> TrialRow:
         plan, result = trial.user_attrs.get(PLAN, {}), trial.user_attrs.get(RESULT, {})
-        allocation = self._allocation(trial) if trial.params else Allocation.dense(self._cost.targets)
+        allocation = Allocation.dense(self._cost.targets)
+        if trial.state != TrialState.FAIL or PLAN in trial.user_attrs:  # else it may never have had ranks
+            with contextlib.suppress(RankfrontError):  # a foreign trial that waits to be refused
+                allocation = self._allocation(trial)
         budgets = self._cost.budgets(allocation)
         score = Score.from_dict(result["score"]) if "score" in result else None
         return TrialRow(
@@ -149,9 +152,9 @@ class SearchStudy:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def enqueue(self, allocations: Iterable[tuple[Allocation, str]], skip_known: bool = True) -> list[int]:
+    def enqueue(self, allocations: Iterable[tuple[Allocation, str]]) -> list[int]:
         """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out."""
-        known = {self._allocation(t).key for t in self._trials() if t.params} if skip_known else set()
+        known = {self._allocation(trial).key for trial in self._trials() if PLAN in trial.user_attrs}
         numbers = []
         for allocation, origin in allocations:
             if allocation.key in known:
@@ -163,9 +166,9 @@ class SearchStudy:
                 distributions=self._space.distributions,
                 user_attrs={PLAN: self._plan(allocation, origin)},
             )
-            self._storage.create_new_trial(self._study._study_id, trial)
-            numbers.append(len(self._ids))
-            self.sync()
+            stored = self._storage.create_new_trial(self._study._study_id, trial)
+            numbers.append(self._storage.get_trial(stored).number)
+        self.sync()
         return numbers
 
     def _plan(self, allocation: Allocation, origin: str) -> dict[str, Any]:
@@ -178,6 +181,7 @@ class SearchStudy:
             RankfrontError: an enqueued trial's parameters are outside the space; it is recorded as failed.
         """
         self.sync()
+        self._refuse_foreign()
         reseed(self._sampler, self._seed, len(self._ids))
         trial = self._mirror.ask(fixed_distributions=self._space.distributions)
         frozen = self._mirror._storage.get_trial(trial._trial_id)
@@ -195,6 +199,27 @@ class SearchStudy:
             self._ids.append(stored)
         return Planned(number, allocation)
 
+    def _refuse_foreign(self) -> None:
+        """Fail the next WAITING trial if another program gave it levels that are not of this space.
+
+        Raises:
+            RankfrontError: it did; the trial is recorded as failed with this reason.
+        """
+        trial = next(iter(self._trials(TrialState.WAITING)), None)
+        if trial is None or PLAN in trial.user_attrs:
+            return
+        try:
+            self._space.check({**trial.params, **trial.system_attrs.get("fixed_params", {})})
+        except RankfrontError as error:
+            result = {"reason": str(error)}
+            for storage, trial_id in (
+                (self._storage, self._ids[trial.number]),
+                (self._mirror._storage, trial._trial_id),
+            ):
+                storage.set_trial_user_attr(trial_id, RESULT, result)
+                storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            raise
+
     def _take_up(self, frozen: FrozenTrial) -> Planned:
         """Start a WAITING trial that the mirror just handed out."""
         stored_id = self._ids[frozen.number]
@@ -208,11 +233,7 @@ class SearchStudy:
                 distribution = frozen.distributions[name]
                 internal = distribution.to_internal_repr(value)
                 self._storage.set_trial_param(stored_id, name, internal, distribution)
-        try:
-            return Planned(frozen.number, self._allocation(frozen))
-        except RankfrontError as error:
-            self.fail(frozen.number, str(error))
-            raise
+        return Planned(frozen.number, self._allocation(frozen))
 
     def _rebuild(self) -> None:
         self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
