@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,7 +24,6 @@ from pydantic import (
 
 from actors.sources import Source
 from actors.tasks import TASKS
-from actors.text import text_parts
 from actors.types import (
     CalibrationSpec,
     FactorSpec,
@@ -37,20 +35,10 @@ from actors.types import (
     TextSource,
 )
 from search.records import Objective
+from search.rules import METRICS, RULES
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
-
-# Metrics a score always holds, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
-METRICS: dict[str, bool] = {
-    "budget.model": True,
-    "budget.linear": True,
-    "nll": True,
-    "reasoning.acc": False,
-    "reasoning.acc_norm": False,
-    "reasoning.margin": False,
-}
-_TASK_METRIC = re.compile(r"^reasoning\.(?P<task>\w+)\.(acc|acc_norm|margin)$")
 
 
 class ConfigError(RankfrontError):
@@ -345,7 +333,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
             mistakes += [_sentence(key, detail) for detail in error.errors()]
             with contextlib.suppress(ValidationError):
                 sections[key] = adapter.validate_python(_without(raw[key], error))
-    for needs, rule in _RULES:
+    for needs, rule in RULES:
         if all(need in sections for need in needs):
             mistakes += rule(*(sections[need] for need in needs))
     if mistakes:
@@ -395,81 +383,3 @@ def _parts(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)
-
-
-def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> list[str]:
-    tasks = [task.name for task in scoring.tasks]
-    found = []
-    for index, name in enumerate(objectives):
-        match = _TASK_METRIC.match(name)
-        if name not in METRICS and not (match and match["task"] in tasks):
-            offered = [*METRICS, *(f"reasoning.{task}.acc" for task in tasks)]
-            found.append(f"objectives[{index}]: {name!r} is unknown; one of {', '.join(offered)}")
-        elif name.startswith("reasoning.") and not tasks:
-            found.append(f"objectives[{index}]: {name!r} needs scoring.tasks, which is empty")
-        elif name.endswith(".acc_norm") and not any(
-            TASKS[task].normalised for task in ([match["task"]] if match else tasks)
-        ):
-            found.append(f"objectives[{index}]: {name!r} is not defined for {', '.join(tasks)}")
-        if name in objectives[:index]:
-            found.append(f"objectives[{index}]: {name!r} is there twice")
-    if not any(name.startswith("budget.") for name in objectives):
-        found.append("objectives: one of them must be a budget (budget.model or budget.linear)")
-    return found
-
-
-def _task_mistakes(scoring: ScoringSection) -> list[str]:
-    names = [task.name for task in scoring.tasks]
-    return [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
-
-
-def _stop_mistakes(stop: StopSection) -> list[str]:
-    if all(rule is None for rule in (stop.trials, stop.tokens, stop.hours, stop.plateau)):
-        return ["stop: set at least one of trials, tokens, hours, plateau"]
-    return []
-
-
-def _space_mistakes(space: SpaceSection) -> list[str]:
-    if space.segments > 1 and space.group != "module":
-        return [f"space.segments: {space.segments} needs group: module, not {space.group}"]
-    return []
-
-
-def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
-    """Texts that are certainly too short: a token is at least one character long.
-
-    Texts on the hub are not fetched to check a config; the workers check every text in tokens.
-    """
-    sources = [text, calibration.text or text]
-    if any(Source.parse(section.source).path is None for section in sources):
-        return []
-    own = TextSource(**(calibration.text or text).model_dump())
-    try:
-        parts = text_parts(
-            CalibrationSpec(own, calibration.tokens, calibration.window),
-            ScoringSpec(
-                TextSource(**text.model_dump()),
-                scoring.window,
-                scoring.tokens.model_dump(),
-                search_fraction=scoring.search_fraction,
-            ),
-            calibration.fraction,
-        )
-    except (RankfrontError, OSError, ValueError) as error:
-        return [f"text: {error}"]
-    needed = {"calibration": calibration.window, "search": scoring.window, "test": scoring.window}
-    return [
-        f"{'calibration.window' if part == 'calibration' else 'scoring.window'}: text too short: the {part} "
-        f"part has {sum(map(len, documents))} characters, a window of {needed[part]} tokens needs more"
-        for part, documents in parts.items()
-        if sum(map(len, documents)) < needed[part]
-    ]
-
-
-_RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
-    (("objectives", "scoring"), _objective_mistakes),
-    (("scoring",), _task_mistakes),
-    (("stop",), _stop_mistakes),
-    (("space",), _space_mistakes),
-    (("text", "calibration", "scoring"), _text_mistakes),
-)

@@ -1,0 +1,105 @@
+"""What sections of a config must agree on: each rule returns its mistakes, one line each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from actors.sources import Source
+from actors.tasks import TASKS
+from actors.text import text_parts
+from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+
+if TYPE_CHECKING:
+    from search.config import CalibrationSection, ScoringSection, SpaceSection, StopSection, TextSection
+
+# Metrics a score always holds, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
+METRICS: dict[str, bool] = {
+    "budget.model": True,
+    "budget.linear": True,
+    "nll": True,
+    "reasoning.acc": False,
+    "reasoning.acc_norm": False,
+    "reasoning.margin": False,
+}
+_TASK_METRIC = re.compile(r"^reasoning\.(?P<task>\w+)\.(acc|acc_norm|margin)$")
+
+
+def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> list[str]:
+    tasks = [task.name for task in scoring.tasks]
+    found = []
+    for index, name in enumerate(objectives):
+        match = _TASK_METRIC.match(name)
+        if name not in METRICS and not (match and match["task"] in tasks):
+            offered = [*METRICS, *(f"reasoning.{task}.acc" for task in tasks)]
+            found.append(f"objectives[{index}]: {name!r} is unknown; one of {', '.join(offered)}")
+        elif name.startswith("reasoning.") and not tasks:
+            found.append(f"objectives[{index}]: {name!r} needs scoring.tasks, which is empty")
+        elif name.endswith(".acc_norm") and not any(
+            TASKS[task].normalised for task in ([match["task"]] if match else tasks)
+        ):
+            found.append(f"objectives[{index}]: {name!r} is not defined for {', '.join(tasks)}")
+        if name in objectives[:index]:
+            found.append(f"objectives[{index}]: {name!r} is there twice")
+    if not any(name.startswith("budget.") for name in objectives):
+        found.append("objectives: one of them must be a budget (budget.model or budget.linear)")
+    return found
+
+
+def _task_mistakes(scoring: ScoringSection) -> list[str]:
+    names = [task.name for task in scoring.tasks]
+    return [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+
+
+def _stop_mistakes(stop: StopSection) -> list[str]:
+    if all(rule is None for rule in (stop.trials, stop.tokens, stop.hours, stop.plateau)):
+        return ["stop: set at least one of trials, tokens, hours, plateau"]
+    return []
+
+
+def _space_mistakes(space: SpaceSection) -> list[str]:
+    if space.segments > 1 and space.group != "module":
+        return [f"space.segments: {space.segments} needs group: module, not {space.group}"]
+    return []
+
+
+def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
+    """Texts that are certainly too short: a token is at least one character long.
+
+    Texts on the hub are not fetched to check a config; the workers check every text in tokens.
+    """
+    sources = [text, calibration.text or text]
+    if any(Source.parse(section.source).path is None for section in sources):
+        return []
+    own = TextSource(**(calibration.text or text).model_dump())
+    try:
+        parts = text_parts(
+            CalibrationSpec(own, calibration.tokens, calibration.window),
+            ScoringSpec(
+                TextSource(**text.model_dump()),
+                scoring.window,
+                scoring.tokens.model_dump(),
+                search_fraction=scoring.search_fraction,
+            ),
+            calibration.fraction,
+        )
+    except (RankfrontError, OSError, ValueError) as error:
+        return [f"text: {error}"]
+    needed = {"calibration": calibration.window, "search": scoring.window, "test": scoring.window}
+    return [
+        f"{'calibration.window' if part == 'calibration' else 'scoring.window'}: text too short: the {part} "
+        f"part has {sum(map(len, documents))} characters, a window of {needed[part]} tokens needs more"
+        for part, documents in parts.items()
+        if sum(map(len, documents)) < needed[part]
+    ]
+
+
+# The sections each rule needs; it is asked where all of them could be read.
+RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
+    (("objectives", "scoring"), _objective_mistakes),
+    (("scoring",), _task_mistakes),
+    (("stop",), _stop_mistakes),
+    (("space",), _space_mistakes),
+    (("text", "calibration", "scoring"), _text_mistakes),
+)
