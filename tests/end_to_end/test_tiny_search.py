@@ -1,0 +1,533 @@
+"""The command line on a tiny model, a real Ray and a real journal: search, kill, resume, export.
+
+One study lives through the whole module: searched to eight trials, given ranks by hand, killed with
+`kill -9`, resumed to its end. Each step is a fixture; the tests look at what it left. Commands that need
+no worker run in this process, all others in their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+import search.session
+from actors.preparation import prepare
+from actors.types import Prepared, RankfrontError
+from search.cli import main
+from search.config import load_config
+from search.journal import open_journal
+from search.pool import Machine
+
+PATIENCE_SECONDS = 120
+BY_HAND = {"model.layers.0.self_attn.q_proj": 5, "model.layers.2.mlp.down_proj": 11}
+FILES = (
+    "study.journal", "config.yaml", "prepared.json", "trials.parquet", "evaluations.parquet", "front.json",
+    "front.png", "report.html",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that ended, and the study's trials then."""
+
+    code: int
+    out: str
+    err: str
+    trials: list[FrozenTrial]
+
+
+class Study:
+    """A study's folder, its config file and the commands on it."""
+
+    def __init__(self, root: Path, name: str, address: str | None, **overrides: Any) -> None:
+        self.root, self.config = root, root / f"{name}.yaml"
+        self.raw = tiny.tiny_config(root, study=name, **overrides)
+        self.config.write_text(yaml.safe_dump(self.raw))
+        self.folder = root / "runs" / name
+        self.address = address
+
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        environment |= {"HF_HUB_OFFLINE": "1"}
+        if self.address:
+            environment["RAY_ADDRESS"] = self.address
+        return subprocess.Popen(
+            [sys.executable, "-m", "search.cli", *map(str, arguments)],
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> Ended:
+        try:
+            out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        finally:
+            process.kill()
+        return Ended(process.returncode, out, err, self.trials())
+
+    def run(self, *arguments: object) -> Ended:
+        return self.end(self.start(*arguments))
+
+    def here(self, *arguments: object) -> Ended:
+        """The command in this process: for those that need no worker, or end before one starts."""
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["rankfront", *map(str, arguments)])
+            patch.chdir(self.root)
+            streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+            with streams[0], streams[1], pytest.raises(SystemExit) as ended:
+                main()
+        return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue(), self.trials())
+
+    def trials(self) -> list[FrozenTrial]:
+        """As Optuna reads them from disk; a line that is being written is not there yet."""
+        if not (self.folder / "study.journal").exists():
+            return []
+        storage = open_journal(self.folder)
+        names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
+        return optuna.load_study(study_name=names[0], storage=storage).get_trials() if names else []
+
+    def wait_for(self, process: subprocess.Popen[str], finished: int) -> None:
+        """Until so many trials are complete on disk."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(complete(self.trials())) < finished:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "the search does not come on"
+            time.sleep(0.1)
+
+    def content(self) -> dict[str, bytes]:
+        """Every file of the study but the lock, which names its last holder."""
+        files = (path for path in self.folder.rglob("*") if path.is_file() and path.name != "driver.lock")
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
+
+
+def complete(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+
+
+def origin(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs["rankfront.plan"]["origin"])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("end-to-end")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray that outlives its drivers, as on a cluster: the later runs join it and start faster."""
+    import ray
+
+    context = ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=80 * 2**20,
+    )
+    yield str(context.address_info["gcs_address"])
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def study(root: Path) -> Study:
+    return Study(root, "tiny", address=None)
+
+
+@pytest.fixture(scope="module")
+def first(study: Study) -> Ended:
+    """Eight trials on a Ray of the command's own."""
+    return study.run("search", study.config)
+
+
+@pytest.fixture(scope="module")
+def first_files(study: Study, first: Ended) -> dict[str, bytes]:
+    return study.content()
+
+
+@dataclass(frozen=True)
+class Killed:
+    trials: list[FrozenTrial]
+    second_driver: Ended
+
+
+@pytest.fixture(scope="module")
+def killed(study: Study, first_files: dict[str, bytes], cluster: str) -> Killed:
+    """Ranks by hand enqueued; the search continued, a second driver tried, then kill -9."""
+    study.address = cluster
+    (study.root / "mine.yaml").write_text(yaml.safe_dump({"ranks": BY_HAND}))
+    assert study.here("enqueue", "tiny", "mine.yaml").code == 0
+    driver = study.start("search", study.config, "--trials", 10_000)
+    try:
+        study.wait_for(driver, 12)
+        second = study.here("search", study.config)
+        assert driver.poll() is None
+    finally:
+        driver.kill()  # SIGKILL
+        driver.communicate()
+    return Killed(study.trials(), second)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    resumed: Ended
+    interrupted: Ended
+
+
+@pytest.fixture(scope="module")
+def side_by_side(study: Study, killed: Killed, root: Path, cluster: str) -> SideBySide:
+    """Two drivers of two studies on one cluster.
+
+    The killed search again, with an end this time; and three objectives, plain SVD, NSGA-II, ended by Ctrl-C.
+    """
+    three = Study(
+        root,
+        "three",
+        cluster,
+        objectives=["budget.model", "nll", "reasoning.acc"],
+        factors={"method": "weight", "bias": "none"},
+        sampler={"name": "nsga2", "population": 4},
+        stop={"trials": 10_000},
+    )
+    again = study.start("search", study.config, "--trials", len(killed.trials) + 4)
+    other = three.start("search", three.config)
+    try:
+        three.wait_for(other, 9)
+        other.send_signal(signal.SIGINT)
+        return SideBySide(interrupted=three.end(other), resumed=study.end(again))
+    finally:
+        again.kill()
+        other.kill()
+
+
+@pytest.fixture(scope="module")
+def resumed(side_by_side: SideBySide) -> Ended:
+    return side_by_side.resumed
+
+
+@pytest.fixture(scope="module")
+def interrupted(side_by_side: SideBySide) -> Ended:
+    return side_by_side.interrupted
+
+
+# -- a search from nothing --------------------------------------------------------------------
+
+
+def test_a_search_scores_its_trials(first: Ended) -> None:
+    assert first.code == 0, first.err
+    assert [trial.state.name for trial in first.trials] == ["COMPLETE"] * 8
+    assert [origin(trial) for trial in first.trials] == ["dense", *["uniform"] * 2, *["tpe"] * 5]
+    assert first.trials[0].values[0] == 1.0
+    assert all(math.isfinite(value) for trial in first.trials for value in trial.values)
+    assert len({trial.values[1] for trial in first.trials}) > 5, "ranks change the loss"
+
+
+def test_a_search_says_what_it_did_and_what_is_next(study: Study, first: Ended) -> None:
+    assert "Stopped: 8 trials. 8 trials scored" in first.out
+    assert str(study.folder) in first.out
+    assert f"search {study.config} --trials 48" in first.out
+    assert f"export {study.folder} --budget 0.9" in first.out
+    assert "Traceback" not in first.err
+
+
+def test_the_folder_holds_the_study(first_files: dict[str, bytes]) -> None:
+    assert set(FILES) <= set(first_files)
+    assert first_files["front.png"].startswith(b"\x89PNG")
+    assert not [name for name in first_files if name.endswith(".tmp")]
+
+
+def test_the_front_is_strict_json_and_not_dominated(first: Ended, first_files: dict[str, bytes]) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    front = json.loads(first_files["front.json"], parse_constant=refuse)
+    points = {trial.number: trial.values for trial in first.trials}
+    best = {
+        number
+        for number, (budget, nll) in points.items()
+        if not any((b <= budget and n < nll) or (b < budget and n <= nll) for b, n in points.values())
+    }
+    assert {member["trial"] for member in front["front"]} == best
+    for member in front["front"]:
+        assert list(member["values"].values()) == points[member["trial"]]
+        assert member["search"]["tokens"] == 4 * 31, "four windows of 32 tokens predict 31 each"
+        assert 0 <= member["search"]["reasoning.acc"] <= 1
+        assert member["test"]["nll"] > 0
+        assert member["test"]["nll"] != member["search"]["nll"]
+
+
+def test_tables_hold_every_trial_and_the_test_scores(first: Ended, first_files: dict[str, bytes]) -> None:
+    rows = pq.read_table(io.BytesIO(first_files["trials.parquet"])).to_pylist()
+    assert [row["number"] for row in rows] == list(range(8))
+    assert [row["search.nll"] for row in rows] == [trial.values[1] for trial in first.trials]
+    assert all(row["search.reasoning.arc_easy.acc"] is not None for row in rows)
+    evaluations = pq.read_table(io.BytesIO(first_files["evaluations.parquet"])).to_pylist()
+    front = json.loads(first_files["front.json"])["front"]
+    assert {row["trial"] for row in evaluations} == {0, *(member["trial"] for member in front)}
+    assert {row["split"] for row in evaluations} == {"test"}
+
+
+def test_no_process_is_left(first: Ended, root: Path) -> None:
+    """A Ray of the command's own ends with it."""
+    left = []
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = status.read_bytes().split(b"\0")
+            if str(root).encode() in b" ".join(words):
+                left.append(words)
+    assert left == []
+
+
+# -- killed and resumed -----------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_while_one_runs(killed: Killed) -> None:
+    assert killed.second_driver.code == 2
+    assert "has a driver already: process" in killed.second_driver.err
+    assert "Traceback" not in killed.second_driver.err
+
+
+def test_continuing_leaves_finished_trials_alone(first: Ended, killed: Killed) -> None:
+    assert killed.trials[:8] == first.trials
+
+
+def test_ranks_by_hand_are_scored_as_they_are(study: Study, killed: Killed) -> None:
+    trial = killed.trials[8]
+    assert origin(trial) == "enqueued"
+    assert trial.state == TrialState.COMPLETE
+    prepared = Prepared.from_dict(json.loads((study.folder / "prepared.json").read_text()))
+    names = [target.name for target in prepared.targets]
+    ranks = dict(zip(names, trial.user_attrs["rankfront.plan"]["ranks"], strict=True))
+    assert {name: rank for name, rank in ranks.items() if rank is not None} == BY_HAND
+    # q_proj is 32 x 32 and down_proj 32 x 64, pivoted, each with a bias of 32 from the mean.
+    saved = 32 * 32 - (5 * (64 - 5) + 32) + 32 * 64 - (11 * (96 - 11) + 32)
+    assert trial.values[0] == pytest.approx(1 - saved / prepared.model_parameters, abs=1e-12)
+    assert trial.values[1] != killed.trials[0].values[1]
+
+
+def test_enqueue_lists_every_mistake(study: Study, resumed: Ended) -> None:
+    (study.root / "bad.yaml").write_text(yaml.safe_dump({"model.nothing": 3, next(iter(BY_HAND)): 999}))
+    refused = study.here("enqueue", "tiny", "bad.yaml")
+    assert refused.code == 2
+    assert "'model.nothing' is no target" in refused.err
+    assert "rank 999 is not an integer in 1..32" in refused.err
+    assert len(refused.trials) == len(resumed.trials)
+
+
+def test_a_killed_search_loses_nothing_and_repeats_nothing(killed: Killed, resumed: Ended) -> None:
+    assert resumed.code == 0, resumed.err
+    flying = [trial for trial in killed.trials if trial.state == TrialState.RUNNING]
+    assert flying, "the driver was killed with a trial in flight"
+    for before, after in zip(killed.trials, resumed.trials, strict=False):
+        if before.state == TrialState.COMPLETE:
+            assert after == before
+        else:
+            assert after.state == TrialState.COMPLETE
+            assert (after.number, after.params) == (before.number, before.params)
+            assert after.user_attrs["rankfront.plan"] == before.user_attrs["rankfront.plan"]
+    assert [trial.number for trial in resumed.trials] == list(range(len(killed.trials) + 4))
+    assert {trial.state for trial in resumed.trials} == {TrialState.COMPLETE}
+
+
+def test_the_restart_does_not_repeat_the_first_proposals(killed: Killed, resumed: Ended) -> None:
+    first = {tuple(sorted(trial.params.items())) for trial in killed.trials[:8]}
+    after = {tuple(sorted(trial.params.items())) for trial in resumed.trials[len(killed.trials) :]}
+    assert first & after == set()
+
+
+def test_the_factors_are_decomposed_once(first: Ended, resumed: Ended, root: Path) -> None:
+    assert "factor store: built" in first.out
+    assert "factor store: reused" in resumed.out
+    bases = [json.loads(path.read_text())["method"] for path in root.glob("runs/factors/*/manifest.json")]
+    assert bases.count("feature") == 1
+
+
+def test_the_new_front_has_test_scores_too(study: Study, resumed: Ended) -> None:
+    front = json.loads((study.folder / "front.json").read_text())["front"]
+    assert front
+    assert all(member["test"]["nll"] > 0 for member in front)
+
+
+# -- another config ---------------------------------------------------------------------------
+
+
+def test_other_objectives_are_refused_by_name(study: Study, resumed: Ended) -> None:
+    before = study.content()
+    refused = study.here(
+        "search", study.config, "--set", "objectives=[budget.linear, nll]", "--set", "space.levels=9"
+    )
+    assert refused.code == 2
+    assert "objectives: was ['budget.model', 'nll'], now ['budget.linear', 'nll']" in refused.err
+    assert "space.levels: was 8, now 9" in refused.err
+    assert study.content() == before
+
+
+def prepare_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(spec: Any, machine: Machine, say: Any) -> Prepared:
+        *_, last = prepare(spec)
+        assert isinstance(last, Prepared)
+        return last
+
+    monkeypatch.setattr(search.session, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
+    monkeypatch.setattr(search.session, "prepare", prepared)
+
+
+def test_another_text_is_refused_by_name(
+    study: Study, resumed: Ended, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same name, another content: found by fingerprint. The preparation runs in this process."""
+    prepare_here(monkeypatch)
+    rows = [{"text": document.upper()} for document in tiny.documents()]
+    other = root / "other.jsonl"
+    other.write_text("\n".join(map(json.dumps, rows)))
+    before = study.content()
+    config = load_config(study.config, {"text.source": str(other)})
+    with pytest.raises(RankfrontError, match="cannot be resumed") as caught:
+        search.session.search(config, Console(file=io.StringIO()))
+    assert "search: the content differs" in str(caught.value)
+    assert "calibration: the content differs" in str(caught.value)
+    assert "model: " not in str(caught.value)
+    assert study.content() == before
+
+
+def test_a_study_that_cannot_start_leaves_no_folder(
+    study: Study, first: Ended, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's weights are gone: found by the workers, after the folder was made."""
+    broken = Study(root, "broken", None)
+    empty = root / "no-weights"
+    shutil.copytree(root / "model", empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    prepare_here(monkeypatch)
+    with pytest.raises(RankfrontError, match="no-weights"):
+        search.session.search(
+            load_config(broken.config, {"model.source": str(empty)}), Console(file=io.StringIO())
+        )
+    assert not broken.folder.exists()
+
+
+# -- export and report ------------------------------------------------------------------------
+
+RELOAD = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+folder, ids = sys.argv[1], torch.tensor(json.loads(sys.stdin.read()))
+assert "actors" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.inference_mode():
+    logits = model(ids).logits.double()[:, :-1]
+losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+print(json.dumps([losses.item(), sum(p.numel() for p in model.parameters())]))
+"""
+
+
+def test_an_export_is_the_recorded_model(study: Study, resumed: Ended, root: Path) -> None:
+    """Loaded by transformers alone, in a process and a folder that know nothing of rankfront."""
+    exported = study.here("export", "tiny", "--budget", "0.9", "--to", root / "exported")
+    assert exported.code == 0, exported.err
+    description = yaml.safe_load((root / "exported" / "ranks.yaml").read_text())
+    trial = resumed.trials[description["trial"]]
+    front = json.loads((study.folder / "front.json").read_text())["front"]
+    allowed = [member for member in front if member["budget_model"] <= 0.9]
+    assert description["trial"] == min(allowed, key=lambda member: member["search"]["nll"])["trial"]
+    ids = search_windows(study)
+    away = root / "away"
+    away.mkdir()
+    loaded = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(root / "exported")],
+        input=json.dumps(ids),
+        cwd=away,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(away)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    nll, parameters = json.loads(loaded.stdout.splitlines()[-1])
+    assert nll == pytest.approx(trial.values[1], abs=1e-4)
+    prepared = json.loads((study.folder / "prepared.json").read_text())
+    assert parameters / prepared["model_parameters"] == pytest.approx(trial.values[0], abs=1e-12)
+
+
+def search_windows(study: Study) -> list[list[int]]:
+    """The search split by hand: of the text, what follows the first 40%, then its first 20%."""
+    from transformers import AutoTokenizer
+
+    documents = tiny.documents()
+    total, seen, chosen = sum(map(len, documents)), 0, []
+    for document in documents:
+        if 0.4 * total < seen + len(document) / 2 + 1e-9 <= 0.52 * total:
+            chosen.append(document)
+        seen += len(document)
+    tokenizer = AutoTokenizer.from_pretrained(study.root / "model")
+    ids = tokenizer("\n\n".join(chosen), add_special_tokens=False)["input_ids"]
+    return [ids[start : start + 32] for start in range(0, 128, 32)]
+
+
+def test_report_writes_its_files_anew(study: Study, resumed: Ended) -> None:
+    before = study.content()
+    for name in ("trials.parquet", "front.json", "front.png", "report.html"):
+        (study.folder / name).unlink()
+    again = study.here("report", study.folder)
+    assert again.code == 0, again.err
+    after = study.content()
+    assert set(after) == set(before)
+    same = ("study.journal", "config.yaml", "prepared.json", "evaluations.jsonl", "front.json")
+    assert {name: after[name] == before[name] for name in same} == dict.fromkeys(same, True)
+    assert "on the front" in again.out
+
+
+# -- three objectives -------------------------------------------------------------------------
+
+
+def test_three_objectives_with_reasoning(interrupted: Ended, root: Path) -> None:
+    done = complete(interrupted.trials)
+    assert len(done) >= 9
+    assert len(done[0].values) == 3
+    for trial in done:
+        tasks = trial.user_attrs["rankfront.result"]["score"]["tasks"]
+        assert trial.values[2] == pytest.approx((tasks["arc_easy"]["acc"] + tasks["piqa"]["acc"]) / 2)
+    front = json.loads((root / "runs" / "three" / "front.json").read_text())
+    assert [objective["minimize"] for objective in front["objectives"]] == [True, True, False]
+    assert front["hypervolume"] > 0
+
+
+def test_interrupt_stops_and_says_how_to_go_on(interrupted: Ended, root: Path) -> None:
+    """The exit code of SIGTERM is looked at in tests/search/test_cli.py."""
+    assert interrupted.code == 130
+    assert "SIGINT: stopping" in interrupted.out
+    assert "Stopped: SIGINT" in interrupted.out
+    assert f"search {root / 'three.yaml'}   # goes on where it stopped" in interrupted.out
+    assert "in flight" in interrupted.out
+    assert "Traceback" not in interrupted.err
+    assert {trial.state for trial in interrupted.trials} <= {TrialState.COMPLETE, TrialState.RUNNING}
+    files = {path.name for path in (root / "runs" / "three").iterdir()}
+    assert set(FILES) - {"evaluations.parquet"} <= files
+
+
+def test_dense_scores_are_the_same_in_every_study(first: Ended, interrupted: Ended) -> None:
+    """Another method, another sampler, another Ray: the dense model is the dense model."""
+    assert interrupted.trials[0].values[:2] == pytest.approx(first.trials[0].values, abs=1e-6)

@@ -1,0 +1,285 @@
+"""Commands that need no worker: enqueue, and what the command line refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+import yaml
+from fakes import MODEL_PARAMETERS, TARGETS, score_of
+from rich.console import Console
+
+from actors.types import Allocation, Prepared
+from search.cli import app, main
+from search.config import parse_config
+from search.journal import JOURNAL, driver_lock, open_journal, repair
+from search.runner import Stop
+from search.session import CONFIG, PREPARED, StudyFolder, stop_on_signals, summarise
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StudyFolder:
+    """A study on disk, as a driver leaves it: dense and another trial scored, none in flight."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text.txt").write_text("some words of text\n" * 2_000)
+    config = parse_config(
+        {
+            "study": "made-up",
+            "runs": str(tmp_path / "runs"),
+            "model": {"source": str(tmp_path / "model")},
+            "text": {"source": str(tmp_path / "text.txt")},
+            "space": {"group": "module"},
+            "sampler": {"name": "random"},
+        }
+    )
+    sizes = {"search": 100, "test": 100, "search.forward": 100, "test.forward": 100, "calibration": 100}
+    keys = ("model", "tokenizer", "calibration", "search", "test", "factors")
+    prepared = Prepared(
+        model_folder=str(tmp_path / "model"),
+        factor_store=str(tmp_path / "store"),
+        targets=TARGETS,
+        model_parameters=MODEL_PARAMETERS,
+        fingerprints=dict.fromkeys(keys, "0" * 64),
+        tokens=sizes,
+        examples={"search": {}, "test": {}},
+        seconds={},
+        reused=False,
+    )
+    path = config.folder
+    path.mkdir(parents=True)
+    (path / CONFIG).write_text(config.to_yaml())
+    (path / PREPARED).write_text(json.dumps(prepared.to_dict()))
+    made = StudyFolder.open(path)
+    study = made.open_study()
+    study.enqueue([(Allocation.dense(TARGETS), "dense")])
+    for _ in range(2):
+        planned = study.propose("random")
+        study.complete(planned, score_of(planned.allocation))
+    return made
+
+
+def trials(folder: StudyFolder) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="made-up", storage=open_journal(folder.path)).get_trials()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["rankfront", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def written(path: Path, data: Any) -> Path:
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_enqueue_adds_waiting_trials_under_the_numbers_it_says(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = [{"layers.0.q_proj": 3}, {"ranks": {"layers.1.up_proj": 4, "layers.0.q_proj": None}}]
+    file = written(tmp_path / "mine.yaml", ranks)
+    assert run(monkeypatch, "enqueue", folder.path, file) == 0
+    assert "Enqueued as trials: 2, 3" in capsys.readouterr().out
+    assert [trial.state.name for trial in trials(folder)] == ["COMPLETE", "COMPLETE", "WAITING", "WAITING"]
+    rows = folder.open_study().rows()
+    assert [row.allocation for row in rows[2:]] == [
+        Allocation.of({"layers.0.q_proj": 3}, TARGETS),
+        Allocation.of({"layers.1.up_proj": 4}, TARGETS),
+    ]
+    assert run(monkeypatch, "enqueue", folder.path, file) == 0
+    assert "none; 2 are in the study already" in capsys.readouterr().out
+    assert len(trials(folder)) == 4
+
+
+def test_enqueue_lists_every_mistake_of_a_file_and_adds_nothing(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Across the items of a list too."""
+    bad = [
+        {"layers.0.q_proj": 25, "layers.9.q_proj": 3, "layers.0.up_proj": 0},
+        {"layers.1.q_proj": 3},
+        {"layers.1.q_proj": "many", "layers.1.up_proj": True},
+    ]
+    before = (folder.path / JOURNAL).read_bytes()
+    assert run(monkeypatch, "enqueue", folder.path, written(tmp_path / "bad.yaml", bad)) == 2
+    said = capsys.readouterr().err
+    expected = [
+        "bad.yaml[0].layers.0.q_proj: rank 25 is not an integer in 1..24",
+        "bad.yaml[0]: 'layers.9.q_proj' is no target",
+        "bad.yaml[0].layers.0.up_proj: rank 0 is not",
+        "bad.yaml[2].layers.1.q_proj: rank 'many' is not",
+        "bad.yaml[2].layers.1.up_proj: rank True is not",
+    ]
+    assert [line for line in expected if line not in said] == []
+    assert (folder.path / JOURNAL).read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a word", "{a: ["])
+def test_a_file_without_ranks_is_refused(
+    folder: StudyFolder,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert run(monkeypatch, "enqueue", folder.path, tmp_path / "bad.yaml") == 2
+    assert "bad.yaml" in capsys.readouterr().err
+    assert len(trials(folder)) == 2
+
+
+def test_enqueue_after_a_crash_loses_nothing(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record written after a torn one would be joined to it, and be dropped with it at the next start."""
+    journal = folder.path / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-9])
+    ranks = [{"layers.0.q_proj": 3}, {"layers.0.q_proj": 4}]
+    assert run(monkeypatch, "enqueue", folder.path, written(tmp_path / "mine.yaml", ranks)) == 0
+    repair(journal)
+    assert [trial.state.name for trial in trials(folder)] == ["COMPLETE", "RUNNING", "WAITING", "WAITING"]
+
+
+def test_a_torn_journal_survives_commands_that_only_read(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing may be written behind a torn record: it would turn a torn tail into damage."""
+    journal = folder.path / JOURNAL
+    torn = journal.read_bytes()[:-9]
+    journal.write_bytes(torn)
+    for _ in range(3):
+        assert run(monkeypatch, "report", folder.path) == 0
+    assert journal.read_bytes() == torn
+    repair(journal)
+    assert [trial.state.name for trial in trials(folder)] == ["COMPLETE", "RUNNING"]
+
+
+def test_enqueue_works_beside_a_driver(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path / "mine.yaml", {"layers.0.q_proj": 3})
+    with driver_lock(folder.path):
+        assert run(monkeypatch, "enqueue", folder.path, file) == 0
+    assert [trial.state.name for trial in trials(folder)][2:] == ["WAITING"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["report", "no-such-study"], "holds no study"),
+        (["export", "made-up"], "either --trial N or --budget B"),
+        (["export", "made-up", "--trial", "1", "--budget", "0.9"], "either --trial N or --budget B"),
+        (["export", "made-up", "--trial", "77"], "trials 0..1"),
+        (["export", "made-up", "--budget", "0.01"], "the front reaches down to"),
+        (["search", "config.yaml", "--set", "stop.trials"], "KEY=VALUE"),
+        (["search", "config.yaml", "--set", "stop.trials=[1"], "stop.trials"),
+        (["search", "config.yaml", "--set", "study.x=1"], "not a section"),
+        (["search", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_mistakes_are_said_without_a_traceback(
+    folder: StudyFolder,
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.yaml").write_text((folder.path / CONFIG).read_text())
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert "Traceback" not in said.out + said.err
+
+
+def test_report_writes_the_study_anew(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder.path / JOURNAL).read_bytes()
+    assert run(monkeypatch, "report", "made-up", "--runs", folder.path.parent) == 0
+    assert (folder.path / JOURNAL).read_bytes() == before, "a report writes nothing to the study"
+    front = json.loads((folder.path / "front.json").read_text())
+    assert {member["trial"] for member in front["front"]} <= {0, 1}
+    assert (folder.path / "report.html").exists()
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_study_without_a_dense_trial_has_a_report(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`references: {dense: false}`, or a search that was stopped before its first trial ended."""
+    (folder.path / JOURNAL).unlink()
+    assert run(monkeypatch, "report", folder.path) == 0
+    study = folder.open_study()
+    planned = study.propose("random")
+    study.complete(planned, score_of(planned.allocation))
+    assert run(monkeypatch, "report", folder.path) == 0
+    [member] = json.loads((folder.path / "front.json").read_text())["front"]
+    assert member["trial"] == 0
+
+
+@pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("200 trials", 0)])
+def test_the_exit_code_says_what_stopped_the_search(
+    folder: StudyFolder,
+    tmp_path: Path,
+    reason: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        "search.cli.search",
+        lambda config, console: (folder, summarise(folder, folder.open_study()), reason),
+    )
+    assert run(monkeypatch, "search", folder.path / CONFIG) == code
+    said = capsys.readouterr().out
+    assert f"Stopped: {reason}" in said
+    assert ("goes on where it stopped" in said) == (code > 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> None:
+    stop, before = Stop(), signal.getsignal(number)
+    with stop_on_signals(stop, Console(file=io.StringIO())):
+        signal.raise_signal(number)
+        assert stop.reason == number.name
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_cluster_that_does_not_answer_is_said(
+    folder: StudyFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unreachable(**settings: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379")
+
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", unreachable)
+    assert run(monkeypatch, "search", folder.path / CONFIG) == 2
+    assert "192.0.2.1:6379" in capsys.readouterr().err
+
+
+def test_every_command_has_help() -> None:
+    names = [command.name for command in app.registered_commands]
+    assert names == ["search", "report", "enqueue", "export"]
+    done = subprocess.run(
+        [sys.executable, "-m", "search.cli", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in names if name)

@@ -1,0 +1,237 @@
+"""Mistakes in a config: all listed at once, each with its path, its value and what would be right."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.types import RankfrontError
+from search.config import Config, ConfigError, load_config, parse_config
+from search.records import Objective
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> dict[str, Any]:
+    """A right config whose sources are local."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"{n} lines of some forty characters of text" for n in range(200))
+    )
+    return {
+        "study": "made-up",
+        "runs": str(tmp_path / "runs"),
+        "model": {"source": str(tmp_path / "model")},
+        "text": {"source": str(tmp_path / "text.txt")},
+        "calibration": {"window": 32},
+        "scoring": {"window": 32, "tasks": ["arc_easy", "boolq"]},
+    }
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of `raw` with the dotted `key` set."""
+    changed = copy.deepcopy(raw)
+    *parents, last = key.split(".")
+    section = changed
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    section[last] = value
+    return changed
+
+
+def mistakes(raw: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    assert all(line in str(caught.value) for line in caught.value.mistakes)
+    return caught.value.mistakes
+
+
+def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
+    assert parse_config(raw).study == "made-up"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "path", "says"),
+    [
+        ("bogus", 1, "bogus", ["unknown key", "objectives"]),
+        ("scoring.windw", 1, "scoring.windw", ["unknown key", "window"]),
+        ("scoring.tokens", {"search": 1, "test": 1, "x": 1}, "scoring.tokens.x", ["unknown key", "test"]),
+        ("objectives", ["budget.model", "perplexity"], "objectives[1]", ["'perplexity'", "nll"]),
+        ("objectives", ["budget.model", "nll", "nll"], "objectives[2]", ["'nll'", "twice"]),
+        ("objectives", ["nll", "reasoning.acc"], "objectives", ["budget.model", "budget.linear"]),
+        ("objectives", ["budget.model"], "objectives", ["at least 2"]),
+        ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
+        ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
+        ("model.source", "/no/such/model", "model.source", ["/no/such/model", "no file or folder"]),
+        ("text.source", "./no/such/text", "text.source", ["./no/such/text", "no file or folder"]),
+        ("model.source", "package:no_such_package/x", "model.source", ["no_such_package"]),
+        ("model.dtype", "int8", "model.dtype", ["'int8'", "bfloat16"]),
+        ("references.uniform", [0.9, 0.0], "references.uniform[1]", ["0.0", "greater than 0"]),
+        ("references.uniform", [1.5], "references.uniform[0]", ["1.5", "less than or equal to 1"]),
+        ("references.uniform", [float("nan")], "references.uniform[0]", ["nan"]),
+        ("space.floor", 0, "space.floor", ["0", "greater than 0"]),
+        ("space.floor", 1.01, "space.floor", ["1.01", "less than or equal to 1"]),
+        ("space.segments", 3, "space.segments", ["3", "group: module"]),
+        ("scoring.tasks", ["arc_easy", "arc_esay"], "scoring.tasks[1].name", ["'arc_esay'", "arc_easy"]),
+        ("scoring.tasks", ["arc_easy", "arc_easy"], "scoring.tasks[1]", ["'arc_easy'", "twice"]),
+        ("scoring.tasks", [{"name": "piqa", "source": "/no/piqa"}], "scoring.tasks[0].source", ["/no/piqa"]),
+        ("stop.trials", None, "stop", ["trials", "tokens", "hours", "plateau"]),
+        ("calibration.window", 5_000, "calibration.window", ["too short", "5000"]),
+        ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),
+        ("study", "a/b", "study", ["'a/b'"]),
+        ("replicas.count", 0, "replicas.count", ["0", "greater than or equal to 1"]),
+        ("sampler.name", "cmaes", "sampler.name", ["'cmaes'", "nsga2", "tpe"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named(raw: dict[str, Any], key: str, value: Any, path: str, says: list[str]) -> None:
+    found = mistakes(put(raw, key, value))
+    about = [line for line in found if line.startswith(f"{path}: ")]
+    assert about, f"no line about {path}: {found}"
+    assert all(word in " ".join(about) for word in says), about
+
+
+def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:
+    raw = put(put(raw, "scoring.tasks", []), "objectives", ["budget.model", "reasoning.acc"])
+    [line] = mistakes(raw)
+    assert line.startswith("objectives[1]: 'reasoning.acc' needs scoring.tasks")
+
+
+def test_a_missing_key_is_named(raw: dict[str, Any]) -> None:
+    del raw["model"], raw["text"]["source"]
+    assert {"model: missing", "text.source: missing"} <= set(mistakes(raw))
+
+
+def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
+    """None hides another: not in one section, not across sections, not a rule of two sections."""
+    raw["scoring"] |= {"windw": 16, "tasks": ["arc_easy", "nope"], "search_fraction": 1.0}
+    raw |= {
+        "bogus": 1,
+        "model": {"source": "/no/such/model", "dtype": "int8"},
+        "objectives": ["perplexity", "nll", "nll"],
+        "space": {"floor": 0, "group": "block", "segments": 3, "levels": 0},
+        "references": {"uniform": [0.9, 1.5, 0]},
+        "sampler": {"name": "cmaes"},
+        "stop": {"trials": None},
+        "calibration": {"window": 5_000},
+    }
+    found = mistakes(raw)
+    expected = [
+        "bogus:", "model.source:", "model.dtype:", "scoring.windw:", "scoring.tasks[1].name:",
+        "scoring.search_fraction:", "objectives[0]:", "objectives[2]:", "objectives:", "space.floor:",
+        "space.segments:", "space.levels:", "references.uniform[1]:", "references.uniform[2]:",
+        "sampler.name:", "stop:", "calibration.window:",
+    ]  # fmt: skip
+    assert [path for path in expected if not any(line.startswith(path) for line in found)] == []
+
+
+def test_no_mistake_is_listed_twice(raw: dict[str, Any]) -> None:
+    [line] = mistakes(put(raw, "replicas.threads", 0))
+    assert line.startswith("replicas.threads: 0")
+
+
+REFUSE_RAY = """
+import ray
+def refuse(*arguments, **more):
+    print("RAY WAS STARTED")
+    raise SystemExit(99)
+ray.init = refuse
+from search.cli import main
+main()
+"""
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", REFUSE_RAY, *arguments], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_starts_nothing_with_a_wrong_config(raw: dict[str, Any], tmp_path: Path) -> None:
+    wrong = put(put(raw, "bogus", 1), "space.floor", 7)
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(wrong))
+    before = sorted(tmp_path.rglob("*"))
+    done = command(tmp_path, "search", "bad.yaml")
+    assert done.returncode == 2
+    assert "2 mistakes, nothing was started" in done.stderr
+    assert "bogus: unknown key" in done.stderr
+    assert "space.floor: 7" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "RAY WAS STARTED" not in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["study: [", "- a list", "", "\x00"])
+def test_a_file_that_is_no_config_is_said(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml: 1 mistake, nothing was started"):
+        load_config(path)
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_saved_config_is_the_config(raw: dict[str, Any]) -> None:
+    raw |= {"objectives": ["budget.linear", "reasoning.acc", "nll"], "stop": {"plateau": {"trials": 9}}}
+    config = parse_config(raw)
+    saved = yaml.safe_load(config.to_yaml())
+    assert parse_config(saved) == config
+    assert saved["stop"] == {
+        "trials": 200,
+        "tokens": None,
+        "hours": None,
+        "plateau": {"trials": 9, "tolerance": 0.001},
+    }
+    assert set(saved) == set(Config.model_fields), "defaults are saved too: they may change"
+
+
+def test_local_sources_are_saved_as_absolute_paths(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """So that the study can be resumed from another folder."""
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(put(raw, "model.source", "./model"))
+    assert config.model.source == str(tmp_path / "model")
+
+
+def test_overrides_change_nested_keys_and_create_sections(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    overrides = {"scoring.tokens": {"search": 64, "test": 96}, "stop.plateau.trials": 7, "study": "other"}
+    config = load_config(path, overrides)
+    assert (config.scoring.tokens.search, config.scoring.tokens.test) == (64, 96)
+    assert config.stop.plateau is not None
+    assert config.stop.plateau.trials == 7
+    assert config.study == "other"
+    assert config.scoring.window == 32, "the rest of the section stays"
+
+
+def test_an_override_below_a_value_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(RankfrontError, match="study"):
+        load_config(path, {"study.name": "x"})
+
+
+def test_objectives_know_their_direction(raw: dict[str, Any]) -> None:
+    names = ["budget.linear", "nll", "reasoning.arc_easy.acc_norm"]
+    assert parse_config(put(raw, "objectives", names)).named_objectives == (
+        Objective("budget.linear", minimize=True),
+        Objective("nll", minimize=True),
+        Objective("reasoning.arc_easy.acc_norm", minimize=False),
+    )
+
+
+def test_a_task_of_its_own_source_keeps_the_split_it_names(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    tasks = [{"name": "piqa", "source": str(tmp_path / "piqa")}, {"name": "arc_easy", "split": "test"}]
+    own, hub = parse_config(put(raw, "scoring.tasks", tasks)).preparation().scoring.tasks
+    assert (own.source, own.subset, own.split) == (str(tmp_path / "piqa"), None, None)
+    assert (hub.source, hub.subset, hub.split) == ("allenai/ai2_arc", "ARC-Easy", "test")

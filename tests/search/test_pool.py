@@ -1,0 +1,226 @@
+"""The pool on a real local Ray: replicas that die, hang, refuse; every job answered exactly once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import search.pool
+from actors.types import Allocation, RankfrontError, ReplicaSpec
+from search.pool import Job, Outcome, Pool, connect
+
+# A pool that lost a job would be waited for without end.
+PATIENCE_SECONDS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=search.pool.OBJECT_STORE_BYTES,
+        )
+        yield
+        ray.shutdown()
+
+
+def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = "") -> type:
+    """A replica without a model. The rank of its one target says which job it is.
+
+    `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`,
+    `refuse`, `break`, or `meet`: wait for all jobs that meet, which takes a replica for each. A score
+    after that. A class made here travels to the workers by value.
+    """
+    marks = str(folder)
+    meeting = [rank for rank, acts in behaviour.items() if "meet" in acts]
+
+    class MadeUpReplica:
+        def __init__(self, spec: Any) -> None:
+            if start:
+                raise RuntimeError(start)
+            self.name = spec.name
+
+        def ready(self) -> str:
+            return self.name
+
+        def score(self, allocation: Any, split: str) -> Any:
+            import os
+            import threading
+            import time
+            from pathlib import Path
+
+            from actors.types import Score, ScoringError, TextScore
+
+            [(_, rank)] = allocation
+            before = len(list(Path(marks).glob(f"{rank}-*")))
+            (Path(marks) / f"{rank}-{before}").touch()
+            plan = behaviour.get(rank, [])
+            act = plan[before] if before < len(plan) else "score"
+            if act == "die":
+                os._exit(1)
+            if act == "hang":
+                threading.Event().wait()
+            while act == "meet" and not all(list(Path(marks).glob(f"{other}-*")) for other in meeting):
+                time.sleep(0.01)
+            if act == "refuse":
+                raise ScoringError(f"nll is nan on the {split} split")
+            if act == "break":
+                raise ZeroDivisionError("a mistake in the code")
+            text = TextScore("made-up", nats=float(rank), tokens=1, stderr=0.0)
+            return Score(split, text, {}, forward_tokens=1, seconds=0.0, replica=self.name)
+
+    return MadeUpReplica
+
+
+@pytest.fixture
+def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    made: list[Pool] = []
+
+    def make(
+        behaviour: dict[int, list[str]],
+        count: int = 2,
+        attempts: int = 2,
+        trial_seconds: float | None = None,
+        start: str = "",
+    ) -> Pool:
+        monkeypatch.setattr(search.pool, "Replica", replica_class(tmp_path, behaviour, start))
+        specs = [ReplicaSpec(f"replica-{index}", None, None, threads=1) for index in range(count)]  # type: ignore[arg-type]
+        made.append(Pool(specs, 0, attempts, trial_seconds))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def allocation(rank: int) -> Allocation:
+    return Allocation((("t", rank),))
+
+
+def drain(pool: Pool, ranks: list[int]) -> dict[int, Outcome]:
+    """Score every rank, refilling as the runner does; one outcome each."""
+    queue, found = list(ranks), {}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while queue or pool.outstanding:
+        assert time.monotonic() < deadline, f"no answer for {sorted({*ranks} - {*found})}"
+        while queue and pool.free:
+            rank = queue.pop(0)
+            pool.submit(Job(rank, allocation(rank)))
+        for outcome in pool.wait(0.25):
+            assert outcome.job.key not in found, "answered twice"
+            found[outcome.job.key] = outcome
+    assert set(found) == set(ranks)
+    return found
+
+
+def attempts_of(folder: Path, rank: int) -> int:
+    return len(list(folder.glob(f"{rank}-*")))
+
+
+def test_connect_joins_what_is_there() -> None:
+    machine = connect()
+    assert (machine.cores, machine.gpus) == (4, 0)
+    assert machine.memory > 0
+
+
+def test_scores_belong_to_their_jobs_and_both_replicas_work(pool_of: Any) -> None:
+    pool = pool_of({1: ["meet"], 2: ["meet"]})
+    assert (pool.size, pool.outstanding, pool.free) == (2, 0, 4)
+    assert list(pool.wait(0.0)) == []
+    pool.submit(Job(1, allocation(1)))
+    assert (pool.outstanding, pool.free) == (1, 3)
+    pool.submit(Job(2, allocation(2), "test"))
+    found: dict[int, Outcome] = {}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while pool.outstanding and time.monotonic() < deadline:
+        found |= {outcome.job.key: outcome for outcome in pool.wait(0.25)}
+    scores = {key: outcome.score for key, outcome in found.items()}
+    assert {key: score.text.nats for key, score in scores.items() if score} == {1: 1.0, 2: 2.0}
+    assert {key: score.split for key, score in scores.items() if score} == {1: "search", 2: "test"}
+    assert {score.replica for score in scores.values() if score} == {"replica-0", "replica-1"}
+
+
+def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: Path) -> None:
+    """Three jobs kill their replica once, one kills every replica; all others are scored.
+
+    A dying process may take the answer before with it, so a neighbour may be charged for the death.
+    """
+    behaviour = {7: ["die"], 21: ["die"] * 9, 22: ["die"], 40: ["die"]}
+    found = drain(pool_of(behaviour, attempts=3), list(range(1, 51)))
+    assert [rank for rank, outcome in found.items() if outcome.score is None] == [21]
+    assert all(outcome.score.text.nats == rank for rank, outcome in found.items() if outcome.score)
+    reason = found[21].reason
+    assert reason is not None
+    assert "died" in reason
+    assert "attempt 3 of 3" in reason
+    assert attempts_of(tmp_path, 21) >= 3
+    assert all(attempts_of(tmp_path, rank) >= 2 for rank in (7, 22, 40))
+
+
+@pytest.mark.parametrize(("act", "says"), [("refuse", "nll is nan on the search"), ("break", "a mistake in")])
+def test_a_job_that_raises_is_tried_again_and_then_reported(
+    pool_of: Any, tmp_path: Path, act: str, says: str
+) -> None:
+    found = drain(pool_of({1: [act], 2: [act] * 3}, attempts=3), [1, 2, 3])
+    assert found[1].score is not None
+    assert found[2].score is None
+    assert says in (found[2].reason or "")
+    assert "attempt 3 of 3" in (found[2].reason or "")
+    assert found[3].score is not None
+    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3)] == [2, 3, 1]
+
+
+def test_a_replica_that_raises_stays(pool_of: Any) -> None:
+    """A mistake of one trial costs no restart: a model takes minutes to load."""
+    pool = pool_of({1: ["refuse"]}, count=1)
+    actor = pool._slots[0].actor
+    drain(pool, [1, 2])
+    assert pool._slots[0].actor is actor
+
+
+def test_replicas_that_cannot_start_end_the_search_with_the_first_error(pool_of: Any) -> None:
+    pool = pool_of({}, start="libcuda.so.1: cannot open shared object file")
+    with pytest.raises(RankfrontError, match=r"(?s)replicas cannot start.*libcuda\.so\.1: cannot open"):
+        drain(pool, [1, 2, 3])
+
+
+def test_a_hanging_trial_is_killed_and_tried_again(pool_of: Any, tmp_path: Path) -> None:
+    pool = pool_of({3: ["hang"]}, count=1, trial_seconds=1.0)
+    found = drain(pool, [1, 2, 3, 4])
+    assert all(outcome.score is not None for outcome in found.values())
+    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4)] == [1, 1, 2, 1]
+
+
+def test_a_trial_that_always_hangs_fails_with_its_reason(
+    pool_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its second attempt is the first trial of a new replica, which is no excuse to wait for ever."""
+    monkeypatch.setattr(f"{__name__}.PATIENCE_SECONDS", 10)
+    found = drain(pool_of({2: ["hang"] * 9}, count=1, trial_seconds=1.0), [1, 2])
+    assert found[2].score is None
+    assert "attempt 2 of 2" in (found[2].reason or "")
+    assert attempts_of(tmp_path, 2) == 2
+
+
+def test_the_reason_of_a_trial_that_hangs_names_the_limit(pool_of: Any) -> None:
+    found = drain(pool_of({2: ["hang"]}, count=1, attempts=1, trial_seconds=0.5), [1, 2])
+    assert "0.5" in (found[2].reason or ""), found[2].reason
+
+
+def test_a_closed_pool_holds_no_replica(pool_of: Any) -> None:
+    """The cluster has 4 cores: a pool that kept its three would leave none for the next one's."""
+    for ranks in ([1, 2, 3], [4, 5, 6]):
+        pool = pool_of({rank: ["meet"] for rank in ranks}, count=3)
+        found = drain(pool, ranks)
+        assert len({outcome.score.replica for outcome in found.values() if outcome.score}) == 3
+        pool.close()
+        assert pool.size == 0

@@ -1,0 +1,96 @@
+"""Samplers by name; every ask a function of (study seed, trial number) and the trials before it."""
+
+from __future__ import annotations
+
+import warnings
+
+import optuna
+import pytest
+from optuna.distributions import IntDistribution
+from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
+
+from search.config import SamplerSection
+from search.samplers import make_sampler, reseed
+
+NAMES = ("nsga2", "nsga3", "tpe", "random")
+SPACE = {f"x{index}": IntDistribution(0, 1000) for index in range(6)}
+every_sampler = pytest.mark.parametrize("name", NAMES)
+
+
+def history(count: int) -> optuna.Study:
+    """A study of `count` finished trials: past every sampler's start-up, with a whole generation."""
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=RandomSampler(seed=9))
+    for number in range(count):
+        trial = study.ask(SPACE)
+        frozen = study._storage.get_trial(trial._trial_id)
+        for key in ("NSGAIISampler:generation", "NSGAIIISampler:generation"):
+            study._storage.set_trial_system_attr(frozen._trial_id, key, number // 8)
+        x = [trial.params[name] for name in SPACE]
+        study.tell(trial, [sum(x), -min(x)])
+    return study
+
+
+def ask(sampler: BaseSampler, seed: int, number: int, trials: int = 24) -> dict[str, int]:
+    study = history(trials)
+    study.sampler = sampler
+    reseed(sampler, seed, number)
+    return study.ask(SPACE).params
+
+
+def make(name: str, seed: int = 0) -> BaseSampler:
+    return make_sampler(SamplerSection(name=name, seed=seed, population=8))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("nsga2", NSGAIISampler), ("nsga3", NSGAIIISampler), ("tpe", TPESampler), ("random", RandomSampler)],
+)
+def test_a_name_makes_its_sampler(name: str, kind: type[BaseSampler]) -> None:
+    assert type(make(name)) is kind
+
+
+@every_sampler
+def test_a_user_sees_no_warning_about_a_sampler_that_the_config_offers(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(name)
+
+
+@every_sampler
+@pytest.mark.parametrize("trials", [0, 24])
+def test_a_draw_is_a_function_of_seed_and_number(name: str, trials: int) -> None:
+    used = make(name, seed=5)
+    for number in range(3):
+        ask(used, 5, number, trials)
+    assert ask(used, 1, 7, trials) == ask(make(name, seed=2), 1, 7, trials), "whatever was drawn before"
+
+
+@every_sampler
+@pytest.mark.parametrize("trials", [0, 24])
+def test_draws_differ_between_numbers_and_seeds(name: str, trials: int) -> None:
+    drawn = [ask(make(name), seed, number, trials) for seed in (0, 1) for number in range(6)]
+    assert len({tuple(sorted(params.items())) for params in drawn}) > 9
+
+
+@every_sampler
+def test_two_generators_of_one_sampler_get_different_seeds(name: str) -> None:
+    """Equal seeds would tie crossover to mutation, and the independent sampler to the relative one."""
+    from optuna.samplers._lazy_random_state import LazyRandomState
+
+    def generators(owner: object) -> list[LazyRandomState]:
+        found = []
+        for value in vars(owner).values():
+            if isinstance(value, LazyRandomState):
+                found.append(value)
+            elif isinstance(value, BaseSampler) or type(value).__name__.endswith("Strategy"):
+                found += generators(value)
+        return found
+
+    sampler = make(name)
+    reseed(sampler, 0, 0)
+    unique = {id(generator): generator for generator in generators(sampler)}.values()
+    first = [generator.rng.random_sample() for generator in unique]
+    assert first
+    assert len(set(first)) == len(first)
+    reseed(sampler, 0, 0)
+    assert [generator.rng.random_sample() for generator in unique] == first, "every generator is reseeded"
