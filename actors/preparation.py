@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,9 +23,13 @@ from actors.scoring import load_split
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import SPLITS, PreparationSpec, Prepared
 
+Progress = str | Mapping[str, str] | Prepared
 
-def prepare(spec: PreparationSpec, threads: int | None = None) -> Iterator[str | Prepared]:
-    """Yield lines of progress, then what was prepared.
+
+def prepare(spec: PreparationSpec, threads: int | None = None) -> Iterator[Progress]:
+    """Yield lines of progress, the fingerprints once they are known, and at last what was prepared.
+
+    The fingerprints come before the long work: who expects others can stop there.
 
     Raises:
         RankfrontError: the model, the text or a task cannot be used; says what and why.
@@ -57,6 +61,7 @@ def prepare(spec: PreparationSpec, threads: int | None = None) -> Iterator[str |
     }
     fingerprints["factors"] = store_fingerprint(fingerprints, spec.factors, targets)
     clock.lap("text")
+    yield fingerprints
     yield f"text: {ids.numel():,} calibration tokens, {splits['search'].tokens:,} search tokens a trial"
 
     store = cache / fingerprints["factors"][:16]

@@ -6,7 +6,7 @@ Nothing heavy is imported until an actor starts, so the driver can name these cl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from actors.types import Allocation, PreparationSpec, Prepared, ReplicaSpec, Score
 
@@ -25,7 +25,7 @@ def quieten() -> None:
 class Preparer:
     """Runs a preparation and streams its progress."""
 
-    def prepare(self, spec: PreparationSpec, threads: int) -> Iterator[str | Prepared]:
+    def prepare(self, spec: PreparationSpec, threads: int) -> Iterator[str | Mapping[str, str] | Prepared]:
         quieten()
         from actors.preparation import prepare
 

@@ -30,7 +30,8 @@ def prepared(spec: PreparationSpec) -> Prepared:
     for item in prepare(spec, torch.get_num_threads()):
         if isinstance(item, Prepared):
             return item
-        print(item, file=sys.stderr, flush=True)
+        if isinstance(item, str):
+            print(item, file=sys.stderr, flush=True)
     raise RuntimeError("the preparation ended without a result")
 
 

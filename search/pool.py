@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,11 +89,16 @@ def connect() -> Machine:
     return Machine(cores=int(total.get("CPU", 1)), gpus=int(total.get("GPU", 0)), memory=memory)
 
 
-def prepare(spec: PreparationSpec, machine: Machine, say: Callable[[str], None]) -> Prepared:
-    """Run a preparation in an actor of its own, gone when it ends.
+def prepare(
+    spec: PreparationSpec,
+    machine: Machine,
+    say: Callable[[str], None],
+    check: Callable[[Mapping[str, str]], None],
+) -> Prepared:
+    """Run a preparation in an actor of its own, gone when it ends or when `check` refuses its fingerprints.
 
     Raises:
-        RankfrontError: what the preparation says is wrong, or that its process died.
+        RankfrontError: what the preparation or `check` says is wrong, or that its process died.
     """
     options = {"num_cpus": 1, "num_gpus": min(1, machine.gpus), "runtime_env": _environment(machine.cores)}
     actor = ray.remote(Preparer).options(**options).remote()
@@ -102,7 +107,10 @@ def prepare(spec: PreparationSpec, machine: Machine, say: Callable[[str], None])
             item = ray.get(reference)
             if isinstance(item, Prepared):
                 return item
-            say(item)
+            if isinstance(item, str):
+                say(item)
+            else:
+                check(item)
     except RayTaskError as error:
         raise _cause(error) from error
     except RayActorError as error:

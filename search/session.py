@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,10 +188,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         if repaired:
             say(f"journal: {repaired}")
         machine = connect()
-        prepared = prepare(config.preparation(), machine, say)
-        if (path / PREPARED).exists():
-            before = json.loads((path / PREPARED).read_text())["fingerprints"]
-            refuse(config.study, fingerprint_differences(before, prepared.fingerprints))
+        prepared = prepare(config.preparation(), machine, say, _fingerprint_check(config.study, path))
         write_atomic(path / CONFIG, config.to_yaml())
         write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
         folder = StudyFolder(path, config, prepared)
@@ -207,6 +204,17 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         finally:
             pool.close()
         return folder, report(folder, study), stop.reason or reason
+
+
+def _fingerprint_check(study: str, path: Path) -> Callable[[Mapping[str, str]], None]:
+    """Refuses fingerprints other than those the study was prepared with, if it was."""
+    known = json.loads((path / PREPARED).read_text())["fingerprints"] if (path / PREPARED).exists() else None
+
+    def check(found: Mapping[str, str]) -> None:
+        if known is not None:
+            refuse(study, fingerprint_differences(known, found))
+
+    return check
 
 
 def _sayer(console: Console) -> Callable[[str], None]:

@@ -47,8 +47,11 @@ def open_storage_study(storage: BaseStorage, name: str, objectives: Sequence[Obj
         StudyDirection.MINIMIZE if objective.minimize else StudyDirection.MAXIMIZE for objective in objectives
     ]
     if name in {known.study_name for known in storage.get_all_studies()}:
-        return optuna.load_study(study_name=name, storage=storage)
-    study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+        study = optuna.load_study(study_name=name, storage=storage)
+        if study.metric_names is not None:
+            return study
+    else:
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([objective.name for objective in objectives])

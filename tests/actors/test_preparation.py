@@ -24,9 +24,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, **overrides: Any) -> tuple[list[str], Prepared]:
-    *lines, prepared = prepare(parse_config(tiny.tiny_config(root, **overrides)).preparation())
+    *said, prepared = prepare(parse_config(tiny.tiny_config(root, **overrides)).preparation())
     assert isinstance(prepared, Prepared)
-    return lines, prepared  # type: ignore[return-value]
+    lines = [line for line in said if isinstance(line, str)]
+    assert [item for item in said if item not in lines] == [prepared.fingerprints]
+    return lines, prepared
 
 
 def test_what_was_prepared_is_said(root: Path) -> None:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -386,10 +386,13 @@ def test_other_objectives_are_refused_by_name(study: Study, resumed: Ended) -> N
 
 
 def prepare_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepared(spec: Any, machine: Machine, say: Any) -> Prepared:
-        *_, last = prepare(spec)
-        assert isinstance(last, Prepared)
-        return last
+    def prepared(spec: Any, machine: Machine, say: Any, check: Callable[[Any], None]) -> Prepared:
+        for item in prepare(spec):
+            if isinstance(item, Prepared):
+                return item
+            if not isinstance(item, str):
+                check(item)
+        raise AssertionError("nothing was prepared")
 
     monkeypatch.setattr(search.session, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
     monkeypatch.setattr(search.session, "prepare", prepared)
@@ -404,6 +407,7 @@ def test_another_text_is_refused_by_name(
     other = root / "other.jsonl"
     other.write_text("\n".join(map(json.dumps, rows)))
     before = study.content()
+    stores = len(list((root / "runs" / "factors").glob("*/manifest.json")))
     config = load_config(study.config, {"text.source": str(other)})
     with pytest.raises(RankfrontError, match="cannot be resumed") as caught:
         search.session.search(config, Console(file=io.StringIO()))
@@ -411,6 +415,7 @@ def test_another_text_is_refused_by_name(
     assert "calibration: the content differs" in str(caught.value)
     assert "model: " not in str(caught.value)
     assert study.content() == before
+    assert len(list((root / "runs" / "factors").glob("*/manifest.json"))) == stores, "it was late"
 
 
 def test_a_study_that_cannot_start_leaves_no_folder(
