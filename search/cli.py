@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def search_command(
     if trials is not None:
         overrides["stop.trials"] = trials
     folder, summary, reason = search(load_config(config, overrides), console)
-    _print_end(folder, summary, reason, config)
+    again = " ".join([str(config), *(f"--set {shlex.quote(text)}" for text in set_ or [])])
+    _print_end(folder, summary, reason, again)
     if reason.startswith("SIG"):
         raise typer.Exit(130 if reason == "SIGINT" else 143)
 
@@ -60,7 +62,7 @@ def _override(text: str) -> tuple[str, Any]:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 
-def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: Path) -> None:
+def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: str) -> None:
     finished = sum(row.finished for row in summary.rows)
     failed = sum(row.state == "FAIL" for row in summary.rows)
     running = sum(row.state == "RUNNING" for row in summary.rows)

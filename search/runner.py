@@ -122,8 +122,10 @@ class Runner:
     def _fill(self) -> None:
         """Keep every replica busy with one trial ahead, as far as that takes few proposals already known."""
         for _ in range(self._pool.free + KNOWN_PER_LOOK):
+            if self._pool.free == 0:
+                return
             self._study.sync()
-            if self._pool.free == 0 or self._rule_met():
+            if self._rule_met():
                 return
             try:
                 planned = self._study.propose(self._origin)
