@@ -42,7 +42,6 @@ class Progress:
     """What the screen shows; the loop keeps it up to date."""
 
     started: float = field(default_factory=time.monotonic)
-    scored: int = 0  # by replicas, in this run
 
 
 def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
@@ -158,7 +157,6 @@ class Runner:
                 self._study.fail(each.number, reason or "no score")
         else:
             self._study.complete(planned, outcome.score)
-            self.progress.scored += 1
             for twin in twins:
                 self._study.copy_score(twin, planned.number)
         del self._planned[planned.number]

@@ -77,7 +77,7 @@ class SearchStudy:
         self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
         self._ids: list[int] = []  # storage ids by trial number
         self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
-        self._plans: dict[int, Allocation] = {}
+        self._ended: dict[int, TrialRow] = {}
         self.sync()
 
     # -- reading ------------------------------------------------------------------------------
@@ -123,18 +123,17 @@ class SearchStudy:
         return [Planned(trial.number, self._allocation(trial)) for trial in running]
 
     def rows(self) -> tuple[TrialRow, ...]:
-        """Every trial, for reports and exports."""
-        return tuple(self._row(trial) for trial in self._trials())
+        """Every trial, by number. Ended trials never change, so their rows are made once."""
+        return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self._trials())
 
     def _row(self, trial: FrozenTrial) -> TrialRow:
         plan, result = trial.user_attrs.get(PLAN, {}), trial.user_attrs.get(RESULT, {})
         allocation = Allocation.dense(self._cost.targets)
-        if trial.state != TrialState.FAIL or PLAN in trial.user_attrs:  # else it may never have had ranks
-            with contextlib.suppress(RankfrontError):  # a foreign trial that waits to be refused
-                allocation = self._allocation(trial)
+        with contextlib.suppress(RankfrontError):  # another program's trial may have no ranks of this space
+            allocation = self._allocation(trial)
         budgets = self._cost.budgets(allocation)
         score = Score.from_dict(result["score"]) if "score" in result else None
-        return TrialRow(
+        row = TrialRow(
             number=trial.number,
             state=trial.state.name,
             origin=plan.get("origin", "enqueued"),
@@ -148,6 +147,9 @@ class SearchStudy:
             reason=result.get("reason"),
             copied_from=result.get("copied_from"),
         )
+        if trial.state.is_finished():
+            self._ended[trial.number] = row
+        return row
 
     def scored_as(self, allocation: Allocation) -> int | None:
         """The number of the finished trial that scored this allocation, if there is one."""
@@ -227,7 +229,6 @@ class SearchStudy:
         """Start a WAITING trial that the mirror just handed out."""
         stored_id = self._ids[frozen.number]
         stored = self._storage.get_trial(stored_id)
-        self._storage.set_trial_state_values(stored_id, TrialState.RUNNING)
         for key, value in frozen.system_attrs.items():
             if stored.system_attrs.get(key) != value:
                 self._storage.set_trial_system_attr(stored_id, key, value)
@@ -236,11 +237,13 @@ class SearchStudy:
                 distribution = frozen.distributions[name]
                 internal = distribution.to_internal_repr(value)
                 self._storage.set_trial_param(stored_id, name, internal, distribution)
+        # Last, so that a trial that is RUNNING always has all of its levels.
+        self._storage.set_trial_state_values(stored_id, TrialState.RUNNING)
         return Planned(frozen.number, self._allocation(frozen))
 
     def _rebuild(self) -> None:
         self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
-        self._ids, self._scored = [], {}
+        self._ids, self._scored, self._ended = [], {}, {}
         self.sync()
 
     def complete(self, planned: Planned, score: Score, copied_from: int | None = None) -> tuple[float, ...]:

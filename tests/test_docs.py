@@ -24,3 +24,9 @@ def test_every_relative_link_of_the_readme_exists():
     local = [target for target in targets if not target.startswith("https://")]
     assert local
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_config_in_the_readme_is_the_shipped_one():
+    shown = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    shipped = (ROOT / "configs" / "llama-3.2-1b.yaml").read_text().splitlines(keepends=True)
+    assert shown == "".join(line for line in shipped if not line.startswith("#"))
