@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from actors.types import RankfrontError
 from search.journal import repair
 from search.records import Evaluation
 
@@ -13,16 +14,24 @@ FILE = "evaluations.jsonl"
 
 
 class Evaluations:
-    """Rows keyed by (trial, variant, split, fingerprint); a later row replaces an equal key's."""
+    """Rows keyed by (trial, variant, split, fingerprint); a later row replaces an equal key's.
+
+    Reading changes nothing, as a driver may be writing; only the study's driver calls `add`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
-        repair(self._path)
+        self._whole = False
         self._rows: dict[tuple[int, str, str, str], Evaluation] = {}
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+        content = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+            if not line.endswith("\n"):
+                break  # a write is under way, or was cut off
+            try:
                 row = Evaluation.from_dict(json.loads(line))
-                self._rows[row.key] = row
+            except ValueError as error:
+                raise RankfrontError(f"{self._path}: record {number} is damaged: {error}") from error
+            self._rows[row.key] = row
 
     @property
     def rows(self) -> tuple[Evaluation, ...]:
@@ -33,6 +42,9 @@ class Evaluations:
 
     def add(self, row: Evaluation) -> None:
         """Durable when it returns."""
+        if not self._whole:
+            repair(self._path)
+            self._whole = True
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row.to_dict()) + "\n")
             stream.flush()
