@@ -24,6 +24,7 @@ from actors.types import (
     ReplicaSpec,
     Score,
     ScoringSpec,
+    TaskSource,
     digest,
 )
 
@@ -53,7 +54,7 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     scoring = spec.scoring
     parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
     ids = windows(parts[split], scoring.text.join, tokenizer, scoring.window, scoring.tokens[split])
-    tasks = tuple(_load_task(scoring, name, split, tokenizer, limit) for name in range(len(scoring.tasks)))
+    tasks = tuple(_load_task(scoring, source, split, tokenizer, limit) for source in scoring.tasks)
     asked = [[task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks]
     return SplitData(
         split=split,
@@ -64,9 +65,10 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     )
 
 
-def _load_task(scoring: ScoringSpec, index: int, split: str, tokenizer: Any, limit: int | None) -> PackedTask:
+def _load_task(
+    scoring: ScoringSpec, source: TaskSource, split: str, tokenizer: Any, limit: int | None
+) -> PackedTask:
     """The split's share of one task: a seeded shuffle, the first part searches, the rest tests."""
-    source = scoring.tasks[index]
     examples = load_examples(source)
     order = list(range(len(examples)))
     random.Random(f"{scoring.seed}/{source.name}").shuffle(order)
