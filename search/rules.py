@@ -12,14 +12,7 @@ from actors.text import text_parts
 from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
-    from search.config import (
-        CalibrationSection,
-        ReferenceSection,
-        ScoringSection,
-        SpaceSection,
-        StopSection,
-        TextSection,
-    )
+    from search.config import CalibrationSection, ScoringSection, SpaceSection, StopSection, TextSection
 
 # Metrics a score always holds, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
 METRICS: dict[str, bool] = {
@@ -65,12 +58,6 @@ def _stop_mistakes(stop: StopSection) -> list[str]:
     return []
 
 
-def _plateau_mistakes(stop: StopSection, references: ReferenceSection) -> list[str]:
-    if stop.plateau is not None and not references.dense:
-        return ["stop.plateau: the hypervolume is measured from the dense model: set references.dense: true"]
-    return []
-
-
 def _space_mistakes(space: SpaceSection) -> list[str]:
     if space.segments > 1 and space.group != "module":
         return [f"space.segments: {space.segments} needs group: module, not {space.group}"]
@@ -113,7 +100,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
     (("scoring",), _task_mistakes),
     (("stop",), _stop_mistakes),
-    (("stop", "references"), _plateau_mistakes),
     (("space",), _space_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
 )

@@ -193,7 +193,10 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
         folder = StudyFolder(path, config, prepared)
         study = folder.open_study()
-        study.enqueue(reference_allocations(config.references, folder.cost))
+        references = config.references
+        if config.stop.plateau is not None:  # the hypervolume is measured from the dense model
+            references = references.model_copy(update={"dense": True})
+        study.enqueue(reference_allocations(references, folder.cost))
         stop = Stop()
         pool = _start_pool(config, prepared, machine, say)
         try:
