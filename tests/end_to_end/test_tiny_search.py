@@ -38,7 +38,7 @@ from search.config import load_config
 from search.journal import open_journal
 from search.pool import Machine
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 BY_HAND = {"model.layers.0.self_attn.q_proj": 5, "model.layers.2.mlp.down_proj": 11}
 FILES = (
     "study.journal", "config.yaml", "prepared.json", "trials.parquet", "evaluations.parquet", "front.json",
