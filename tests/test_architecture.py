@@ -36,7 +36,7 @@ print(json.dumps({
 
 def run_python(code: str, *arguments: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

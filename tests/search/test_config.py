@@ -147,7 +147,11 @@ main()
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", REFUSE_RAY, *arguments], cwd=folder, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", REFUSE_RAY, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
