@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 SPLITS = ("search", "test")
@@ -53,21 +54,33 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One rank per target, in the model's order; None means dense (left untouched)."""
+    """One rank per target, in the model's order; None means dense (left untouched).
+
+    `methods` names, in the same order, the targets whose rank is cut from the factors of another
+    method than the one configured for them.
+    """
 
     ranks: tuple[tuple[str, int | None], ...]
+    methods: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(
-        cls, ranks: Mapping[str, int | None], targets: Iterable[TargetSpec], where: str = "allocation"
+        cls,
+        ranks: Mapping[str, int | None],
+        targets: Iterable[TargetSpec],
+        where: str = "allocation",
+        methods: Mapping[str, str] | None = None,
     ) -> Allocation:
         """Order `ranks` by `targets`; a target that is not named stays dense.
 
         Raises:
-            RankfrontError: every unknown target and every rank outside 1..min(rows, cols), at once.
+            RankfrontError: every unknown target, every rank outside 1..min(rows, cols) and every method
+                of a target that stays dense, at once.
         """
         known = {target.name: target for target in targets}
-        mistakes = [f"{where}: {name!r} is no target of this model" for name in ranks if name not in known]
+        methods = methods or {}
+        named = dict.fromkeys([*ranks, *methods])
+        mistakes = [f"{where}: {name!r} is no target of this model" for name in named if name not in known]
         for name, rank in ranks.items():
             if name in known and rank is not None:
                 full = known[name].full_rank
@@ -75,9 +88,13 @@ class Allocation:
                     mistakes.append(
                         f"{where}.{name}: rank {rank!r} is not an integer in 1..{full} (null keeps it dense)"
                     )
+        for name, method in methods.items():
+            if name in known and ranks.get(name) is None:
+                mistakes.append(f"{where}.{name}: method {method!r} for a target that stays dense")
         if mistakes:
             raise RankfrontError("\n".join(mistakes))
-        return cls(tuple((name, ranks.get(name)) for name in known))
+        chosen = tuple((name, methods[name]) for name in known if name in methods)
+        return cls(tuple((name, ranks.get(name)) for name in known), chosen)
 
     @classmethod
     def dense(cls, targets: Iterable[TargetSpec]) -> Allocation:
@@ -92,11 +109,16 @@ class Allocation:
 
     @property
     def key(self) -> str:
-        """Identity of the allocation: equal for equal ranks of equal targets."""
-        return digest(self.ranks)
+        """Identity of the allocation: equal for equal ranks and methods of equal targets."""
+        return digest([self.ranks, self.methods] if self.methods else self.ranks)
 
     def to_dict(self) -> dict[str, int | None]:
+        """The rank of each target."""
         return dict(self.ranks)
+
+    def method_of(self, name: str) -> str | None:
+        """The method chosen for a target, None where it is the configured one."""
+        return dict(self.methods).get(name)
 
 
 @dataclass(frozen=True)
@@ -135,20 +157,41 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """Text and size of the calibration; `tokens` is rounded down to whole windows."""
+    """Text and size of the calibration; `tokens` is rounded down to whole windows.
+
+    `labels` says whose next tokens the output gradients are of: `sampled` from the model (the true
+    Fisher) or those of the `data` (the empirical one). `memory_gb` (10^9 bytes) bounds the moments
+    that are held at once; a smaller one takes more passes over the text.
+    """
 
     text: TextSource
     tokens: int
     window: int
+    labels: str = "sampled"
+    memory_gb: float = 4.0
 
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """How targets are decomposed: see `actors.decompose` for the methods and the bias."""
+    """How targets are decomposed: see `actors.decompose` for the methods and the bias.
 
-    method: str = "feature"
+    The method of a target is that of the first pattern in `methods` its name matches, else `method`.
+    `choices` are methods that every target is decomposed by as well, for a search to choose from.
+    """
+
+    method: str = "curvature"
+    methods: tuple[tuple[str, str], ...] = ()
+    choices: tuple[str, ...] = ()
     bias: str = "mean"
     dtype: str = "float32"
+
+    def method_of(self, name: str) -> str:
+        """The configured method of a target."""
+        return next((method for pattern, method in self.methods if fnmatchcase(name, pattern)), self.method)
+
+    def methods_of(self, name: str) -> tuple[str, ...]:
+        """Every method the factor store holds a target's factors of, the configured one first."""
+        return tuple(dict.fromkeys((self.method_of(name), *self.choices)))
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,12 @@ class CalibrationSection(_Section):
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.4
     tokens: Positive = 65_536
     window: Annotated[int, Field(ge=2)] = 512
+    labels: Literal["sampled", "data"] = "sampled"
+    memory_gb: Annotated[float, Field(gt=0)] = 4.0
 
 
 class FactorSection(_Section):
-    method: Literal["weight", "feature"] = "feature"
+    method: Literal["weight", "feature", "curvature"] = "feature"
     bias: Literal["mean", "none"] = "mean"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -257,6 +259,8 @@ class Config(_Section):
                 text=TextSource(**own.model_dump()) if own else text,
                 tokens=calibration.tokens,
                 window=calibration.window,
+                labels=calibration.labels,
+                memory_gb=calibration.memory_gb,
             ),
             factors=FactorSpec(**self.factors.model_dump()),
             scoring=ScoringSpec(
