@@ -1,7 +1,8 @@
 """From a weight and its moments to nested factors and a spectrum. Pure maths, float64 inside.
 
-Notation: y = W x + b, W of shape (m, n), x with mean mu and covariance S, k = min(m, n).
-Every method returns A (m, k) and B (k, n) with A B = W; rank r keeps the first r columns and rows.
+Notation: y = W x + b, W of shape (m, n), x with mean mu and covariance S (E[x x^T] for `bias: none`),
+g the gradient of the summed loss in y with G = E[g g^T], k = min(m, n). Every method returns A (m, k) and
+B (k, n) with A B = W; rank r keeps the first r columns and rows.
 """
 
 from __future__ import annotations
@@ -11,54 +12,60 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.moments import Moments
 from actors.types import RankfrontError
 
 Tensor = torch.Tensor
 
-
-@dataclass(frozen=True)
-class Moments:
-    """First and second moments of a target over the calibration text, float64.
-
-    `side` says of what: of the inputs x (n) or of the outputs W x without bias (m).
-    `covariance` is (d, d) about `mean` (d,); `input_mean` is mu (n,) whatever the side.
-    """
-
-    side: str
-    covariance: Tensor
-    mean: Tensor
-    input_mean: Tensor
-    tokens: int
-
-    def second(self, bias: str) -> Tensor:
-        """The covariance where a mean bias absorbs the mean, E[x x^T] where there is none."""
-        if bias == "mean":
-            return self.covariance
-        return self.covariance + torch.outer(self.mean, self.mean)
+# What is added to a second moment before its inverse square root is taken, in units of its median
+# eigenvalue. The moments are of a finite text and nearly singular: undamped, directions the text hardly
+# excites look free and are cut first. The mean eigenvalue is owned by a few massive activations and moves
+# by orders of magnitude between layers; the median does not. benchmarks/results/decomposition.md.
+DAMPING = 0.1
+# Eigenvalues below this share of the largest are rounding: what divides by them is set to zero instead.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A (m, k), B (k, n) with A B = W, and the energy (k,) that each rank adds, non-increasing.
+    """A (m, k), B (k, n) with A B = W, the energy (k,) and the predicted loss (k,) of each rank.
 
-    `offset` = W mu (m,) and `shift` = B mu (k,) give the mean bias of every rank
-    (b_r = b + offset - A_r shift_r); both are None for `bias: none`.
+    Energies are in the method's own units, without damping. The sum of `loss` beyond r is the predicted
+    loss increase of keeping rank r, in nats/token: 1/2 tr(G D S D^T), D = W - W_r (second order, one
+    target at a time, tokens independent); None without gradient moments. `offset` = W mu (m,) and
+    `shift` = B mu (k,) give the mean bias of every rank (b_r = b + offset - A_r shift_r); both are None
+    for `bias: none`.
     """
 
     left: Tensor
     right: Tensor
     energy: Tensor
+    loss: Tensor | None
     offset: Tensor | None
     shift: Tensor | None
 
 
-def weight(matrix: Tensor, moments: Moments | None, bias: str) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Basis:
+    """A method's answer: A, B, energies, and the map T (k, m) with B = T W where m <= n, (n, k) with
+    A = W T where n < m. T carries moments of the smaller side over to the factors."""
+
+    left: Tensor
+    right: Tensor
+    energy: Tensor
+    map: Tensor
+
+
+def weight(matrix: Tensor, moments: Moments | None, bias: str) -> Basis:
     """SVD of W: the best rank-r approximation in Frobenius norm (Eckart-Young). Energies are s_i^2."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, values[:, None] * right, values.square()
+    across = left.T if matrix.shape[0] <= matrix.shape[1] else right.T
+    if matrix.shape[0] <= matrix.shape[1]:
+        return Basis(left, values[:, None] * right, values.square(), across)
+    return Basis(left * values, right, values.square(), across)
 
 
-def feature(matrix: Tensor, moments: Moments | None, bias: str) -> tuple[Tensor, Tensor, Tensor]:
+def feature(matrix: Tensor, moments: Moments | None, bias: str) -> Basis:
     """W_r = V_r V_r^T W with V the eigenvectors of cov(W x): least output error of rank r on the text.
 
     Source: arXiv 2405.13039, section 3; the optimum of SVD-LLM (2403.07378) with the mean handled.
@@ -68,47 +75,138 @@ def feature(matrix: Tensor, moments: Moments | None, bias: str) -> tuple[Tensor,
     """
     assert moments is not None
     rows, cols = matrix.shape
-    second = moments.second(bias)
-    if moments.side == "output":
-        values, vectors = torch.linalg.eigh(second)
-        left = vectors.flip(1)
-    elif rows <= cols:
-        values, vectors = torch.linalg.eigh(matrix @ second @ matrix.T)
-        left = vectors.flip(1)
-    else:
-        basis, triangle = torch.linalg.qr(matrix)
-        values, vectors = torch.linalg.eigh(triangle @ second @ triangle.T)
-        left = basis @ vectors.flip(1)
-    return left, left.T @ matrix, values.flip(0).clamp_min(0)
+    small = moments.small(matrix, bias)
+    if rows <= cols:
+        values, vectors = _eigh(small)
+        return Basis(vectors, vectors.T @ matrix, values, vectors.T)
+    basis, triangle = torch.linalg.qr(matrix)
+    values, vectors = _eigh(triangle @ small @ triangle.T)
+    left = basis @ vectors
+    across = (small @ (matrix.T @ left)) * _inverse(values)
+    return Basis(left, left.T @ matrix, values, across)
 
 
-Method = Callable[[Tensor, Moments | None, str], tuple[Tensor, Tensor, Tensor]]
-METHODS: dict[str, Method] = {"weight": weight, "feature": feature}
+def curvature(matrix: Tensor, moments: Moments | None, bias: str) -> Basis:
+    """Minimise tr(G D S D^T), D = W - W_r: the loss increase under a Kronecker-factored Hessian.
+
+    Source: GFWSVD (arXiv 2505.17974) and the K-FAC view, in the form that needs one root, of the smaller
+    side. m <= n: U the eigenvectors of G^1/2 (W S W^T) G^1/2, W_r = G^-1/2 U_r U_r^T G^1/2 W. n < m: V the
+    eigenvectors of S^1/2 (W^T G W) S^1/2, W_r = W S^1/2 V_r V_r^T S^-1/2. Only the moment whose root is
+    taken is damped. Energies are what each rank adds to tr(G W S W^T), in squared nats per token.
+    """
+    assert moments is not None
+    assert moments.gradient is not None
+    second, gradient = moments.small(matrix, bias), moments.gradient
+    if matrix.shape[0] <= matrix.shape[1]:
+        root, inverse = damped_roots(gradient)
+        values, vectors = _untangled(*_eigh(root @ second @ root), root)
+        left, across = inverse @ vectors, vectors.T @ root
+        energy = values * torch.einsum("ik,ik->k", left, gradient @ left)
+        return Basis(left, across @ matrix, energy, across)
+    root, inverse = damped_roots(second)
+    values, vectors = _untangled(*_eigh(root @ gradient @ root), root)
+    right, across = vectors.T @ inverse, root @ vectors
+    energy = values * torch.einsum("ki,ki->k", right, right @ second)
+    return Basis(matrix @ across, right, energy, across)
+
+
+def damping(values: Tensor) -> float:
+    """What is added to a moment with eigenvalues `values` (d,): DAMPING times their median.
+
+    Where the median itself is zero or rounding, the least that keeps the inverse root finite.
+    """
+    largest = values.max().item()
+    return max(DAMPING * values.median().item(), ROUNDING * largest) if largest > 0 else 1.0
+
+
+def damped_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root and inverse square root of `moment` (d, d) plus its `damping` on the diagonal."""
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    values = values.clamp_min(0)
+    values = values + damping(values)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, largest first and not below zero, and eigenvectors of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _untangled(values: Tensor, vectors: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenpairs, those of zero energy turned among themselves to follow the damped moment, root^2.
+
+    Any turn has the same energies. One that mixes large and small directions of the moment gives factors
+    whose product cancels, and no longer gives W back in the precision of the store.
+    """
+    free = values <= ROUNDING * values[0]
+    if free.sum() > 1:
+        rooted = root @ vectors[:, free]
+        _, turn = _eigh(rooted.T @ rooted)
+        vectors[:, free] = vectors[:, free] @ turn
+    return values, vectors
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """1 / value, zero for values that are rounding."""
+    real = values > ROUNDING * values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.where(real, 1 / values.where(real, torch.ones_like(values)), torch.zeros_like(values))
+
+
+Method = Callable[[Tensor, Moments | None, str], Basis]
+METHODS: dict[str, Method] = {"weight": weight, "feature": feature, "curvature": curvature}
 
 
 def decompose(name: str, matrix: Tensor, moments: Moments | None, method: str, bias: str) -> Factors:
-    """Factors of one target by `method`, with what its mean bias needs.
+    """Factors of one target by `method`, with its predicted losses and what its mean bias needs.
 
     Raises:
         RankfrontError: NaN or inf in the weight or the moments, naming the target.
     """
     matrix = matrix.double()
-    _require_finite(name, "weight", matrix)
+    require_finite(name, "weight", matrix)
     if moments is not None:
-        for what, tensor in (("moments", moments.covariance), ("input mean", moments.input_mean)):
-            _require_finite(name, what, tensor)
-    left, right, energy = METHODS[method](matrix, moments, bias)
-    # Equal norms on both sides of every rank: neither factor leaves the range of a 16-bit type.
-    scale = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-30)).sqrt()
-    scale = torch.where(scale > 1e-12, scale, torch.ones_like(scale))
-    left, right = left * scale, right / scale[:, None]
+        require_finite(name, "second moment", moments.covariance)
+        require_finite(name, "mean", moments.mean)
+        require_finite(name, "input mean", moments.input_mean)
+        if moments.gradient is not None:
+            require_finite(name, "gradient moment", moments.gradient)
+    basis = METHODS[method](matrix, moments, bias)
+    loss = None
+    if moments is not None and moments.gradient is not None:
+        loss = _predicted_losses(basis, matrix, moments, bias)
+    left, right = _balanced(basis.left, basis.right)
     if bias == "none" or moments is None:
-        return Factors(left, right, energy, None, None)
+        return Factors(left, right, basis.energy, loss, None, None)
     mean = moments.input_mean
-    return Factors(left, right, energy, offset=matrix @ mean, shift=right @ mean)
+    return Factors(left, right, basis.energy, loss, offset=matrix @ mean, shift=right @ mean)
 
 
-def _require_finite(name: str, what: str, tensor: Tensor) -> None:
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal norms on both sides of every rank: neither factor leaves the range of a 16-bit type.
+
+    Where one side is zero the other becomes so too.
+    """
+    norms = left.norm(dim=0), right.norm(dim=1)
+    zero = (norms[0] == 0) | (norms[1] == 0)
+    scale = (norms[1] / norms[0]).sqrt().masked_fill(zero, 1.0)
+    keep = (~zero).to(left.dtype)
+    return left * (scale * keep), right * (keep / scale)[:, None]
+
+
+def _predicted_losses(basis: Basis, matrix: Tensor, moments: Moments, bias: str) -> Tensor:
+    """What each rank adds to 1/2 tr(G D S D^T) = 1/2 sum over i, j > r of (A^T G A)_ij (B S B^T)_ij."""
+    assert moments.gradient is not None
+    second = moments.small(matrix, bias)
+    if matrix.shape[0] <= matrix.shape[1]:
+        product = (basis.left.T @ moments.gradient @ basis.left) * (basis.map @ second @ basis.map.T)
+    else:
+        product = (basis.map.T @ moments.gradient @ basis.map) * (basis.right @ second @ basis.right.T)
+    return product.diagonal() / 2 + product.triu(1).sum(1)
+
+
+def require_finite(name: str, what: str, tensor: Tensor) -> None:
+    """Raise RankfrontError naming the target and the tensor that holds NaN or inf."""
     if not torch.isfinite(tensor).all():
         count = int((~torch.isfinite(tensor)).sum())
         raise RankfrontError(f"{name}: {count} non-finite values in its {what} {tuple(tensor.shape)}")

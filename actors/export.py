@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import scipy.linalg
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM
 
 import actors.modeling_rankfront as modeling
 from actors.factors import FactorStore
+from actors.linears import bias_of, weight_of
 from actors.low_rank import TrialModel
-from actors.modeling_rankfront import FactoredLinear, PivotedLinear, RankfrontConfig, RankfrontForCausalLM
+from actors.modeling_rankfront import PivotedLinear, RankfrontConfig, RankfrontForCausalLM
 from actors.models import copy_side_files, load_model, load_tokenizer
+from actors.pivoting import pivot
 from actors.replica import quieten
 from actors.scoring import load_split, score_split
+from actors.storage import FACTORED, FORMS, ITEMSIZE, PIVOTED, stored_layer, stored_target
 from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, Score
 
 Tensor = torch.Tensor
@@ -31,62 +34,43 @@ Tensor = torch.Tensor
 LOGIT_TOLERANCE = 1e-3
 
 
-def pivot(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pivot rows (r, n), coefficients (m - r, r) and row order (m,) of left^T right, float64 inside.
-
-    left is (r, m). The pivots are the rows of A_r = left^T that column-pivoted QR of A_r^T picks: the
-    other rows are C A_r[pivots], so W_r's other rows are C times its pivot rows. PIFA, arXiv 2501.19090.
-    """
-    rank, rows = left.shape
-    _, order = scipy.linalg.qr(left.double().numpy(), mode="r", pivoting=True)
-    permutation = torch.from_numpy(order.astype("int64"))
-    basis, rest = left.double()[:, permutation[:rank]].T, left.double()[:, permutation[rank:]].T
-    coefficients = torch.linalg.solve(basis, rest, left=False)
-    inverse = torch.empty(rows, dtype=torch.int32)
-    inverse[permutation] = torch.arange(rows, dtype=torch.int32)
-    return basis @ right.double(), coefficients, inverse
-
-
 def low_rank_layer(
-    dense: nn.Linear, store: FactorStore, name: str, rank: int, storage: str
-) -> FactoredLinear | PivotedLinear:
-    """The stored form of a target at a rank, in the dense layer's precision."""
-    left, right, bias = store.rank(name, rank)
-    if dense.bias is not None:
-        bias = dense.bias if bias is None else bias + dense.bias
-    rows, cols = dense.weight.shape
-    layer = modeling.FORMS[storage](cols, rows, rank, bias is not None).to(dense.weight.dtype)
-    with torch.no_grad():
-        if isinstance(layer, PivotedLinear):
-            pivots, coefficients, order = pivot(left, right)
-            layer.pivots.copy_(pivots)
-            layer.coefficients.copy_(coefficients)
-            layer.order.copy_(order)
-        else:
-            layer.left.copy_(left.T)
-            layer.right.copy_(right)
-        if layer.bias is not None and bias is not None:
-            layer.bias.copy_(bias)
-    return layer
+    dense: nn.Module, store: FactorStore, name: str, rank: int, storage: str, method: str | None = None
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """A target at a rank, stored in the dense layer's precision, and what the config says of it."""
+    weight, own = weight_of(dense), bias_of(dense)
+    left, right, bias = store.rank(name, rank, method)
+    if own is not None:
+        bias = own if bias is None else bias + own
+    rows, cols = weight.shape
+    form = stored_layer(storage, rows, cols, rank, bias is not None, weight.element_size()).form
+    layer = modeling.FORMS[form](cols, rows, rank, bias is not None).to(weight.dtype)
+    layer.load_state_dict(_parts(form, left, right) | ({} if bias is None else {"bias": bias}))
+    entry = {"form": form, "rank": rank, "bias": bias is not None, "in": cols, "out": rows}
+    return layer, entry
+
+
+def _parts(form: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """The tensors of a form, by name, of A_r^T (r, m) and B_r (r, n)."""
+    if form == PIVOTED:
+        return dict(zip(("pivots", "coefficients", "order"), pivot(left, right), strict=True))
+    if form == FACTORED:
+        return {"left": left.T, "right": right}
+    return {"weight": left.T.double() @ right.double()}
 
 
 def low_rank_model(
     dense: nn.Module, store: FactorStore, allocation: Allocation, storage: str
 ) -> RankfrontForCausalLM:
     """The exportable model: `dense` is changed in place and becomes its inside."""
-    layers: dict[str, Any] = {}
+    layers: dict[str, Mapping[str, Any]] = {}
     for name, rank in allocation:
         if rank is None:
             continue
-        layer = low_rank_layer(dense.get_submodule(name), store, name, rank, storage)  # type: ignore[arg-type]
+        layer, layers[name] = low_rank_layer(
+            dense.get_submodule(name), store, name, rank, storage, allocation.method_of(name)
+        )
         dense.set_submodule(name, layer)
-        layers[name] = {
-            "form": storage,
-            "rank": rank,
-            "bias": layer.bias is not None,
-            "in": layer.in_features,
-            "out": layer.out_features,
-        }
     base: Any = dense.config
     config = RankfrontConfig(base=base.to_dict(), layers=layers, dtype=base.dtype)
     config.architectures = ["RankfrontForCausalLM"]
@@ -134,8 +118,10 @@ def export(
         copy_side_files(prepared.model_folder, partial)
         shutil.copyfile(modeling.__file__, partial / "modeling_rankfront.py")
         description = {**facts, "storage": storage, "ranks": allocation.to_dict()}
+        if allocation.methods:
+            description["methods"] = dict(allocation.methods)
         (partial / "ranks.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
-        lines = check(partial, preparation, prepared, allocation, recorded)
+        lines = check(partial, preparation, prepared, allocation, storage, recorded)
         partial.rename(destination)
     except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"export to {destination}: {error}") from error
@@ -150,16 +136,22 @@ def check(
     preparation: PreparationSpec,
     prepared: Prepared,
     allocation: Allocation,
+    storage: str,
     recorded: Score,
 ) -> list[str]:
-    """Reload a written folder and hold it against the searched model and its recorded score.
+    """Reload a written folder and hold it against the searched model, its cost and its recorded score.
 
     Raises:
-        RankfrontError: logits or loss differ by more than rounding.
+        RankfrontError: the files hold other bytes than were counted; logits or loss differ by more than
+            rounding.
     """
     tokenizer = load_tokenizer(folder, preparation.model)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
     searched = load_model(prepared.model_folder, preparation.model)
+    size, whole = tensor_bytes(folder), _own_bytes(searched)
+    counted = whole + _difference(preparation, prepared, allocation, storage)
+    if size != counted:
+        raise RankfrontError(f"the files hold {size:,} bytes of tensors; {counted:,} were counted")
     limit = getattr(searched.config, "max_position_embeddings", None)
     data = load_split(preparation, "search", tokenizer, limit)
     TrialModel(searched, prepared.targets, FactorStore(prepared.factor_store)).install(
@@ -180,8 +172,49 @@ def check(
         )
     return [
         f"parameters: {stored:,} stored, {stored / prepared.model_parameters:.4f} of the dense model's",
+        f"bytes: {size:,} stored, {size / whole:.4f} of the dense model's",
+        _forms(loaded),
         f"logits of the reloaded folder: max abs difference {difference:.2e} (largest logit {largest:.1f})",
         f"nll on the search split: {score.text.nll:.6f} reloaded, {recorded.text.nll:.6f} recorded, "
         f"difference {abs(score.text.nll - recorded.text.nll):.1e} nats/token",
         f"perplexity: {score.text.perplexity:.4f}, recorded {recorded.text.perplexity:.4f}",
     ]
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the tensors in a folder's safetensors files, their headers excluded."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as stream:  # 8 bytes of length, then a header of that length, then tensors
+            header = int.from_bytes(stream.read(8), "little")
+        total += path.stat().st_size - 8 - header
+    return total
+
+
+def _own_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and saved buffers, tied ones once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _difference(
+    preparation: PreparationSpec, prepared: Prepared, allocation: Allocation, storage: str
+) -> int:
+    """Bytes that an allocation adds to the dense model's (mostly fewer than 0), as the search counts them."""
+    itemsize, bias = ITEMSIZE[preparation.model.dtype], preparation.factors.bias
+    return sum(
+        stored_target(storage, target, rank, bias, itemsize).bytes
+        - stored_target(storage, target, None, bias, itemsize).bytes
+        for target, (_, rank) in zip(prepared.targets, allocation, strict=True)
+    )
+
+
+def _forms(model: Any) -> str:
+    """How many targets are stored in each form, and the largest |coefficient| of the pivoted ones."""
+    counts = Counter(layer["form"] for layer in model.config.layers.values())
+    found = ", ".join(f"{counts[form]} {form}" for form in FORMS if form in counts) or "none"
+    pivoted = [module.coefficients for module in model.modules() if isinstance(module, PivotedLinear)]
+    largest = max((part.abs().max().item() for part in pivoted if part.numel()), default=None)
+    return f"compressed targets: {found}" + (
+        "" if largest is None else f"; largest coefficient {largest:.2f}"
+    )

@@ -1,100 +1,164 @@
-"""The factor store: factors of one (model, calibration, method, precision), on disk, fingerprinted.
+"""The factor store: factors of one (model, calibration, methods, precision), on disk, fingerprinted.
 
-A store is a folder `<fingerprint>/` with one safetensors file per block and `manifest.json`. It is
-built beside its place and renamed into it, so it is there whole or not at all.
+A store is a folder `<fingerprint>/` with one safetensors file per target and method, and `manifest.json`.
+It is built in `<fingerprint>.partial/`, each file renamed into place when it is whole, and renamed as a whole
+at the end: a store is there complete or not at all, and a build that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-from actors.decompose import Factors, Moments, decompose
+from actors.decompose import Factors, decompose
 from actors.models import DTYPES
+from actors.moments import Moments
 from actors.types import FactorSpec, RankfrontError, TargetSpec, digest
 
 Tensor = torch.Tensor
 
 # Part of every fingerprint: raised when the meaning of the files changes, so old stores are rebuilt.
-FORMAT = 1
+FORMAT = 2
+MANIFEST = "manifest.json"
 
 
-def store_fingerprint(parts: Mapping[str, str], spec: FactorSpec, targets: Sequence[TargetSpec]) -> str:
-    """Identity of a store: model, tokenizer and calibration text, targets, method, bias and precision."""
+def needing_gradients(spec: FactorSpec, targets: Sequence[TargetSpec]) -> tuple[str, ...]:
+    """Names of the targets of which some method asks for the moment of output gradients."""
+    return tuple(target.name for target in targets if "curvature" in spec.methods_of(target.name))
+
+
+def store_fingerprint(
+    parts: Mapping[str, str], spec: FactorSpec, labels: str, targets: Sequence[TargetSpec]
+) -> str:
+    """Identity of a store: model, tokenizer and calibration text, targets, methods, bias and precision."""
     chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration")}
-    names = [target.name for target in targets]
-    return digest(["factors", FORMAT, chosen, names, spec.method, spec.bias, spec.dtype])
+    methods = [[target.name, spec.methods_of(target.name)] for target in targets]
+    gradients = labels if needing_gradients(spec, targets) else None
+    return digest(["factors", FORMAT, chosen, methods, gradients, spec.bias, spec.dtype])
 
 
-def build_store(
-    folder: Path,
-    fingerprint: str,
-    model: nn.Module,
-    targets: Sequence[TargetSpec],
-    moments: Mapping[str, Moments],
-    spec: FactorSpec,
-) -> None:
-    """Decompose every target and leave the store at `folder`.
+class StoreBuilder:
+    """Writes the store at `folder`, target by target. Several processes may share one partial folder as
+    long as each target is written by one of them; one process, the holder of `locked`, finishes it."""
 
-    Raises:
-        RankfrontError: non-finite weights or moments, naming the target; a full disk.
-    """
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        files = {}
-        for block in sorted({target.block for target in targets}):
-            tensors: dict[str, Tensor] = {}
-            for target in (target for target in targets if target.block == block):
-                layer = model.get_submodule(target.name)
-                assert isinstance(layer, nn.Linear)
-                moment = moments.get(target.name)
-                factors = decompose(target.name, layer.weight, moment, spec.method, spec.bias)
-                tensors.update(_tensors(target.name, factors, DTYPES[spec.dtype]))
-            path = partial / f"block-{block:05d}.safetensors"
-            save_file(tensors, path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        manifest = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "method": spec.method,
-            "bias": spec.bias,
-            "dtype": spec.dtype,
-            "targets": [target.__dict__ for target in targets],
-            "files": files,
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        if folder.exists():  # a damaged store, or another run that was faster: ours is whole
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
-        raise RankfrontError(f"factor store {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    def __init__(self, folder: Path, spec: FactorSpec, targets: Sequence[TargetSpec]) -> None:
+        self.folder, self._spec, self._targets = folder, spec, tuple(targets)
+        self.partial = folder.with_name(f"{folder.name}.partial")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone in building this store: another process waits here until the first is done or dead."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder.with_name(f"{self.folder.name}.lock")
+        with path.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def pending(self) -> tuple[TargetSpec, ...]:
+        """The targets of which some file is still to be written."""
+        return tuple(
+            target
+            for target in self._targets
+            if not all((self.partial / file).exists() for file in self._files(target).values())
+        )
+
+    def _files(self, target: TargetSpec) -> dict[str, str]:
+        """File names by method, the configured method first."""
+        methods = self._spec.methods_of(target.name)
+        return {method: f"{target.name}.{method}.safetensors" for method in methods}
+
+    def write(self, target: TargetSpec, matrix: Tensor, moments: Moments | None) -> None:
+        """Decompose a target, weight (m, n), by each of its methods and leave its files.
+
+        Raises:
+            RankfrontError: non-finite weight or moments, naming the target; a full disk.
+        """
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            for method, file in self._files(target).items():
+                if not (self.partial / file).exists():
+                    factors = decompose(target.name, matrix, moments, method, self._spec.bias)
+                    _save(self.partial / file, _tensors(factors, DTYPES[self._spec.dtype]))
+        except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
+            raise RankfrontError(f"factor store {self.folder}: {error}") from error
+
+    def finish(self, fingerprint: str) -> None:
+        """Seal the store: checksum every file, write the manifest, move the whole into its place.
+
+        Raises:
+            RankfrontError: the disk is full.
+        """
+        try:
+            files = {}
+            for target in self._targets:
+                for method, file in self._files(target).items():
+                    path = self.partial / file
+                    files[file] = {
+                        "target": target.name,
+                        "method": method,
+                        "bytes": path.stat().st_size,
+                        "sha256": _sha256(path),
+                    }
+            manifest = {
+                "format": FORMAT,
+                "fingerprint": fingerprint,
+                "bias": self._spec.bias,
+                "dtype": self._spec.dtype,
+                "targets": [target.__dict__ for target in self._targets],
+                "methods": {target.name: self._spec.methods_of(target.name) for target in self._targets},
+                "files": files,
+            }
+            manifest["checksum"] = digest(manifest)
+            (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for left_behind in self.partial.glob("*.tmp"):  # by a process that was killed as it wrote
+                left_behind.unlink()
+            if self.folder.exists():  # a damaged store: ours is whole
+                shutil.rmtree(self.folder)
+            self.partial.rename(self.folder)
+        except OSError as error:
+            raise RankfrontError(f"factor store {self.folder}: {error}") from error
+
+    def discard(self) -> None:
+        """Remove what was written: it can never become a store."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def _tensors(name: str, factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """A is stored transposed: the first r ranks of both factors are then contiguous on disk."""
-    tensors = {
-        f"{name}.left": factors.left.T.to(dtype).contiguous().cpu(),
-        f"{name}.right": factors.right.to(dtype).contiguous().cpu(),
-        f"{name}.energy": factors.energy.cpu(),
+    optional = {"loss": factors.loss, "offset": factors.offset, "shift": factors.shift}
+    return {
+        "left": factors.left.T.to(dtype).contiguous().cpu(),
+        "right": factors.right.to(dtype).contiguous().cpu(),
+        "energy": factors.energy.cpu(),
+        **{
+            name: tensor.to(torch.float64 if name == "loss" else torch.float32).contiguous().cpu()
+            for name, tensor in optional.items()
+            if tensor is not None
+        },
     }
-    if factors.offset is not None and factors.shift is not None:
-        tensors[f"{name}.offset"] = factors.offset.to(torch.float32).cpu()
-        tensors[f"{name}.shift"] = factors.shift.to(torch.float32).cpu()
-    return tensors
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The file appears whole, and stays whole through a power cut."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, partial)
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
@@ -105,18 +169,23 @@ def _sha256(path: Path) -> str:
 def store_problem(folder: Path, fingerprint: str) -> str | None:
     """Why the store at `folder` cannot be used, or None: every file is there, whole and unchanged."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
+        whole = manifest.pop("checksum") == digest(manifest)
+        known = manifest["format"] == FORMAT and manifest["fingerprint"] == fingerprint
+        files = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
     except FileNotFoundError:
         return "there is none"
-    except (OSError, ValueError) as error:
-        return f"its manifest cannot be read ({error})"
-    if manifest.get("format") != FORMAT or manifest.get("fingerprint") != fingerprint:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error!r})"
+    if not whole:
+        return "its manifest fails its checksum"
+    if not known:
         return "its fingerprint is another's"
-    for name, expected in manifest["files"].items():
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != checksum:
             return f"{name} fails its checksum"
     return None
 
@@ -126,43 +195,40 @@ class FactorStore:
 
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
         self.folder = Path(folder)
-        self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
         self.targets = tuple(TargetSpec(**target) for target in self.manifest["targets"])
+        self.methods: dict[str, list[str]] = self.manifest["methods"]
         self._device = device
-        self._files: dict[str, Any] = {}
-        self._blocks = {target.name: target.block for target in self.targets}
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
 
-    def _read(self, name: str, part: str) -> Tensor | None:
-        key = f"{name}.{part}"
-        if key not in self._tensors:
-            file = self._file(self._blocks[name])
-            if key not in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                return None
-            self._tensors[key] = file.get_tensor(key).to(self._device)
-        return self._tensors[key]
+    def _read(self, name: str, method: str | None) -> dict[str, Tensor]:
+        """The tensors of a target, by its configured method where none is named."""
+        method = method or self.methods[name][0]
+        if (name, method) not in self._tensors:
+            if method not in self.methods[name]:
+                held = ", ".join(self.methods[name])
+                raise RankfrontError(
+                    f"factor store {self.folder}: {name} has factors by {held}, not {method}"
+                )
+            with safe_open(self.folder / f"{name}.{method}.safetensors", framework="pt") as file:
+                tensors = {part: file.get_tensor(part).to(self._device) for part in file.keys()}  # noqa: SIM118
+            self._tensors[name, method] = tensors
+        return self._tensors[name, method]
 
-    def _file(self, block: int) -> Any:
-        name = f"block-{block:05d}.safetensors"
-        if name not in self._files:
-            self._files[name] = safe_open(self.folder / name, framework="pt")
-        return self._files[name]
-
-    def _required(self, name: str, part: str) -> Tensor:
-        tensor = self._read(name, part)
-        if tensor is None:
-            raise RankfrontError(f"factor store {self.folder}: {name} has no {part}")
-        return tensor
-
-    def rank(self, name: str, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def rank(self, name: str, rank: int, method: str | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """A_r^T (r, m), B_r (r, n) and the mean bias (W - W_r) mu (m,), None where there is none."""
-        left, right = self._required(name, "left")[:rank], self._required(name, "right")[:rank]
-        offset, shift = self._read(name, "offset"), self._read(name, "shift")
-        if offset is None or shift is None:
+        tensors = self._read(name, method)
+        left, right = tensors["left"][:rank], tensors["right"][:rank]
+        if "offset" not in tensors:
             return left, right, None
-        bias = offset - shift[:rank] @ left.to(shift.dtype)
+        shift = tensors["shift"]
+        bias = tensors["offset"] - shift[:rank] @ left.to(shift.dtype)
         return left, right, bias.to(left.dtype)
 
-    def energy(self, name: str) -> Tensor:
-        """Spectrum (k,) float64, non-increasing, in the method's own units."""
-        return self._required(name, "energy")
+    def energy(self, name: str, method: str | None = None) -> Tensor:
+        """Spectrum (k,) float64, in the method's own units, without damping."""
+        return self._read(name, method)["energy"]
+
+    def loss(self, name: str, method: str | None = None) -> Tensor | None:
+        """Predicted loss increase (k,) float64 of losing each rank, nats/token; see `Factors`."""
+        return self._read(name, method).get("loss")

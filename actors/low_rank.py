@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from actors.factors import FactorStore
+from actors.linears import bias_of, weight_of
 from actors.types import Allocation, TargetSpec
 
 Tensor = torch.Tensor
@@ -16,12 +17,14 @@ class TrialLinear(nn.Module):
 
     `install` picks the cheaper of two equal products for the number of tokens a trial scores:
     y = (A_r B_r) x, at mn a token plus r mn once, or y = A_r (B_r x), at r (m + n) a token.
+    `rank` is None while the dense layer runs; `method` is None where it is the configured one.
     """
 
-    def __init__(self, dense: nn.Linear) -> None:
+    def __init__(self, dense: nn.Module) -> None:
         super().__init__()
         self.dense = dense
         self.rank: int | None = None
+        self.method: str | None = None
         self._product: Tensor | None = None
         self._left: Tensor | None = None
         self._right: Tensor | None = None
@@ -29,33 +32,35 @@ class TrialLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Some model code reads dtype or device from a layer's weight."""
-        return self.dense.weight
+        """The dense parameter as it is stored: some model code reads dtype or device from it."""
+        return self.dense.weight  # type: ignore[return-value]
 
     def restore(self) -> None:
         """Back to the dense layer."""
-        self.rank = None
+        self.rank = self.method = None
         self._left = self._right = self._bias = None
 
-    def install(self, rank: int, store: FactorStore, name: str, tokens: int) -> None:
-        """Run at `rank` from now on; `tokens` is how many tokens the trial will send through."""
-        dtype = self.dense.weight.dtype
-        left, right, bias = store.rank(name, rank)  # (r, m), (r, n), (m,) or None
-        left, right = left.to(dtype), right.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        rows, cols = self.dense.weight.shape
-        self.rank, self._bias = rank, bias if self.dense.bias is None else self._with_own(bias)
+    def install(
+        self, rank: int, store: FactorStore, name: str, tokens: int, method: str | None = None
+    ) -> None:
+        """Run at `rank` from now on, cut from the factors of `method` (None: the configured one).
+
+        `tokens` is how many tokens the trial will send through.
+        """
+        weight, own = weight_of(self.dense), bias_of(self.dense)
+        left, right, bias = store.rank(name, rank, method)  # (r, m), (r, n), (m,) or None
+        left, right = left.to(weight.dtype), right.to(weight.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
+        rows, cols = weight.shape
+        self.rank, self.method = rank, method
+        self._bias = bias if own is None else own if bias is None else own + bias
         if rank * (rows + cols) * tokens <= rows * cols * (tokens + rank):
             self._left, self._right = left.T, right
         else:
             if self._product is None:
-                self._product = torch.empty_like(self.dense.weight)
+                self._product = weight.new_empty(rows, cols)
             torch.mm(left.T, right, out=self._product)
             self._left = self._right = None
-
-    def _with_own(self, bias: Tensor | None) -> Tensor:
-        own = self.dense.bias
-        return own if bias is None else own + bias
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rank is None:
@@ -67,30 +72,32 @@ class TrialLinear(nn.Module):
 
 
 class TrialModel:
-    """A resident model whose targets can be set to any allocation; only changed ranks are touched."""
+    """A resident model whose targets can be set to any allocation; only changed ones are touched."""
 
     def __init__(self, model: nn.Module, targets: tuple[TargetSpec, ...], store: FactorStore) -> None:
         self.model = model
         self._store = store
         self._layers: dict[str, TrialLinear] = {}
         for target in targets:
-            layer = TrialLinear(model.get_submodule(target.name))  # type: ignore[arg-type]
+            layer = TrialLinear(model.get_submodule(target.name))
             model.set_submodule(target.name, layer)
             self._layers[target.name] = layer
 
     @torch.inference_mode()
     def install(self, allocation: Allocation, tokens: int) -> int:
-        """Set every target to the allocation's rank; returns how many targets changed."""
+        """Set every target to the allocation's rank and method; returns how many targets changed."""
+        methods = dict(allocation.methods)
         changed = 0
         for name, rank in allocation:
             layer = self._layers[name]
-            if layer.rank == rank:
+            method = methods.get(name) if rank is not None else None
+            if (layer.rank, layer.method) == (rank, method):
                 continue
             changed += 1
             if rank is None:
                 layer.restore()
             else:
-                layer.install(rank, self._store, name, tokens)
+                layer.install(rank, self._store, name, tokens, method)
         return changed
 
     def layer(self, name: str) -> TrialLinear:

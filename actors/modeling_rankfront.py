@@ -6,6 +6,7 @@ exported folder, where `trust_remote_code=True` loads it without rankfront.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,13 @@ class PivotedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-FORMS: dict[str, type[FactoredLinear] | type[PivotedLinear]] = {
+def dense_linear(in_features: int, out_features: int, rank: int, bias: bool) -> nn.Linear:
+    """A rank-r product kept as one (m, n) weight: near full rank nothing is smaller."""
+    return nn.Linear(in_features, out_features, bias)
+
+
+FORMS: dict[str, Callable[[int, int, int, bool], nn.Module]] = {
+    "dense": dense_linear,
     "factored": FactoredLinear,
     "pivoted": PivotedLinear,
 }
@@ -80,7 +87,7 @@ class RankfrontConfig(PretrainedConfig):
 
 
 class RankfrontForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model whose chosen linear layers are stored at low rank."""
+    """A causal language model whose chosen linear layers are kept at low rank."""
 
     config_class = RankfrontConfig
     base_model_prefix = "base"

@@ -21,6 +21,9 @@ from transformers import (
     GenerationConfig,
 )
 
+from actors.families import family_of
+from actors.families.experts import NO_ADAPTER, experts_of_config
+from actors.linears import bias_of, weight_of
 from actors.sources import Source, fingerprint_files
 from actors.types import ModelSource, RankfrontError, TargetSpec, digest
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 _WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 
 
@@ -59,10 +61,8 @@ def check_causal(source: ModelSource, config: Any) -> None:
         raise RankfrontError(
             f"{source.source}: {config.model_type!r} is not a causal language model (AutoModelForCausalLM)"
         )
-    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS):
-        raise RankfrontError(
-            f"{source.source}: {config.model_type!r} mixes experts, which has no adapter yet"
-        )
+    if experts_of_config(config) > 1:
+        raise RankfrontError(f"{source.source}: {config.model_type!r} {NO_ADAPTER}")
 
 
 def _config(source: ModelSource) -> Any:
@@ -152,43 +152,37 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the module list that holds most parameters.
+    """Name and list of the decoder blocks, by the model's family.
 
     Raises:
-        RankfrontError: the model has no list of blocks.
+        RankfrontError: the model has no list of blocks, or mixes experts.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise RankfrontError(f"{type(model).__name__} has no list of decoder blocks, so no targets")
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    family = family_of(model)
+    return family.blocks, family.decoder_blocks(model)
 
 
 def list_targets(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> tuple[TargetSpec, ...]:
-    """Linear layers inside the decoder blocks, in the model's order, chosen by shell patterns.
+    """The linear layers that the model's family declares, in the model's order, chosen by shell patterns.
 
     Raises:
-        RankfrontError: there is none.
+        RankfrontError: there is none, a block lacks one the family declares, or the model mixes experts.
     """
-    prefix, blocks = decoder_blocks(model)
+    family = family_of(model)
     targets = tuple(
         TargetSpec(
-            name=f"{prefix}.{index}.{module}",
-            rows=linear.out_features,
-            cols=linear.in_features,
-            bias=linear.bias is not None,
-            block=index,
+            name=f"{family.blocks}.{block}.{module}",
+            rows=weight_of(linear).shape[0],
+            cols=weight_of(linear).shape[1],
+            bias=bias_of(linear) is not None,
+            block=block,
             module=module,
         )
-        for index, block in enumerate(blocks)
-        for module, linear in block.named_modules()
-        if isinstance(linear, nn.Linear)
+        for block, module, linear in family.linears(model)
     )
     if not targets:
-        raise RankfrontError(
-            f"{type(model).__name__} has no targets: no torch.nn.Linear in its {len(blocks)} blocks"
-        )
+        raise RankfrontError(f"{type(model).__name__} has no targets: no linear layer inside {family.blocks}")
     chosen = tuple(
         target
         for target in targets

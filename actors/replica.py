@@ -1,4 +1,4 @@
-"""The Ray actors, thin: a preparer that runs once, replicas that live for the whole search.
+"""The Ray actors, thin: preparers that run once, replicas that live for the whole search.
 
 Nothing heavy is imported until an actor starts, so the driver can name these classes without torch.
 """
@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from actors.types import Allocation, PreparationSpec, Prepared, ReplicaSpec, Score
+from actors.types import Allocation, BuildPlan, PreparationSpec, Prepared, Progress, ReplicaSpec, Score
+
+if TYPE_CHECKING:
+    from actors.moments import Moments
 
 
 def quieten() -> None:
@@ -23,13 +27,28 @@ def quieten() -> None:
 
 
 class Preparer:
-    """Runs a preparation and streams its progress."""
+    """One of the builders of a preparation; see `actors.builder.Builder`, whose methods these are."""
 
-    def prepare(self, spec: PreparationSpec, threads: int) -> Iterator[str | Mapping[str, str] | Prepared]:
+    def __init__(self, spec: PreparationSpec, threads: int) -> None:
         quieten()
-        from actors.preparation import prepare
+        from actors.builder import Builder
 
-        yield from prepare(spec, threads)
+        self._builder = Builder(spec, threads)
+
+    def inspect(self) -> Iterator[str | Mapping[str, str] | Prepared | BuildPlan]:
+        yield from self._builder.inspect()
+
+    def collect(self, plan: BuildPlan, group: int, shard: int, shards: int) -> Iterator[Progress]:
+        yield from self._builder.collect(plan, group, shard, shards)
+
+    def part(self, name: str) -> Moments:
+        return self._builder.part(name)
+
+    def build(self, name: str, *others: Moments) -> None:
+        self._builder.build(name, *others)
+
+    def finish(self) -> Prepared:
+        return self._builder.finish()
 
 
 class Replica:

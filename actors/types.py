@@ -171,6 +171,9 @@ class CalibrationSpec:
     memory_gb: float = 4.0
 
 
+METHOD_NAMES = ("weight", "feature", "curvature")
+
+
 @dataclass(frozen=True)
 class FactorSpec:
     """How targets are decomposed: see `actors.decompose` for the methods and the bias.
@@ -220,6 +223,33 @@ class PreparationSpec:
     cache: str
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long step of a preparation is: `done` of `total`."""
+
+    step: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What is left to do for a factor store: groups of targets, each after a pass over the text.
+
+    `leaders` names for every target the first target that reads the same input; `windows` are those of
+    the text and `rows` those of a batch; `checkpointed` says that activations are computed twice instead
+    of kept. `moments` and `activations` are bytes: of the largest group, and of one batch.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    leaders: Mapping[str, str]
+    windows: int
+    rows: int
+    checkpointed: bool
+    moments: int
+    activations: int
 
 
 @dataclass(frozen=True)

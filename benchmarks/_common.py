@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +41,34 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+class PeakMemory:
+    """Largest resident memory while open, in bytes above what was there at the start; sampled each 5 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self._start = self._peak = _resident()
+        self._open = True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._open:
+            self._peak = max(self._peak, _resident())
+            time.sleep(0.005)
+
+    @property
+    def bytes(self) -> int:
+        return self._peak - self._start
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def machine() -> str:

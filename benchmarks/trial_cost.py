@@ -18,6 +18,7 @@ from _common import machine, prepared, quick_start, table
 from actors.models import load_model
 from actors.perplexity import score_text
 from actors.scoring import Scorer
+from actors.storage import ITEMSIZE
 from actors.types import ReplicaSpec
 from search.cost import CostModel
 
@@ -38,7 +39,8 @@ def main() -> None:
     )
     spec = config.preparation()
     ready = prepared(spec)
-    cost = CostModel(ready.targets, ready.model_parameters, config.storage, config.factors.bias)
+    itemsize = ITEMSIZE[config.model.dtype]
+    cost = CostModel(ready.targets, ready.model_parameters, config.storage, config.factors.bias, itemsize)
     scorer = Scorer(ReplicaSpec("benchmark", spec, ready, arguments.threads))
     dense = load_model(ready.model_folder, spec.model)
     data = scorer.split("search")

@@ -13,10 +13,14 @@ import typer
 import yaml
 from rich.console import Console
 
-from actors.types import Allocation, RankfrontError
-from search.config import SamplerSection, load_config
-from search.findings import front_table, headline
+from actors.types import RankfrontError
+from search.allocations import read_allocations
+from search.config import load_config
+from search.findings import cells_table, front_table, headline
 from search.records import StudySummary, TrialRow
+from search.sections import SamplerSection
+from search.sensitivity import sensitivity
+from search.sensitivity_table import Sensitivity, found, module_cells, target_cells
 from search.session import StudyFolder, find_study, repair_if_idle, report, search
 
 app = typer.Typer(
@@ -98,6 +102,46 @@ def _program() -> str:
     return os.path.relpath(sys.argv[0])
 
 
+@app.command("sensitivity")
+def sensitivity_command(
+    config: Annotated[Path, typer.Argument(help="The study's YAML config.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any config key.")
+    ] = None,
+) -> None:
+    """Score every target alone, all others dense, and map what each loses; or continue doing so."""
+    folder, table, reason = sensitivity(load_config(config, dict(map(_override, set_ or []))), console)
+    _print_sensitivity(folder, table)
+    console.print(f"\nStopped: {reason}; all saved in [bold]{folder}/[/]", soft_wrap=True)
+    if table is not None:
+        console.print("  sensitivity.html, sensitivity.png   the maps, to look at")
+        console.print("  sensitivity.parquet   the same, to compute with")
+    if reason.startswith("SIG"):
+        again = " ".join([str(config), *(f"--set {shlex.quote(text)}" for text in set_ or [])])
+        console.print("\nNext:", style="bold")
+        console.print(f"  {_program()} sensitivity {again}   # goes on where it stopped", soft_wrap=True)
+        raise typer.Exit(130 if reason == "SIGINT" else 143)
+
+
+def _print_sensitivity(folder: Path, table: Sensitivity | None) -> None:
+    console.print()
+    if table is None:
+        console.print("The dense model is not scored yet: there is nothing to compare with.")
+        return
+    share = f"per parameter saved, alone at {table.middle:.0%} of its parameters"
+    for kind, listed in (("least", table.least), ("most", table.most)):
+        if listed:
+            console.print(cells_table(target_cells(listed), f"Lose {kind} {share}", left=("target",)))
+    console.print(cells_table(module_cells(table), "By module type", left=("module",)))
+    for sentence in found(table):
+        console.print(f"  {sentence}", soft_wrap=True)
+    missing = [row for row in table.rows if row.score is None]
+    if missing:
+        console.print(
+            f"  {len(missing)} of {len(table.rows)} cells have no score; sensitivity.html says why."
+        )
+
+
 @app.command("report")
 def report_command(study: StudyName, runs: Runs = Path("runs")) -> None:
     """Write tables, plots and the page again from the study, and show the front."""
@@ -115,38 +159,22 @@ def report_command(study: StudyName, runs: Runs = Path("runs")) -> None:
 @app.command("enqueue")
 def enqueue_command(
     study: StudyName,
-    file: Annotated[Path, typer.Argument(help="YAML or JSON: {target: rank or null}, or a list of them.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML or JSON: {target: rank or null}, {ranks: {...}, methods: {target: method}}, or a list."
+        ),
+    ],
     runs: Runs = Path("runs"),
 ) -> None:
     """Add allocations of your own; a running search takes them up next, a stopped one when it resumes."""
     folder = find_study(study, runs)
-    allocations = _read_allocations(file, folder)
+    allocations = read_allocations(file, folder.prepared.targets, folder.config.factor_spec)
     repair_if_idle(folder.path)
     numbers = folder.open_study(SamplerSection(name="random")).enqueue((a, "enqueued") for a in allocations)
     known = len(allocations) - len(numbers)
     listed = ", ".join(map(str, numbers)) or "none"
     console.print(f"Enqueued as trials: {listed}" + (f"; {known} are in the study already" if known else ""))
-
-
-def _read_allocations(file: Path, folder: StudyFolder) -> list[Allocation]:
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RankfrontError(f"{file}: cannot be read: {error}") from error
-    items = data if isinstance(data, list) else [data]
-    ranks = [item.get("ranks", item) if isinstance(item, dict) else item for item in items]
-    for index, item in enumerate(ranks):
-        if not isinstance(item, dict):
-            raise RankfrontError(f"{file}: item {index} is no mapping of targets to ranks")
-    allocations, mistakes = [], []
-    for index, item in enumerate(ranks):
-        try:
-            allocations.append(Allocation.of(item, folder.prepared.targets, f"{file.name}[{index}]"))
-        except RankfrontError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise RankfrontError("\n".join(mistakes))
-    return allocations
 
 
 @app.command("export")
@@ -175,7 +203,12 @@ def export_command(
         folder.config.storage,
         destination,
         row.score,
-        {"study": folder.config.study, "trial": row.number, "budget.model": row.budget_model},
+        {
+            "study": folder.config.study,
+            "trial": row.number,
+            "budget.model": row.budget_model,
+            "budget.bytes": row.budget_bytes,
+        },
     )
     console.print(
         f"Trial {row.number} ({row.budget_model:.1%} of all parameters) written to [bold]{destination}/[/]"

@@ -12,18 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-)
+from pydantic import Field, TypeAdapter, ValidationError
 
-from actors.sources import Source
-from actors.tasks import TASKS
 from actors.types import (
     CalibrationSpec,
     FactorSpec,
@@ -31,14 +21,25 @@ from actors.types import (
     PreparationSpec,
     RankfrontError,
     ScoringSpec,
-    TaskSource,
     TextSource,
 )
 from search.records import Objective
 from search.rules import METRICS, RULES
-
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1)]
+from search.sections import (
+    CalibrationSection,
+    FactorSection,
+    ModelSection,
+    ReferenceSection,
+    ReplicaSection,
+    SamplerSection,
+    ScoringSection,
+    Section,
+    SensitivitySection,
+    SpaceSection,
+    StopSection,
+    TargetSection,
+    TextSection,
+)
 
 
 class ConfigError(RankfrontError):
@@ -50,177 +51,7 @@ class ConfigError(RankfrontError):
         super().__init__("\n".join([f"{where}: {count}, nothing was started", *(f"  {m}" for m in mistakes)]))
 
 
-def _known_source(name: str) -> str:
-    try:
-        return Source.parse(name).name
-    except RankfrontError as error:
-        raise ValueError(str(error)) from error
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class ModelSection(_Section):
-    """The pretrained model. `trust_remote_code` runs code that comes with it: only for models you trust."""
-
-    source: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    trust_remote_code: bool = False
-
-    _source = field_validator("source")(_known_source)
-
-
-class TextSection(_Section):
-    """Documents: a column of a data set, joined into one text."""
-
-    source: str
-    subset: str | None = None
-    split: str | None = None
-    column: str = "text"
-    join: str = "\n\n"
-    deduplicate: bool = False
-
-    _source = field_validator("source")(_known_source)
-
-
-class TaskSection(_Section):
-    """A reasoning task by its lm-evaluation-harness name; without a source, from the hub."""
-
-    name: str
-    source: str | None = None
-    subset: str | None = None
-    split: str | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in TASKS:
-            raise ValueError(f"{name!r} is no task; one of {', '.join(TASKS)}")
-        return name
-
-    @field_validator("source")
-    @classmethod
-    def _source(cls, name: str | None) -> str | None:
-        return None if name is None else _known_source(name)
-
-    def resolved(self) -> TaskSource:
-        task = TASKS[self.name]
-        if self.source is None:
-            return TaskSource(self.name, task.hub, task.subset, self.split or "validation")
-        return TaskSource(self.name, self.source, self.subset, self.split)
-
-
-class CalibrationSection(_Section):
-    """Calibration text: `text` of its own, or the first `fraction` of the scoring text."""
-
-    text: TextSection | None = None
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    tokens: Positive = 65_536
-    window: Annotated[int, Field(ge=2)] = 512
-    labels: Literal["sampled", "data"] = "sampled"
-    memory_gb: Annotated[float, Field(gt=0)] = 4.0
-
-
-class FactorSection(_Section):
-    method: Literal["weight", "feature", "curvature"] = "feature"
-    bias: Literal["mean", "none"] = "mean"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-class TargetSection(_Section):
-    """Which linear layers may be compressed: shell patterns over their names."""
-
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-
-
-class PerSplit(_Section):
-    """A cap for each split."""
-
-    search: Positive
-    test: Positive
-
-
-class ScoringSection(_Section):
-    window: Annotated[int, Field(ge=2)] = 512
-    tokens: PerSplit = PerSplit(search=8_192, test=32_768)
-    tasks: tuple[TaskSection, ...] = ()
-    examples: PerSplit = PerSplit(search=100, test=400)
-    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    seed: int = 0
-    batch_tokens: Positive = 1_024
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _names(cls, tasks: Any) -> Any:
-        if isinstance(tasks, list | tuple):
-            return [{"name": task} if isinstance(task, str) else task for task in tasks]
-        return tasks
-
-
-class SpaceSection(_Section):
-    """The search space: targets that share a group share one level.
-
-    `levels` equal steps of parameters between `floor` and dense; `segments` cuts the depth of a
-    `module` group into that many parts.
-    """
-
-    group: Literal["target", "module", "block"] = "target"
-    segments: Positive = 1
-    levels: Annotated[int, Field(ge=1, le=1000)] = 20
-    floor: Share = 0.2
-
-
-class SamplerSection(_Section):
-    name: Literal["nsga2", "nsga3", "tpe", "random"] = "tpe"
-    seed: Annotated[int, Field(ge=0)] = 0
-    population: Annotated[int, Field(ge=2)] = 32
-
-
-class ReferenceSection(_Section):
-    """Scored before the sampler's first proposal: dense, and uniform allocations at these linear budgets."""
-
-    dense: bool = True
-    uniform: tuple[Share, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
-
-
-class PlateauSection(_Section):
-    """Stop when the hypervolume grew by no more than `tolerance` (relative) over `trials` trials."""
-
-    trials: Positive
-    tolerance: Annotated[float, Field(ge=0)] = 0.001
-
-
-class StopSection(_Section):
-    """The search stops at the first of these; None never stops."""
-
-    trials: Positive | None = 200
-    tokens: Positive | None = None
-    hours: Annotated[float, Field(gt=0)] | None = None
-    plateau: PlateauSection | None = None
-
-
-def _count_or_auto(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError(f"{value!r}: input should be 'auto' or an integer greater than or equal to 1")
-
-
-# One validator for both: a union would list a mistake once for each of its members.
-CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
-
-
-class ReplicaSection(_Section):
-    """How many replicas, and what each may use. `auto` asks the machine."""
-
-    count: CountOrAuto = "auto"
-    threads: CountOrAuto = "auto"
-    attempts: Positive = 2
-    trial_seconds: Annotated[float, Field(gt=0)] | None = None
-
-
-class Config(_Section):
+class Config(Section):
     """One study. See the sections for what each key means."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
@@ -230,12 +61,13 @@ class Config(_Section):
     calibration: CalibrationSection = CalibrationSection()
     factors: FactorSection = FactorSection()
     targets: TargetSection = TargetSection()
-    storage: Literal["pivoted", "factored"] = "pivoted"
+    storage: Literal["auto", "pivoted", "factored"] = "auto"
     scoring: ScoringSection = ScoringSection()
     objectives: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] = ("budget.model", "nll")
     space: SpaceSection = SpaceSection()
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
+    sensitivity: SensitivitySection = SensitivitySection()
     stop: StopSection = StopSection()
     replicas: ReplicaSection = ReplicaSection()
 
@@ -243,6 +75,18 @@ class Config(_Section):
     def folder(self) -> Path:
         """The study's folder."""
         return Path(self.runs) / self.study
+
+    @property
+    def factor_spec(self) -> FactorSpec:
+        """How targets are decomposed: by their configured method and by all that the search may choose."""
+        factors = self.factors
+        return FactorSpec(
+            method=factors.method,
+            methods=tuple(factors.methods.items()),
+            choices=self.space.methods,
+            bias=factors.bias,
+            dtype=factors.dtype,
+        )
 
     @property
     def named_objectives(self) -> tuple[Objective, ...]:
@@ -262,7 +106,7 @@ class Config(_Section):
                 labels=calibration.labels,
                 memory_gb=calibration.memory_gb,
             ),
-            factors=FactorSpec(**self.factors.model_dump()),
+            factors=self.factor_spec,
             scoring=ScoringSpec(
                 text=text,
                 window=scoring.window,

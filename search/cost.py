@@ -1,33 +1,39 @@
-"""Parameters of an allocation, in exact integers, as they are stored.
+"""Parameters and bytes of an allocation, in exact integers, as they are stored.
 
-A rank-r target of shape (m, n), biases on top:
-
-    dense      m n             its own bias, if the architecture has one
-    factored   r (m + n)       A (m, r) and B (r, n)
-    pivoted    r (m + n - r)   r rows of W_r and the coefficients of the others (PIFA, arXiv 2501.19090)
-
-A compressed target stores m bias values where the layer had a bias or the factors bring one
-(`bias: mean`). The pivoted form's row order counts in bytes, not in parameters.
+What one target holds at a rank is decided in `actors.storage`, by which the export stores it too.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
+from actors.storage import ITEMSIZE, Stored, stored_target
 from actors.types import Allocation, TargetSpec
 
-DENSE, FACTORED, PIVOTED = "dense", "factored", "pivoted"
+
+@dataclass(frozen=True)
+class _Table:
+    """A target at each of its ranks 1..k, and for each rank the fewest parameters from there upwards."""
+
+    stored: tuple[Stored, ...]
+    fewest: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Counts parameters for one model, one storage form of compressed targets, one bias rule."""
+    """Counts for one model, one `storage` of compressed targets, one bias rule, one precision.
+
+    `itemsize` is the bytes of a parameter.
+    """
 
     targets: tuple[TargetSpec, ...]
     model_parameters: int
     storage: str
     bias: str
+    itemsize: int = ITEMSIZE["float32"]
 
     @cached_property
     def linear_parameters(self) -> int:
@@ -38,45 +44,66 @@ class CostModel:
     def _by_name(self) -> dict[str, TargetSpec]:
         return {target.name: target for target in self.targets}
 
+    @cached_property
+    def _tables(self) -> dict[tuple[int, int, bool], _Table]:
+        """One table for each shape there is, so that counting an allocation is looking up."""
+        return {_shape(target): self._table(target) for target in self.targets}
+
+    def _table(self, target: TargetSpec) -> _Table:
+        stored = tuple(
+            stored_target(self.storage, target, rank, self.bias, self.itemsize)
+            for rank in range(1, target.full_rank + 1)
+        )
+        backwards = accumulate((entry.parameters for entry in reversed(stored)), min)
+        return _Table(stored, tuple(backwards)[::-1])
+
+    def stored(self, target: TargetSpec, rank: int | None) -> Stored:
+        """Form, parameters and bytes of a target; None is the dense layer."""
+        if rank is None:
+            return stored_target(self.storage, target, None, self.bias, self.itemsize)
+        return self._tables[_shape(target)].stored[rank - 1]
+
+    def form(self, target: TargetSpec, rank: int | None) -> str:
+        """The form a target is stored in: dense, factored or pivoted."""
+        return self.stored(target, rank).form
+
     def compressed(self, target: TargetSpec, rank: int) -> int:
-        """Parameters of a target stored at `rank` in this model's storage form."""
-        weights = rank * (target.rows + target.cols)
-        if self.storage == PIVOTED:
-            weights -= rank * rank
-        return weights + (target.rows if target.bias or self.bias == "mean" else 0)
+        """Parameters of a target stored at `rank`."""
+        return self.stored(target, rank).parameters
 
     def largest_rank(self, target: TargetSpec, share: float) -> int | None:
-        """The largest rank that stores at most `share` of the dense target; None (dense) at 1.
+        """The largest rank that stores at most `share` of the dense target's parameters; None (dense) at 1.
 
-        Rank 1 where even that stores more.
+        Rank 1 where even that stores more. Where the form of fewest bytes changes from factored to pivoted
+        the parameters can fall as the rank grows, so the search runs over the fewest from each rank upwards:
+        those never fall, and the last one that is allowed is the cost of its own rank.
         """
         if share >= 1:
             return None
-        allowed = share * target.parameters
-        low, high = 1, target.full_rank
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.compressed(target, middle) <= allowed:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return max(1, bisect_right(self._tables[_shape(target)].fewest, share * target.parameters))
 
     def linear(self, allocation: Allocation) -> int:
         """Stored parameters of all targets."""
-        return sum(
-            self._by_name[name].parameters if rank is None else self.compressed(self._by_name[name], rank)
-            for name, rank in allocation
-        )
+        return sum(self.stored(self._by_name[name], rank).parameters for name, rank in allocation)
+
+    def model_bytes(self, allocation: Allocation) -> int:
+        """Stored bytes of the whole model, every parameter that is no target's at `itemsize`."""
+        targets = sum(self.stored(self._by_name[name], rank).bytes for name, rank in allocation)
+        return (self.model_parameters - self.linear_parameters) * self.itemsize + targets
 
     def budgets(self, allocation: Allocation) -> dict[str, float]:
-        """`budget.linear` and `budget.model`: stored parameters over dense ones."""
+        """`budget.linear` and `budget.model`: stored parameters over dense ones; `budget.bytes`: bytes."""
         linear = self.linear(allocation)
         return {
             "budget.linear": linear / self.linear_parameters,
             "budget.model": (self.model_parameters - self.linear_parameters + linear) / self.model_parameters,
+            "budget.bytes": self.model_bytes(allocation) / (self.model_parameters * self.itemsize),
         }
 
     def uniform(self, share: float) -> Allocation:
         """Every target at the same share of its own parameters."""
         return Allocation(tuple((t.name, self.largest_rank(t, share)) for t in self.targets))
+
+
+def _shape(target: TargetSpec) -> tuple[int, int, bool]:
+    return target.rows, target.cols, target.bias

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
-from actors.types import RankfrontError
+from search.files import append_record, read_records
 from search.journal import repair
 from search.records import Evaluation
 
@@ -22,16 +20,7 @@ class Evaluations:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._whole = False
-        self._rows: dict[tuple[int, str, str, str], Evaluation] = {}
-        content = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                break  # a write is under way, or was cut off
-            try:
-                row = Evaluation.from_dict(json.loads(line))
-            except ValueError as error:
-                raise RankfrontError(f"{self._path}: record {number} is damaged: {error}") from error
-            self._rows[row.key] = row
+        self._rows = {row.key: row for row in read_records(self._path, Evaluation.from_dict)}
 
     @property
     def rows(self) -> tuple[Evaluation, ...]:
@@ -45,8 +34,5 @@ class Evaluations:
         if not self._whole:
             repair(self._path)
             self._whole = True
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row.to_dict()) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_record(self._path, row.to_dict())
         self._rows[row.key] = row

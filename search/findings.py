@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -26,7 +26,7 @@ SAME_NOTE = "≈ within two combined standard errors of the row above (both take
 
 @dataclass(frozen=True)
 class Cells:
-    """The front as text: as many cells in each row as there are columns."""
+    """A table as text: as many cells in each row as there are columns."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -80,22 +80,28 @@ def front_cells(summary: StudySummary) -> Cells:
 
 def front_table(summary: StudySummary) -> Table:
     """The front for a terminal of 100 columns."""
-    cells = front_cells(summary)
+    title = f"{summary.study}: {len(summary.front)} on the front"
+    return cells_table(front_cells(summary), title, left=("origin",), widths={"origin": 12})
+
+
+def cells_table(
+    cells: Cells, title: str, left: Sequence[str] = (), widths: Mapping[str, int] | None = None
+) -> Table:
+    """Cells for a terminal: columns of numbers flush right, those named in `left` flush left."""
     table = Table(
-        title=Text(f"{summary.study}: {len(summary.front)} on the front"),
+        title=Text(title),
         caption=Text(cells.note) if cells.note else None,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     for column in cells.columns:
-        last = column == "origin"
         table.add_column(
             column,
-            justify="left" if last else "right",
+            justify="left" if column in left else "right",
             no_wrap=True,
             overflow="ellipsis",
-            max_width=12 if last else None,
+            max_width=(widths or {}).get(column),
         )
     for row in cells.rows:
         table.add_row(*map(Text, row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,9 @@ from actors.types import RankfrontError
 from search.config import Config
 
 Verdict = Literal["fixed", "content", "free"]
+
+# Mappings that are values, not sections: their keys are the user's, and their order counts.
+ORDERED = ("factors.methods",)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("model.trust_remote_code", "free", "a permission, not a setting"),
     Rule("text", "content", "search windows, by fingerprint"),
     Rule("calibration", "content", "calibration windows, by fingerprint"),
-    Rule("factors", "fixed", "method, bias and precision decide every score"),
+    Rule("calibration.memory_gb", "free", "how many passes, not what they find"),
+    Rule("calibration.builders", "free", "how fast, not what they find"),
+    Rule("factors", "fixed", "methods, bias and precision decide every score"),
     Rule("targets", "fixed", "the parameters of the study"),
     Rule("storage", "fixed", "decides what a rank costs"),
     Rule("scoring", "fixed", "decides what a score means"),
@@ -42,6 +48,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("space", "fixed", "the parameters of the study"),
     Rule("sampler", "free", "samplers learn from whatever trials there are"),
     Rule("references", "free", "missing ones are added"),
+    Rule("sensitivity", "free", "missing scores are added"),
     Rule("stop", "free", "how far to go"),
     Rule("replicas", "free", "how fast to go"),
 )
@@ -57,10 +64,10 @@ def rule_for(key: str) -> Rule:
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping of dotted keys; lists are values."""
+    """Nested mappings as one mapping of dotted keys; lists and the `ORDERED` mappings are values."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and prefix + key not in ORDERED:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
@@ -73,8 +80,13 @@ def config_differences(saved: Config, given: Config) -> list[str]:
     return [
         f"{key}: was {was.get(key)!r}, now {now.get(key)!r} ({rule_for(key).why})"
         for key in sorted({*was, *now})
-        if rule_for(key).verdict == "fixed" and was.get(key) != now.get(key)
+        if rule_for(key).verdict == "fixed" and not _same(was.get(key), now.get(key))
     ]
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Equal as written, so that the order of a mapping's keys counts."""
+    return json.dumps(was) == json.dumps(now)
 
 
 def fingerprint_differences(saved: Mapping[str, str], given: Mapping[str, str]) -> list[str]:

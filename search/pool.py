@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.replica import Preparer, Replica
-from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, ReplicaSpec, Score
+from actors.replica import Replica
+from actors.types import Allocation, RankfrontError, ReplicaSpec, Score
 
 # One trial runs and one waits behind it: the driver's work between two trials costs a replica nothing.
 DEPTH = 2
@@ -89,43 +89,13 @@ def connect() -> Machine:
     return Machine(cores=int(total.get("CPU", 1)), gpus=int(total.get("GPU", 0)), memory=memory)
 
 
-def prepare(
-    spec: PreparationSpec,
-    machine: Machine,
-    say: Callable[[str], None],
-    check: Callable[[Mapping[str, str]], None],
-) -> Prepared:
-    """Run a preparation in an actor of its own, gone when it ends or when `check` refuses its fingerprints.
-
-    Raises:
-        RankfrontError: what the preparation or `check` says is wrong, or that its process died.
-    """
-    options = {"num_cpus": 1, "num_gpus": min(1, machine.gpus), "runtime_env": _environment(machine.cores)}
-    actor = ray.remote(Preparer).options(**options).remote()
-    try:
-        for reference in actor.prepare.options(num_returns="streaming").remote(spec, machine.cores):
-            item = ray.get(reference)
-            if isinstance(item, Prepared):
-                return item
-            if isinstance(item, str):
-                say(item)
-            else:
-                check(item)
-    except RayTaskError as error:
-        raise _cause(error) from error
-    except RayActorError as error:
-        raise RankfrontError(f"the preparation's process died (out of memory?): {error}") from error
-    finally:
-        ray.kill(actor)
-    raise RankfrontError("the preparation ended without a result")
-
-
-def _environment(threads: int) -> dict[str, Any]:
+def thread_environment(threads: int) -> dict[str, Any]:
+    """Ray's runtime environment of a worker that may use so many threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {"env_vars": {**dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}}
 
 
-def _cause(error: RayError) -> BaseException:
+def cause_of(error: RayError) -> BaseException:
     """The user's mistake itself where it is one; otherwise Ray's error with the worker's traceback."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, RankfrontError) else error
@@ -154,7 +124,7 @@ class Pool:
                 num_gpus=self._gpus,
                 max_restarts=0,
                 max_task_retries=0,
-                runtime_env=_environment(spec.threads),
+                runtime_env=thread_environment(spec.threads),
             )
             .remote(spec)
         )
@@ -222,7 +192,7 @@ class Pool:
         except RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= START_FAILURES:
-                raise RankfrontError(f"replicas cannot start: {_cause(error)}") from error
+                raise RankfrontError(f"replicas cannot start: {cause_of(error)}") from error
             self._replace(slot)
         else:
             slot.starting, self._failed_starts = None, 0
@@ -234,7 +204,7 @@ class Pool:
         except RayTaskError as error:
             slot.queue.popleft()
             slot.since = time.monotonic()
-            cause = _cause(error)
+            cause = cause_of(error)
             text = str(cause) if isinstance(cause, RankfrontError) else _last_line(error)
             return self._again_or_fail(job, text)
         except RayActorError as error:

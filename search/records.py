@@ -24,6 +24,7 @@ class TrialRow:
     allocation: Allocation
     budget_linear: float
     budget_model: float
+    budget_bytes: float
     values: tuple[float, ...] | None
     score: Score | None
     seconds: float | None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from actors.types import Allocation
-from search.config import ReferenceSection
 from search.cost import CostModel
+from search.sections import ReferenceSection
 
 
 def reference_allocations(section: ReferenceSection, cost: CostModel) -> Iterator[tuple[Allocation, str]]:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from actors.sources import Source
 from actors.tasks import TASKS
 from actors.text import text_parts
-from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+from actors.types import METHOD_NAMES, CalibrationSpec, RankfrontError, ScoringSpec, TargetSpec, TextSource
 
 if TYPE_CHECKING:
-    from search.config import CalibrationSection, ScoringSection, SpaceSection, StopSection, TextSection
+    from search.sections import (
+        CalibrationSection,
+        FactorSection,
+        ScoringSection,
+        SpaceSection,
+        StopSection,
+        TextSection,
+    )
 
 # Metrics a score always holds, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
 METRICS: dict[str, bool] = {
     "budget.model": True,
     "budget.linear": True,
+    "budget.bytes": True,
     "nll": True,
     "reasoning.acc": False,
     "reasoning.acc_norm": False,
@@ -43,7 +52,7 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
         if name in objectives[:index]:
             found.append(f"objectives[{index}]: {name!r} is there twice")
     if not any(name.startswith("budget.") for name in objectives):
-        found.append("objectives: one of them must be a budget (budget.model or budget.linear)")
+        found.append("objectives: one of them must be a budget (budget.model, budget.linear or budget.bytes)")
     return found
 
 
@@ -59,9 +68,43 @@ def _stop_mistakes(stop: StopSection) -> list[str]:
 
 
 def _space_mistakes(space: SpaceSection) -> list[str]:
+    found = []
     if space.segments > 1 and space.group != "module":
-        return [f"space.segments: {space.segments} needs group: module, not {space.group}"]
-    return []
+        found.append(f"space.segments: {space.segments} needs group: module, not {space.group}")
+    methods = space.methods
+    for index, name in enumerate(methods):
+        if name not in METHOD_NAMES:
+            found.append(f"space.methods[{index}]: {_no_method(name)}")
+        elif name in methods[:index]:
+            found.append(f"space.methods[{index}]: {name!r} is there twice")
+    if len(methods) == 1:
+        found.append(f"space.methods: {methods[0]!r} alone is no choice; name two or more, or factors.method")
+    return found
+
+
+def _factor_mistakes(factors: FactorSection) -> list[str]:
+    return [f"{key}: {_no_method(name)}" for key, name in _configured(factors) if name not in METHOD_NAMES]
+
+
+def _choice_mistakes(factors: FactorSection, space: SpaceSection) -> list[str]:
+    """A configured method that the search may not choose: no parameter could stand for it."""
+    if not space.methods or not set(space.methods) <= set(METHOD_NAMES):
+        return []  # the misspelt name may be the one that is missing
+    return [
+        f"space.methods: {name!r} is not in it, but {key} names it; change that, or add it"
+        for key, name in _configured(factors)
+        if name in METHOD_NAMES and name not in space.methods
+    ]
+
+
+def _configured(factors: FactorSection) -> list[tuple[str, str]]:
+    """Each key that names the method of some targets, and that name."""
+    named = [(f"factors.methods.{pattern}", name) for pattern, name in factors.methods.items()]
+    return [("factors.method", factors.method), *named]
+
+
+def _no_method(name: str) -> str:
+    return f"{name!r} is no method; one of {', '.join(METHOD_NAMES)}"
 
 
 def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
@@ -101,5 +144,29 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("scoring",), _task_mistakes),
     (("stop",), _stop_mistakes),
     (("space",), _space_mistakes),
+    (("factors",), _factor_mistakes),
+    (("factors", "space"), _choice_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
 )
+
+
+def refuse_idle_patterns(patterns: Iterable[str], targets: Iterable[TargetSpec]) -> None:
+    """Refuse patterns of `factors.methods` that decide the method of no target: the first that fits decides.
+
+    Raises:
+        RankfrontError: each such pattern, and the earlier ones that took all it fits.
+    """
+    names = [target.name for target in targets]
+    left, mistakes = set(names), []
+    for pattern in patterns:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if not fitting:
+            known = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+            mistakes.append(f"factors.methods: {pattern!r} fits no target of this model ({known})")
+        elif not fitting & left:
+            mistakes.append(
+                f"factors.methods: patterns before {pattern!r} fit all of its targets; put it first"
+            )
+        left -= fitting
+    if mistakes:
+        raise RankfrontError("\n".join(mistakes))

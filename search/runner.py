@@ -11,9 +11,9 @@ import numpy as np
 from optuna.trial import TrialState
 
 from actors.types import RankfrontError, Score
-from search.config import StopSection
 from search.pareto import hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
+from search.sections import StopSection
 from search.study import Planned, SearchStudy
 
 # How long one look for results may take: the screen is redrawn and Ctrl-C is seen this often.
@@ -151,7 +151,7 @@ class Runner:
     def _record(self, outcome: Outcome) -> None:
         planned = self._planned[outcome.job.key]
         twins = self._twins.pop(planned.allocation.key)
-        reason = outcome.reason or _invalid(outcome.score)
+        reason = outcome.reason or problem_of(outcome.score)
         if outcome.score is None or reason:
             for each in (planned, *twins):
                 self._study.fail(each.number, reason or "no score")
@@ -192,7 +192,8 @@ class Runner:
         return None
 
 
-def _invalid(score: Score | None) -> str | None:
+def problem_of(score: Score | None) -> str | None:
+    """Why a score is none, None where it is one; replicas check theirs too."""
     if score is None:
         return None
     try:

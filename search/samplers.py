@@ -9,7 +9,7 @@ import optuna
 from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 
-from search.config import SamplerSection
+from search.sections import SamplerSection
 
 
 def make_sampler(section: SamplerSection) -> BaseSampler:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from actors.types import Progress as Step
 from search.pareto import front
 from search.runner import Progress, hypervolumes, minimised
 from search.study import SearchStudy
@@ -19,20 +22,17 @@ PLAIN_SECONDS = 15.0
 LADDER = (0.95, 0.9, 0.8, 0.7)
 
 
-class Screen:
-    """Redraws at most four times a second; costs nothing while no trial ends."""
+class Line:
+    """One line that is drawn over: at most four times a second, in a log once in PLAIN_SECONDS."""
 
-    def __init__(self, console: Console, study: SearchStudy, goal: int | None, done_before: int) -> None:
-        self._console, self._study = console, study
-        self._goal, self._before = goal, done_before
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._live = (
             Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         )
         self._last = 0.0
-        self._shown = -1
-        self._facts = ""
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -43,17 +43,55 @@ class Screen:
         if self._live:
             self._live.stop()
 
+    def show(self, line: Callable[[float], str]) -> None:
+        """Draw what `line` says at a time (time.monotonic); it is asked only where it is drawn."""
+        now = time.monotonic()
+        if self._live:
+            self._live.update(Text(line(now), no_wrap=True, overflow="ellipsis"))
+        elif now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            self._console.print(line(now), highlight=False, soft_wrap=True)
+
+
+class ProgressBar(Line):
+    """The line of a preparation's long steps."""
+
+    WIDTH = 40
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._step, self._since, self._from = "", 0.0, 0
+
+    def progress(self, progress: Step) -> None:
+        """Show how far a step is."""
+        if progress.step != self._step or progress.done < self._from:
+            self._step, self._since, self._from = progress.step, time.monotonic(), progress.done
+        self.show(lambda now: self._bar(progress, now))
+
+    def _bar(self, progress: Step, now: float) -> str:
+        full = self.WIDTH * progress.done // max(1, progress.total)
+        bar = "━" * full + "─" * (self.WIDTH - full)
+        since = progress.done - self._from
+        left = (now - self._since) * (progress.total - progress.done) / since if since else 0.0
+        rest = f"  ETA {clock(left)}" if since else ""
+        return f"{progress.step}  {bar}  {progress.done}/{progress.total}{rest}"
+
+
+class Screen(Line):
+    """The line of a search; costs nothing while no trial ends."""
+
+    def __init__(self, console: Console, study: SearchStudy, goal: int | None, done_before: int) -> None:
+        super().__init__(console)
+        self._study, self._goal, self._before = study, goal, done_before
+        self._shown = -1
+        self._facts = ""
+
     def redraw(self, progress: Progress) -> None:
         """Show where the search stands."""
         ended = self._study.count(TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
         if ended != self._shown:
             self._shown, self._facts = ended, self._findings()
-        now = time.monotonic()
-        if self._live:
-            self._live.update(Text(self._line(progress, now), no_wrap=True, overflow="ellipsis"))
-        elif now - self._last >= PLAIN_SECONDS:
-            self._last = now
-            self._console.print(self._line(progress, now), highlight=False, soft_wrap=True)
+        self.show(lambda now: self._line(progress, now))
 
     def _line(self, progress: Progress, now: float) -> str:
         counts = {state: self._study.count(state) for state in TrialState}
@@ -68,7 +106,7 @@ class Screen:
         if rate > 0:
             parts.append(f"{rate:.1f}/min")
             if self._goal:
-                parts.append(f"ETA {_clock(max(0, self._goal - ended) / rate * 60)}")
+                parts.append(f"ETA {clock(max(0, self._goal - ended) / rate * 60)}")
         return " | ".join(part for part in parts if part)
 
     def _findings(self) -> str:
@@ -93,7 +131,8 @@ class Screen:
         return " | ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, from an hour on hours too."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -15,21 +15,25 @@ import optuna
 import yaml
 from rich.console import Console
 
-from actors.types import Prepared, RankfrontError, ReplicaSpec
-from search.config import Config, SamplerSection, parse_config
+from actors.storage import ITEMSIZE
+from actors.types import FactorSpec, Prepared, RankfrontError, ReplicaSpec
+from search.config import Config, parse_config
 from search.cost import CostModel
 from search.evaluations import Evaluations
 from search.files import write_atomic
 from search.identity import config_differences, fingerprint_differences, refuse
 from search.journal import JOURNAL, LOCK, driver_lock, open_journal, repair
 from search.pareto import front
-from search.pool import Job, Machine, Pool, connect, prepare
+from search.pool import Job, Machine, Pool, connect
+from search.preparing import prepare
 from search.records import Evaluation, StudySummary
 from search.references import reference_allocations
 from search.report import write_report
+from search.rules import refuse_idle_patterns
 from search.runner import TICK_SECONDS, Runner, Stop, hypervolumes, minimised, reference_point
 from search.samplers import make_sampler
-from search.screen import Screen
+from search.screen import ProgressBar, Screen
+from search.sections import SamplerSection
 from search.space import Space
 from search.study import SearchStudy, open_storage_study
 
@@ -63,7 +67,7 @@ class StudyFolder:
         section = sampler or config.sampler
         objectives = config.named_objectives
         study = open_storage_study(open_journal(self.path), config.study, objectives)
-        space = Space(cost, **config.space.model_dump())
+        space = Space(cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
         return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives)
 
     @property
@@ -73,7 +77,24 @@ class StudyFolder:
             self.prepared.model_parameters,
             self.config.storage,
             self.config.factors.bias,
+            ITEMSIZE[self.config.model.dtype],
         )
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What was prepared, for people."""
+        prepared, config = self.prepared, self.config
+        return {
+            "model": config.model.source,
+            "parameters": f"{prepared.model_parameters:,} ({len(prepared.targets)} targets hold "
+            f"{self.cost.linear_parameters:,})",
+            "factors": _factor_fact(config.factor_spec),
+            "storage of a compressed target": config.storage,
+            "calibration": f"{prepared.tokens['calibration']:,} tokens",
+            "search split": _split_fact(prepared, "search"),
+            "test split": _split_fact(prepared, "test"),
+            "factor store": prepared.factor_store,
+        }
 
 
 def repair_if_idle(folder: Path) -> None:
@@ -94,26 +115,18 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     rows = study.rows()
     chosen = sorted(numbers[front(values)].tolist(), key=lambda number: -rows[number].budget_model)
     volumes = hypervolumes(study)
-    prepared, config = folder.prepared, folder.config
+    config = folder.config
     scored = sum(row.score.forward_tokens for row in rows if row.score and row.copied_from is None)
     facts = {
-        "model": config.model.source,
-        "parameters": f"{prepared.model_parameters:,} ({len(prepared.targets)} targets hold "
-        f"{folder.cost.linear_parameters:,})",
-        "factors": f"{config.factors.method}, bias {config.factors.bias}, {config.factors.dtype}",
-        "storage of a compressed target": config.storage,
-        "calibration": f"{prepared.tokens['calibration']:,} tokens",
-        "search split": _split_fact(prepared, "search"),
-        "test split": _split_fact(prepared, "test"),
+        **folder.facts,
         "space": f"{config.space.group}, {config.space.levels} levels above {config.space.floor:.0%}",
         "sampler": f"{config.sampler.name}, seed {config.sampler.seed}",
         "trials": f"{len(rows)}, {scored:,} tokens scored",
-        "factor store": prepared.factor_store,
         "optuna": optuna.__version__,
     }
     return StudySummary(
         study=config.study,
-        model=_short_name(config.model.source),
+        model=short_name(config.model.source),
         objectives=study.objectives,
         rows=rows,
         front=tuple(chosen),
@@ -124,9 +137,15 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     )
 
 
-def _short_name(source: str) -> str:
+def short_name(source: str) -> str:
     """A hub id as it is; of a path or a packaged file its last part."""
     return source.rsplit("/", 1)[-1] if source.startswith(("/", "package:")) else source
+
+
+def _factor_fact(factors: FactorSpec) -> str:
+    own = "".join(f", {pattern} by {method}" for pattern, method in factors.methods)
+    chosen = f", the search chooses among {'/'.join(factors.choices)}" if factors.choices else ""
+    return f"{factors.method}{own}{chosen}, bias {factors.bias}, {factors.dtype}"
 
 
 def _split_fact(prepared: Prepared, split: str) -> str:
@@ -172,8 +191,21 @@ def _study_folder(path: Path) -> Iterator[None]:
             shutil.rmtree(path)
 
 
-def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary, str]:
-    """Run or resume a study: returns its folder, what was found, and why it stopped.
+@dataclass(frozen=True)
+class Session:
+    """A study that this process drives: prepared and in its folder, with the machine it runs on."""
+
+    folder: StudyFolder
+    machine: Machine
+    say: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def opened(config: Config, console: Console) -> Iterator[Session]:
+    """Lock the study of a config, hold the config against what the study was, prepare it, save both.
+
+    A folder without a journal has no trial yet (its targets may have been scored alone, see
+    `search.sensitivity`): nothing binds the config then.
 
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
@@ -181,37 +213,51 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
     path = config.folder
     say = _sayer(console)
     with _study_folder(path):
-        if (path / CONFIG).exists():
+        begun = (path / JOURNAL).exists()
+        if begun and (path / CONFIG).exists():
             saved = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
             refuse(config.study, config_differences(saved, config))
         repaired = repair(path / JOURNAL)
         if repaired:
             say(f"journal: {repaired}")
         machine = connect()
-        prepared = prepare(config.preparation(), machine, say, _fingerprint_check(config.study, path))
+        check = _fingerprint_check(config.study, path if begun else None)
+        builders = config.calibration.builders
+        count = max(1, machine.gpus) if builders == "auto" else builders
+        with ProgressBar(console) as bar:
+            prepared = prepare(config.preparation(), machine, count, say, bar.progress, check)
+        refuse_idle_patterns(config.factors.methods, prepared.targets)
         write_atomic(path / CONFIG, config.to_yaml())
         write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
-        folder = StudyFolder(path, config, prepared)
+        yield Session(StudyFolder(path, config, prepared), machine, say)
+
+
+def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary, str]:
+    """Run or resume a study: returns its folder, what was found, and why it stopped.
+
+    Raises:
+        RankfrontError: another driver holds the study, it is another study, or it cannot start.
+    """
+    with opened(config, console) as session:
+        folder = session.folder
         study = folder.open_study()
         references = config.references
         if config.stop.plateau is not None:  # the hypervolume is measured from the dense model
             references = references.model_copy(update={"dense": True})
         study.enqueue(reference_allocations(references, folder.cost))
         stop = Stop()
-        pool = _start_pool(config, prepared, machine, say)
-        try:
-            with stop_on_signals(stop, console):
-                reason = _run(config, study, pool, stop, console)
-                if not stop.reason:
-                    _score_test(folder, study, pool, stop, say)
-        finally:
-            pool.close()
+        with replicas(session) as pool, stop_on_signals(stop, console):
+            reason = _run(config, study, pool, stop, console)
+            if not stop.reason:
+                _score_test(folder, study, pool, stop, session.say)
         return folder, report(folder, study), stop.reason or reason
 
 
-def _fingerprint_check(study: str, path: Path) -> Callable[[Mapping[str, str]], None]:
-    """Refuses fingerprints other than those the study was prepared with, if it was."""
-    known = json.loads((path / PREPARED).read_text())["fingerprints"] if (path / PREPARED).exists() else None
+def _fingerprint_check(study: str, path: Path | None) -> Callable[[Mapping[str, str]], None]:
+    """Refuses fingerprints other than those the study at `path` was prepared with, if it was."""
+    known = None
+    if path is not None and (path / PREPARED).exists():
+        known = json.loads((path / PREPARED).read_text())["fingerprints"]
 
     def check(found: Mapping[str, str]) -> None:
         if known is not None:
@@ -227,6 +273,16 @@ def _sayer(console: Console) -> Callable[[str], None]:
         console.print(f"[dim]{time.monotonic() - start:6.1f} s[/]  {line}", highlight=False, soft_wrap=True)
 
     return say
+
+
+@contextlib.contextmanager
+def replicas(session: Session) -> Iterator[Pool]:
+    """The replicas of a study, gone at the end."""
+    pool = _start_pool(session.folder.config, session.folder.prepared, session.machine, session.say)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def _start_pool(config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None]) -> Pool:
@@ -248,8 +304,8 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
     elif machine.gpus:
         count = machine.gpus
     else:
-        itemsize = 4 if config.model.dtype == "float32" else 2
-        each = REPLICA_BYTES + WEIGHT_COPIES * prepared.model_parameters * itemsize
+        weights = prepared.model_parameters * ITEMSIZE[config.model.dtype]
+        each = REPLICA_BYTES + WEIGHT_COPIES * weights
         count = max(1, min(machine.cores // wanted_threads, int(0.8 * machine.memory / each)))
     if section.threads == "auto":
         return count, max(1, machine.cores // count)

@@ -3,34 +3,57 @@
 Targets that share a group share one integer parameter, the level. Level L (the highest) is dense;
 level l < L keeps the share floor + (1 - floor) l / L of each target's parameters: equal steps of
 parameters, not of rank.
+
+Where the search may choose between methods, targets of one module type share one categorical
+parameter more, `method/<module>`: the method their ranks are cut by.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 
-from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from actors.types import Allocation, RankfrontError, TargetSpec
+from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
 from search.cost import CostModel
+
+Params = dict[str, int | str]
+"""A level for each group and, where methods are chosen, a method for each module type."""
 
 
 class Space:
-    """One study's space. `group` is target, module or block; see `SpaceSection`."""
+    """One study's space. `group` is target, module or block; see `SpaceSection`.
 
-    def __init__(self, cost: CostModel, group: str, segments: int, levels: int, floor: float) -> None:
+    `factors` name the configured method of each target and the methods to choose from, which must
+    hold every configured one.
+    """
+
+    def __init__(
+        self, cost: CostModel, factors: FactorSpec, group: str, segments: int, levels: int, floor: float
+    ) -> None:
         self._cost, self._levels, self._floor = cost, levels, floor
         depth = 1 + max(target.block for target in cost.targets)
         self._group_of = {
             target.name: _group(target, group, min(segments, depth), depth) for target in cost.targets
         }
+        self._methods = factors.choices
+        self._configured = {target.name: factors.method_of(target.name) for target in cost.targets}
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """One integer distribution of levels for each group, in the model's order."""
-        names = dict.fromkeys(self._group_of.values())
-        return {name: IntDistribution(0, self._levels) for name in names}
+        """Levels of each group, then the methods of each module type, in the model's order."""
+        found: dict[str, BaseDistribution] = {name: IntDistribution(0, self._levels) for name in self._groups}
+        if self._methods:
+            for target in self._cost.targets:
+                found.setdefault(_method_parameter(target), CategoricalDistribution(self._methods))
+        return found
+
+    @cached_property
+    def _groups(self) -> tuple[str, ...]:
+        """Names of the parameters that are levels."""
+        return tuple(dict.fromkeys(self._group_of.values()))
 
     @cached_property
     def _ranks(self) -> dict[str, list[int | None]]:
@@ -43,31 +66,60 @@ class Space:
         }
 
     def check(self, params: Mapping[str, object]) -> None:
-        """Raise RankfrontError for the first level that is no integer in 0..L; other names are ignored."""
-        for name in self.distributions:
-            level = params.get(name, 0)
-            if not isinstance(level, int) or not 0 <= level <= self._levels:
-                raise RankfrontError(f"params.{name}: level {level!r} is not an integer in 0..{self._levels}")
+        """Raise RankfrontError for the first parameter whose value is not of this space.
 
-    def allocation(self, params: Mapping[str, int]) -> Allocation:
-        """The allocation of a full set of levels.
+        Parameters that are not given and names that are no parameter are passed over.
+        """
+        for name, distribution in self.distributions.items():
+            if name not in params:
+                continue
+            value = params[name]
+            if isinstance(distribution, CategoricalDistribution):
+                if value not in self._methods:
+                    raise RankfrontError(
+                        f"params.{name}: method {value!r} is not one of {', '.join(self._methods)}"
+                    )
+            elif not isinstance(value, int) or not 0 <= value <= self._levels:
+                raise RankfrontError(f"params.{name}: level {value!r} is not an integer in 0..{self._levels}")
+
+    def allocation(self, params: Mapping[str, int | str]) -> Allocation:
+        """The allocation of a full set of parameters.
+
+        It names a method only where it differs from the configured one, and none for a target that
+        stays dense: equal models are equal allocations.
 
         Raises:
-            RankfrontError: a group without a level, or a level outside 0..L.
+            RankfrontError: a parameter that is missing, or whose value is not of this space.
         """
         self.check(dict.fromkeys(self.distributions) | dict(params))
-        return Allocation(
-            tuple((t.name, self._ranks[t.name][params[self._group_of[t.name]]]) for t in self._cost.targets)
+        ranks = tuple(
+            (target.name, self._ranks[target.name][int(params[self._group_of[target.name]])])
+            for target in self._cost.targets
         )
+        if not self._methods:
+            return Allocation(ranks)
+        chosen = {target.name: str(params[_method_parameter(target)]) for target in self._cost.targets}
+        methods = tuple(
+            (name, chosen[name])
+            for name, rank in ranks
+            if rank is not None and chosen[name] != self._configured[name]
+        )
+        return Allocation(ranks, methods)
 
-    def params(self, allocation: Allocation) -> dict[str, int]:
-        """The levels whose stored parameters come nearest to the allocation's, group by group.
+    def params(self, allocation: Allocation) -> Params:
+        """The parameters that come nearest to an allocation.
 
         Exact (`space.allocation(space.params(a)) == a`) for every allocation of the space; for any
-        other one the sampler is told the nearest levels while the trial scores the true ranks.
+        other one the sampler is told the nearest values while the trial scores the true allocation.
+        Levels are nearest in stored parameters, group by group. A module type's method is the one most
+        of its compressed targets are cut by, on a tie the one the earliest of them is; where all are
+        dense, the configured method of its first target.
         """
-        stored = dict.fromkeys(self.distributions, 0)
-        at_level = {name: [0] * (self._levels + 1) for name in self.distributions}
+        return {**self._nearest_levels(allocation), **self._usual_methods(allocation)}
+
+    def _nearest_levels(self, allocation: Allocation) -> dict[str, int]:
+        stored = dict.fromkeys(self._groups, 0)
+        at_level = {name: [0] * (self._levels + 1) for name in self._groups}
         ranks = allocation.to_dict()
         for target in self._cost.targets:
             group = self._group_of[target.name]
@@ -79,8 +131,26 @@ class Space:
             for name, sizes in at_level.items()
         }
 
+    def _usual_methods(self, allocation: Allocation) -> dict[str, str]:
+        if not self._methods:
+            return {}
+        ranks, used = allocation.to_dict(), {**self._configured, **dict(allocation.methods)}
+        where_dense: dict[str, str] = {}
+        counts: dict[str, Counter[str]] = {}
+        for target in self._cost.targets:
+            name = _method_parameter(target)
+            where_dense.setdefault(name, self._configured[target.name])
+            if ranks[target.name] is not None:
+                counts.setdefault(name, Counter())[used[target.name]] += 1
+        most = {name: count.most_common(1)[0][0] for name, count in counts.items()}
+        return {**where_dense, **most}
+
     def _stored(self, target: TargetSpec, rank: int | None) -> int:
         return target.parameters if rank is None else self._cost.compressed(target, rank)
+
+
+def _method_parameter(target: TargetSpec) -> str:
+    return f"method/{target.module}"
 
 
 def _group(target: TargetSpec, group: str, segments: int, depth: int) -> str:

@@ -21,6 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from actors.types import Allocation, RankfrontError, Score
+from search.allocations import method_list
 from search.cost import CostModel
 from search.records import Objective, TrialRow
 from search.samplers import reseed
@@ -102,7 +103,11 @@ class SearchStudy:
         if plan is None or "ranks" not in plan:
             return self._space.allocation(trial.params)
         names = [target.name for target in self._cost.targets]
-        return Allocation(tuple(zip(names, plan["ranks"], strict=True)))
+        methods = zip(names, plan.get("methods", [None] * len(names)), strict=True)
+        return Allocation(
+            tuple(zip(names, plan["ranks"], strict=True)),
+            tuple((name, method) for name, method in methods if method is not None),
+        )
 
     @property
     def waiting(self) -> bool:
@@ -140,6 +145,7 @@ class SearchStudy:
             allocation=allocation,
             budget_linear=budgets["budget.linear"],
             budget_model=budgets["budget.model"],
+            budget_bytes=budgets["budget.bytes"],
             values=tuple(trial.values) if trial.state == TrialState.COMPLETE else None,
             score=score,
             seconds=score.seconds if score else None,
@@ -177,7 +183,11 @@ class SearchStudy:
         return numbers
 
     def _plan(self, allocation: Allocation, origin: str) -> dict[str, Any]:
-        return {"origin": origin, "ranks": [rank for _, rank in allocation]}
+        """The attribute: ranks by target, and methods likewise where any differs from the configured one."""
+        plan: dict[str, Any] = {"origin": origin, "ranks": [rank for _, rank in allocation]}
+        if allocation.methods:
+            plan["methods"] = method_list(allocation)
+        return plan
 
     def propose(self, origin: str) -> Planned:
         """The next trial, RUNNING in the storage when this returns: an enqueued one, or the sampler's.

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.types import Allocation, Score
+from search.allocations import method_list
 from search.records import Evaluation, StudySummary, TrialRow
 
 INTEGERS = ("tokens", "forward_tokens")
@@ -25,9 +26,11 @@ TRIAL_FIELDS = (
     ("reason", pa.string()),
     ("budget_linear", pa.float64()),
     ("budget_model", pa.float64()),
+    ("budget_bytes", pa.float64()),
     ("seconds", pa.float64()),
     ("replica", pa.string()),
     ("ranks", pa.list_(pa.int32())),
+    ("methods", pa.list_(pa.string())),
 )
 EVALUATION_FIELDS = (
     ("trial", pa.int64()),
@@ -53,20 +56,21 @@ def score_values(score: Score) -> dict[str, float | int | None]:
 def trials_parquet(summary: StudySummary) -> bytes:
     """One row per trial; `value.<objective>` as told to the study, scores as `<split>.<metric>`.
 
-    `ranks` follows the targets named in the schema metadata (`targets`, JSON); null is dense.
+    `ranks` and `methods` follow the targets named in the schema metadata (`targets`, JSON). A null rank is
+    dense; a null method is the configured one.
     """
     targets = target_names(summary.rows)
     rows = [_trial(row, summary) for row in summary.rows]
     objectives = [objective.name for objective in summary.objectives]
     scored = [f"search.{name}" for name in (*ALWAYS, *(o for o in objectives if not o.startswith("budget.")))]
     fields = [*TRIAL_FIELDS, *((f"value.{name}", pa.float64()) for name in objectives)]
-    return _parquet(rows, fields, scored, {"targets": json.dumps(targets), **_identity(summary)})
+    return parquet(rows, fields, scored, {"targets": json.dumps(targets), **_identity(summary)})
 
 
 def evaluations_parquet(summary: StudySummary) -> bytes:
     """One row per evaluation, its key and its metrics (unprefixed: `split` is a column here)."""
     rows = [_evaluation(evaluation) for evaluation in summary.evaluations]
-    return _parquet(rows, EVALUATION_FIELDS, ALWAYS, _identity(summary))
+    return parquet(rows, EVALUATION_FIELDS, ALWAYS, _identity(summary))
 
 
 def front_json(summary: StudySummary) -> str:
@@ -113,8 +117,9 @@ def _ranks(allocation: Allocation) -> list[int | None]:
 
 
 def _trial(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
-    record: dict[str, Any] = {name: getattr(row, name) for name, _ in TRIAL_FIELDS if name != "ranks"}
-    record["ranks"] = _ranks(row.allocation)
+    allocated = {"ranks": _ranks(row.allocation), "methods": method_list(row.allocation)}
+    record: dict[str, Any] = {name: getattr(row, name) for name, _ in TRIAL_FIELDS if name not in allocated}
+    record.update(allocated)
     if row.values is not None:
         named = zip(summary.objectives, row.values, strict=True)
         record.update({f"value.{objective.name}": value for objective, value in named})
@@ -141,20 +146,22 @@ def _member(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
         "origin": row.origin,
         "budget_linear": row.budget_linear,
         "budget_model": row.budget_model,
+        "budget_bytes": row.budget_bytes,
         "values": dict(zip(objectives, row.values, strict=True)) if row.values is not None else None,
         "search": score_values(row.score) if row.score is not None else None,
         "test": score_values(test) if test is not None else None,
         "ranks": row.allocation.to_dict(),
+        "methods": dict(row.allocation.methods),
     }
 
 
-def _parquet(
+def parquet(
     rows: Sequence[Mapping[str, Any]],
     fields: Iterable[tuple[str, pa.DataType]],
     scored: Iterable[str],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """`fields` and `scored` are always columns; other scores follow in the order they are met."""
+    """A table; `fields` and `scored` are always columns, other scores follow in the order they are met."""
     types = dict(fields)
     for name in [*scored, *(name for row in rows for name in row)]:
         types.setdefault(name, pa.int64() if name.rpartition(".")[2] in INTEGERS else pa.float64())

@@ -7,6 +7,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_workers_never_import_the_driver(path: Path) -> None:
     found = imported(ast.parse(path.read_text(encoding="utf-8")))
     assert found & {"search", "optuna"} == set()
     assert not any(name.startswith(".") for name in found), "write absolute imports: this test reads them"
+
+
+def test_every_package_is_installed() -> None:
+    """An editable install finds a package that is missing here; a wheel does not hold it."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for name in ("search", "actors") for path in (ROOT / name).rglob("*.py")}
+    assert set(listed) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
 @pytest.mark.parametrize("path", STUDY_CONFIGS, ids=lambda p: p.name)

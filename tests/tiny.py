@@ -1,6 +1,8 @@
 """Tiny models, texts, tasks and configs, made on the spot: deterministic, offline, saved as users' are.
 
-tiny_llama(folder)   a LlamaForCausalLM of random weights and a byte-level BPE tokenizer
+tiny_model(folder, model_type)   a causal language model of random weights and a byte-level BPE tokenizer
+tiny_llama(folder)   the Llama among them
+tiny_store(folder, model, targets, moments, spec)   the factor store of a model
 tiny_text(folder)    a saved data set with a `text` column
 tiny_tasks(folder)   saved data sets in the schemas of arc_easy, piqa and boolq
 tiny_config(root)    a raw rankfront config that uses them by local path
@@ -9,10 +11,13 @@ tiny_config(root)    a raw rankfront config that uses them by local path
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actors.types import FactorSpec, TargetSpec
 
 VOCABULARY = 384
 # Random weights of the usual deviation (0.02) give uniform logits, on which every mistake looks alike.
@@ -67,13 +72,19 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>")
 
 
-def tiny_llama(folder: Path, seed: int = 0, **config_overrides: Any) -> Path:
-    """Save a random Llama (3 blocks, hidden 32, grouped heads, tied embeddings) and its tokenizer."""
+def tiny_model(folder: Path, model_type: str, seed: int = 0, **config_overrides: Any) -> Path:
+    """Save a random causal language model (3 blocks, hidden 32, tied embeddings) and its tokenizer.
+
+    Settings that a type does not know are left out; grouped heads are for those that have them.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer()
-    settings = {
+    known = set(AutoConfig.for_model(model_type).to_dict()) | set(
+        AutoConfig.for_model(model_type).attribute_map
+    )
+    usual = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -86,17 +97,37 @@ def tiny_llama(folder: Path, seed: int = 0, **config_overrides: Any) -> Path:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
-        **config_overrides,
     }
+    settings = {name: value for name, value in usual.items() if name in known} | config_overrides
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):  # initialised to zero, where a forgotten bias would not show
                 torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_llama(folder: Path, seed: int = 0, **config_overrides: Any) -> Path:
+    """The tiny model that most tests use."""
+    return tiny_model(folder, "llama", seed, **config_overrides)
+
+
+def tiny_store(
+    folder: Path, model: Any, targets: Sequence[TargetSpec], moments: Any, spec: FactorSpec
+) -> Any:
+    """The `FactorStore` of a model's targets, built at `folder`."""
+    from actors.factors import FactorStore, StoreBuilder
+    from actors.linears import weight_of
+
+    builder = StoreBuilder(folder, spec, targets)
+    with builder.locked():
+        for target in targets:
+            builder.write(target, weight_of(model.get_submodule(target.name)), moments.get(target.name))
+        builder.finish("print")
+    return FactorStore(folder)
 
 
 def _save(folder: Path, rows: list[dict[str, Any]]) -> Path:

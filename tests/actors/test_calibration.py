@@ -1,97 +1,352 @@
-"""Moments against numpy in float64 on inputs captured apart."""
+"""Moments against numpy on inputs and gradients captured apart, by hooks and by autograd."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from numpy.typing import NDArray
+from scipy.stats import chisquare
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from actors.calibration import collect_moments, shared_inputs
+from actors.calibration import _draw, collect, collect_moments, finished, plan
 from actors.models import list_targets, load_model
-from actors.types import ModelSource, TargetSpec
+from actors.moments import Moments, merge
+from actors.types import BuildPlan, ModelSource, RankfrontError, TargetSpec
 
 Floats = NDArray[np.float64]
+WINDOW = 32
 
 
-def captured(model: nn.Module, names: list[str], ids: torch.Tensor) -> dict[str, tuple[Floats, Floats]]:
-    """Inputs (tokens, n) and outputs (tokens, m) of layers in one forward pass, float64."""
-    found = {}
+@dataclass(frozen=True)
+class Setting:
+    model: nn.Module
+    targets: tuple[TargetSpec, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [target.name for target in self.targets]
+
+    def called(self, *names: str) -> tuple[TargetSpec, ...]:
+        return tuple(target for target in self.targets if target.module.split(".")[-1] in names)
+
+
+def setting_of(folder: Path) -> Setting:
+    model = load_model(folder, ModelSource(str(folder)))
+    return Setting(model, list_targets(model))
+
+
+@pytest.fixture
+def tiny_setting(llama: Path) -> Setting:
+    return setting_of(llama)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its linear layers store W^T and have biases."""
+    return tiny.tiny_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+def weight(module: nn.Module) -> Floats:
+    matrix = module.weight.T if isinstance(module, Conv1D) else module.weight
+    return matrix.detach().double().numpy()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Inputs (tokens, n), outputs less the bias (tokens, m) and gradients (predicted tokens, m)."""
+
+    inputs: Floats
+    outputs: Floats
+    gradients: Floats
+
+    def moments(self, side: str, matrix: Floats) -> tuple[Floats, Floats, Floats]:
+        """Mean, covariance and gradient moment, as `Moments` holds them."""
+        rows = self.inputs if side == "input" else self.outputs
+        back = self.gradients if matrix.shape[0] <= matrix.shape[1] else self.gradients @ matrix
+        return rows.mean(0), np.cov(rows.T, bias=True), back.T @ back / len(back)
+
+
+Labels = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def of_the_data(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that predict something, and what they should have predicted."""
+    return logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+
+
+def drawn(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    probabilities = torch.softmax(logits.detach(), -1).float()
+    labels = torch.stack([_draw(rows, index) for index, rows in enumerate(probabilities)])
+    return logits.flatten(0, 1), labels.flatten()
+
+
+def captured(setting: Setting, ids: torch.Tensor, labels: Labels = of_the_data) -> dict[str, Seen]:
+    """What flows through the targets in one pass of the model in float64 and back."""
+    model, found = setting.model.double(), {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            found[name] = tuple(t.detach().flatten(0, -2).double().numpy() for t in (args[0], output))
+            output.retain_grad()
+            found[name] = args[0], output
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    with torch.no_grad():
-        model(ids)
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in setting.names]
+    model.get_input_embeddings().weight.requires_grad_(True)
+    predictions, wanted = labels(model(ids).logits, ids)
+    torch.nn.functional.cross_entropy(predictions, wanted, reduction="sum").backward()
+    model.get_input_embeddings().weight.requires_grad_(False)
     for handle in handles:
         handle.remove()
-    return found
+    predicted = len(wanted) // len(ids)
+    seen = {}
+    for name, (inputs, output) in found.items():
+        bias = model.get_submodule(name).bias
+        flat = [inputs, output if bias is None else output - bias, output.grad[:, :predicted]]
+        seen[name] = Seen(*(tensor.detach().flatten(0, 1).numpy() for tensor in flat))
+    model.float()
+    return seen
 
 
-def close(found: torch.Tensor, expected: Floats, tolerance: float) -> None:
+def close(found: torch.Tensor | None, expected: Floats, tolerance: float) -> None:
     """Equal relative to the largest entry."""
+    assert found is not None
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("which", ["llama", "biased_llama"])
-def test_moments_are_those_of_the_captured_inputs(
-    which: str, ids: torch.Tensor, request: pytest.FixtureRequest
+def same(found: dict[str, Moments], expected: dict[str, Moments], tolerance: float) -> None:
+    assert [*found] == [*expected]
+    for name, moments in expected.items():
+        one = found[name]
+        assert (one.side, one.tokens) == (moments.side, moments.tokens)
+        close(one.mean, moments.mean.numpy(), tolerance)
+        close(one.input_mean, moments.input_mean.numpy(), tolerance)
+        close(one.covariance, moments.covariance.numpy(), tolerance)
+        assert (one.gradient is None) == (moments.gradient is None)
+        if moments.gradient is not None:
+            close(one.gradient, moments.gradient.numpy(), tolerance)
+
+
+def all_groups(
+    setting: Setting, ids: torch.Tensor, made: BuildPlan, gradients: Sequence[str] = (), labels: str = "data"
+) -> dict[str, Moments]:
+    found: dict[str, Moments] = {}
+    for group in made.groups:
+        chosen = [target for target in setting.targets if target.name in group]
+        found |= finished(collect(setting.model, chosen, ids, made, gradients, labels))
+    return found
+
+
+@pytest.mark.parametrize("which", ["llama", "biased_llama", "gpt2"])
+@pytest.mark.parametrize(("labels", "reference"), [("data", of_the_data), ("sampled", drawn)])
+def test_moments_are_those_of_what_flows_through(
+    which: str, labels: str, reference: Labels, ids: torch.Tensor, request: pytest.FixtureRequest
 ) -> None:
-    folder: Path = request.getfixturevalue(which)
-    model = load_model(folder, ModelSource(str(folder)))
-    targets = list_targets(model)
-    moments = collect_moments(model, targets, ids)
-    seen = captured(model, [target.name for target in targets], ids)
-    assert [*moments] == [target.name for target in targets]
+    setting = setting_of(request.getfixturevalue(which))
+    moments = collect_moments(setting.model, setting.targets, ids, setting.names, labels)
+    seen = captured(setting, ids, reference)
+    assert [*moments] == setting.names
     sides = set()
-    for target in targets:
-        inputs, outputs = seen[target.name]
-        if target.bias:
-            outputs = outputs - model.get_submodule(target.name).bias.double().numpy()
-        found = moments[target.name]
+    for target in setting.targets:
+        found, matrix = moments[target.name], weight(setting.model.get_submodule(target.name))
+        mean, covariance, gradient = seen[target.name].moments(found.side, matrix)
         sides.add((target.module, found.side))
-        rows = inputs if found.side == "input" else outputs
-        assert found.tokens == len(inputs) == ids.numel()
-        close(found.mean, rows.mean(0), 1e-6)
-        close(found.input_mean, inputs.mean(0), 1e-6)
-        close(found.covariance, np.cov(rows.T, bias=True), 1e-6)
-        close(found.second("mean"), np.cov(rows.T, bias=True), 1e-6)
-        close(found.second("none"), rows.T @ rows / len(rows), 1e-6)
-        assert torch.equal(found.covariance, found.covariance.T)
-    # only the down projection is wider than tall and shares its input with nobody
-    assert {module for module, side in sides if side == "output"} == {"mlp.down_proj"}
+        assert found.tokens == ids.numel()
+        close(found.mean, mean, 1e-5)
+        close(found.input_mean, seen[target.name].inputs.mean(0), 1e-5)
+        close(found.covariance, covariance, 1e-5)
+        close(found.gradient, gradient, 1e-4)
+    # only the way down is wider than tall and shares its input with no layer that is not
+    down = {"mlp.c_proj"} if which == "gpt2" else {"mlp.down_proj"}
+    assert {module for module, side in sides if side == "output"} == down
 
 
-def test_splitting_into_batches_changes_nothing(llama: Path, ids: torch.Tensor) -> None:
-    model = load_model(llama, ModelSource(str(llama)))
-    targets = list_targets(model)
-    whole = collect_moments(model, targets, ids, batch_tokens=ids.numel())
-    for batch_tokens in (1, 5 * ids.shape[1]):  # one window at a time; a remainder of four
-        parts = collect_moments(model, targets, ids, batch_tokens=batch_tokens)
-        for target in targets:
-            one, other = whole[target.name], parts[target.name]
-            assert one.tokens == other.tokens
-            close(other.covariance, one.covariance.numpy(), 1e-6)
-            close(other.mean, one.mean.numpy(), 1e-6)
-
-
-def test_layers_that_read_one_tensor_share_its_moments(llama: Path, ids: torch.Tensor) -> None:
-    model = load_model(llama, ModelSource(str(llama)))
-    targets = list_targets(model)
-    short = {
-        name.removeprefix("model.layers."): leader.removeprefix("model.layers.")
-        for name, leader in shared_inputs(model, targets, ids[:1, :4]).items()
+def test_gradients_are_measured_where_they_are_asked_for_only(
+    tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    """A mixture of methods: some targets, from the second block on, two of three that read one input."""
+    asked = [n for n in tiny_setting.names if ".0." not in n and n.endswith(("k_proj", "v_proj", "up_proj"))]
+    everything = collect_moments(tiny_setting.model, tiny_setting.targets, ids, tiny_setting.names, "data")
+    expected = {
+        name: moments if name in asked else replace(moments, gradient=None)
+        for name, moments in everything.items()
     }
+    found = collect_moments(tiny_setting.model, tiny_setting.targets, ids, asked, "data")
+    same(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_how_batches_are_computed_does_not_show(
+    gradients: bool, rows: int, checkpointed: bool, tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    """One window at a time, a remainder of two, all at once; activations kept or computed again."""
+    ids = ids[:8]
+    names = tiny_setting.names if gradients else []
+    made = plan(tiny_setting.model, tiny_setting.targets, ids, names, float("inf"))
+    assert not made.checkpointed or not gradients
+    expected = all_groups(tiny_setting, ids, made, names, "sampled")
+    found = all_groups(
+        tiny_setting, ids, replace(made, rows=rows, checkpointed=checkpointed), names, "sampled"
+    )
+    same(found, expected, 1e-5)
+
+
+def test_checkpointing_computes_the_blocks_again(tiny_setting: Setting, ids: torch.Tensor) -> None:
+    made = plan(tiny_setting.model, tiny_setting.targets, ids, tiny_setting.names, float("inf"))
+    for checkpointed, calls in ((False, 1), (True, 2)):
+        counts = counting(tiny_setting.model.model.layers[1].mlp)
+        all_groups(tiny_setting, ids, replace(made, rows=24, checkpointed=checkpointed), tiny_setting.names)
+        assert counts() == calls
+
+
+def counting(module: nn.Module) -> Callable[[], int]:
+    """Calls of a module from now until the result is asked for."""
+    calls: list[int] = []
+    handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def count() -> int:
+        handle.remove()
+        return len(calls)
+
+    return count
+
+
+@pytest.mark.parametrize("cuts", [[8, 16], [1], [23], [5, 6, 7]], ids=str)
+def test_shards_add_up_to_the_whole(cuts: list[int], tiny_setting: Setting, ids: torch.Tensor) -> None:
+    """With labels drawn: those of a window depend on its place in the text, not on who draws them."""
+    model, targets, names = tiny_setting.model, tiny_setting.targets, tiny_setting.names
+    made = replace(plan(model, targets, ids, names, float("inf")), rows=3)
+    parts, first = [], 0
+    for shard in torch.tensor_split(ids, cuts):
+        parts.append(finished(collect(model, targets, shard, made, names, "sampled", first)))
+        first += len(shard)
+    found = {name: merge([part[name] for part in parts]) for name in tiny_setting.names}
+    same(found, collect_moments(model, targets, ids, names, "sampled"), 1e-5)
+
+
+def test_sampled_labels_are_the_same_each_time_and_not_the_datas(
+    tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    model, targets, names = tiny_setting.model, tiny_setting.targets, tiny_setting.names
+    first = collect_moments(model, targets, ids, names, "sampled")
+    torch.manual_seed(7)  # nobody else's randomness matters
+    again = collect_moments(model, targets, ids, names, "sampled")
+    for name in names:
+        assert torch.equal(first[name].gradient, again[name].gradient)
+    data = collect_moments(model, targets, ids, names, "data")
+    for name in names:
+        assert (first[name].gradient - data[name].gradient).norm() > 0.1 * data[name].gradient.norm()
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    likely = torch.tensor([0.5, 0.0, 0.25, 0.2, 0.05, 0.0])
+    tokens = torch.cat([_draw(likely.expand(500, -1), seed) for seed in range(40)])
+    counts = np.bincount(tokens.numpy(), minlength=6)
+    assert counts[1] == counts[5] == 0
+    kept = likely.numpy() > 0
+    assert chisquare(counts[kept], likely.double().numpy()[kept] * len(tokens)).pvalue > 1e-3
+
+
+def test_each_token_is_drawn_from_its_own_row_and_each_window_anew() -> None:
+    rows = torch.eye(100)[torch.randperm(100)]
+    assert torch.equal(_draw(rows, 3), rows.argmax(1))
+    flat = torch.full((200, 50), 1 / 50)
+    assert (_draw(flat, 0) != _draw(flat, 1)).float().mean() > 0.9
+    assert torch.equal(_draw(flat, 1), _draw(flat, 1))
+
+
+@pytest.fixture(scope="module")
+def least(llama: Path, ids: torch.Tensor) -> dict[bool, int]:
+    """The least bytes a plan fits into, without and with gradients."""
+    setting = setting_of(llama)
+    return {False: least_memory(setting, ids, ()), True: least_memory(setting, ids, setting.names)}
+
+
+def least_memory(setting: Setting, ids: torch.Tensor, gradients: Sequence[str]) -> int:
+    low, high = 0, 1 << 24
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            plan(setting.model, setting.targets, ids, gradients, middle)
+        except RankfrontError:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_little_memory_takes_more_passes_to_the_same_moments(
+    gradients: bool, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    model, targets, ids = tiny_setting.model, tiny_setting.targets, ids[:4]
+    names = tiny_setting.names if gradients else []
+    made = plan(model, targets, ids, names, least[gradients])
+    assert len(made.groups) > 3
+    assert [name for group in made.groups for name in group] == tiny_setting.names
+    assert made.rows == 1
+    found = collect_moments(model, targets, ids, names, "sampled", least[gradients])
+    expected = collect_moments(model, targets, ids, names, "sampled")
+    for target in targets:
+        one, other = found[target.name], expected[target.name]
+        # Keys and values keep their outputs where no pass shares the queries' inputs: what counts is equal.
+        matrix = torch.from_numpy(weight(model.get_submodule(target.name)))
+        for bias in ("mean", "none"):
+            close(one.small(matrix, bias), other.small(matrix, bias).numpy(), 1e-5)
+        close(one.input_mean, other.input_mean.numpy(), 1e-5)
+        assert one.tokens == other.tokens
+        assert (one.gradient is None) == (not gradients)
+        if other.gradient is not None:
+            close(one.gradient, other.gradient.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_too_little_memory_says_how_much_is_enough(
+    gradients: bool, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    names = tiny_setting.names if gradients else []
+    with pytest.raises(RankfrontError, match=r"calibration\.memory_gb: .* is too small") as caught:
+        plan(tiny_setting.model, tiny_setting.targets, ids, names, least[gradients] - 1)
+    [enough] = re.findall(r"need (\S+)", str(caught.value))
+    assert least[gradients] <= float(enough) * 1e9 < 1.02 * least[gradients]
+    plan(tiny_setting.model, tiny_setting.targets, ids, names, float(enough) * 1e9)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
+def test_a_plan_counts_the_moments_that_are_held(
+    gradients: bool, share: float, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    """Bytes of the distinct matrices of the largest group; vectors are not worth counting."""
+    names = tiny_setting.names if gradients else []
+    everything = plan(tiny_setting.model, tiny_setting.targets, ids, names, float("inf")).moments
+    memory = least[gradients] + share * everything
+    made = plan(tiny_setting.model, tiny_setting.targets, ids, names, memory)
+    held = []
+    for group in made.groups:
+        chosen = [target for target in tiny_setting.targets if target.name in group]
+        moments = finished(collect(tiny_setting.model, chosen, ids[:1], made, names, "data"))
+        matrices = [t for each in moments.values() for t in (each.covariance, each.gradient) if t is not None]
+        held.append(sum({tensor.data_ptr(): tensor.nbytes for tensor in matrices}.values()))
+    assert made.moments == max(held)
+    assert made.moments + made.activations <= memory
+
+
+def test_layers_that_read_one_tensor_share_its_moments(tiny_setting: Setting, ids: torch.Tensor) -> None:
+    made = plan(tiny_setting.model, tiny_setting.targets, ids, (), float("inf"))
     expected = {}
     for block in range(3):
         for leader, followers in {
@@ -101,40 +356,115 @@ def test_layers_that_read_one_tensor_share_its_moments(llama: Path, ids: torch.T
             "mlp.down_proj": ("down_proj",),
         }.items():
             part = leader.split(".")[0]
-            expected |= {f"{block}.{part}.{follower}": f"{block}.{leader}" for follower in followers}
-    assert short == expected
-    moments = collect_moments(model, targets, ids[:2])
-    for name, leader in short.items():
-        one, other = (moments[f"model.layers.{n}"] for n in (name, leader))
-        assert one.covariance is other.covariance  # kept once, not computed three times
+            prefix = f"model.layers.{block}"
+            expected |= {f"{prefix}.{part}.{follower}": f"{prefix}.{leader}" for follower in followers}
+    assert made.leaders == expected
+    moments = collect_moments(tiny_setting.model, tiny_setting.targets, ids[:2])
+    for name, leader in expected.items():
+        assert moments[name].covariance is moments[leader].covariance  # kept once, not three times
 
 
-def test_no_hook_stays_behind(llama: Path, ids: torch.Tensor) -> None:
-    model = load_model(llama, ModelSource(str(llama)))
-    collect_moments(model, list_targets(model), ids[:1])
-    assert not any(module._forward_hooks for module in model.modules())
+def test_layers_whose_outputs_are_all_smaller_keep_those(tiny_setting: Setting, ids: torch.Tensor) -> None:
+    """Keys and values without the queries: 16 outputs of 32 inputs, whoever of them leads."""
+    for chosen in (tiny_setting.called("k_proj", "v_proj"), tiny_setting.called("v_proj")):
+        alone = Setting(tiny_setting.model, chosen)
+        moments, seen = collect_moments(alone.model, chosen, ids), captured(alone, ids)
+        for target in chosen:
+            found = moments[target.name]
+            mean, covariance, _ = seen[target.name].moments("output", np.eye(16))
+            assert found.side == "output"
+            close(found.mean, mean, 1e-5)
+            close(found.covariance, covariance, 1e-5)
+            close(found.input_mean, seen[target.name].inputs.mean(0), 1e-5)
+
+
+def test_a_pass_without_gradients_ends_at_its_last_target(tiny_setting: Setting, ids: torch.Tensor) -> None:
+    blocks = tiny_setting.model.model.layers
+    chosen = [target for target in tiny_setting.targets if target.block < 2][:-1]
+    made = plan(tiny_setting.model, chosen, ids, (), float("inf"))
+    counts = [counting(module) for module in (blocks[1], blocks[1].mlp.down_proj, blocks[2])]
+    finished(collect(tiny_setting.model, chosen, ids, replace(made, rows=24)))
+    assert [count() for count in counts] == [1, 0, 0]
+
+
+def untouched(model: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(
+        "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+        for module in model.modules()
+    )
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_model_is_left_as_it_was(gradients: bool, tiny_setting: Setting, ids: torch.Tensor) -> None:
+    model, targets = tiny_setting.model, tiny_setting.targets
+    with torch.no_grad():
+        before = model(ids[:2]).logits
+    names = tiny_setting.names if gradients else []
+    made = replace(plan(model, targets, ids, names, float("inf")), rows=1, checkpointed=True)
+    assert untouched(model)
+    finished(collect(model, targets, ids[:1], made, names))
+    assert untouched(model)
+    steps = collect(model, targets, ids, made, names)
+    next(steps)
+    assert not untouched(model)  # the check is worth something
+    steps.close()
+    assert untouched(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids[:2]).logits, before)
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("module", ["self_attn.v_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_weight_that_is_no_number_is_named_and_nothing_stays_behind(
+    module: str, several: bool, tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    """Also while the moments of an earlier group are measured: every pass needs the whole model."""
+    model, targets, names = tiny_setting.model, tiny_setting.targets, tiny_setting.names
+    made = replace(plan(model, targets, ids, names, float("inf")), checkpointed=True)
+    chosen = targets[:3] if several else targets
+    model.get_submodule(f"model.layers.1.{module}").weight[3, 4] = torch.nan
+    for labels in ("data", "sampled"):
+        with pytest.raises(RankfrontError, match=rf"model\.layers\.1\.{module}: 1 non-finite .* weight"):
+            finished(collect(model, chosen, ids, made, names, labels))
+        assert untouched(model)
+
+
+def test_other_weights_that_are_no_numbers_name_the_first_target_that_reads_them(
+    tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    model = tiny_setting.model
+    model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
+    with pytest.raises(RankfrontError, match=r"model\.layers\.1\.mlp\.gate_proj: .* in its input on the cal"):
+        collect_moments(model, tiny_setting.targets, ids, tiny_setting.names)
+    model.model.layers[1].post_attention_layernorm.weight[0] = 1
+    model.model.norm.weight[0] = torch.nan
+    with pytest.raises(RankfrontError, match="the logits are not finite"):
+        collect_moments(model, tiny_setting.targets, ids, tiny_setting.names)
 
 
 class Embedded(nn.Module):
-    """A linear layer on a table of given inputs."""
+    """One decoder block that is a linear layer on a table of given inputs."""
 
     def __init__(self, table: torch.Tensor, out: int) -> None:
         super().__init__()
         self.table = nn.Embedding.from_pretrained(table)
-        self.linear = nn.Linear(table.shape[1], out, bias=False)
+        self.layers = nn.ModuleList([nn.Linear(table.shape[1], out, bias=False)])
 
     def forward(self, ids: torch.Tensor, **_: Any) -> Any:
-        return SimpleNamespace(logits=self.linear(self.table(ids)))
+        return SimpleNamespace(logits=self.layers[0](self.table(ids)))
 
 
 def test_means_far_beyond_the_deviation_do_not_cancel() -> None:
     """A few activations of real models are hundreds of times their deviation."""
     chance = np.random.default_rng(0)
     table = chance.normal(size=(64, 6)) * [1e-2, 1, 1, 1, 1, 5] + [3e3, -2e3, 500, 0, 0, 0]
-    model = Embedded(torch.tensor(table, dtype=torch.float32), 8)
+    model = Embedded(torch.tensor(table, dtype=torch.float32), 8).requires_grad_(False)
     ids = torch.from_numpy(chance.integers(0, 64, size=(32, 16)))
-    target = TargetSpec("linear", rows=8, cols=6, bias=False, block=0, module="linear")
-    found = collect_moments(model, [target], ids, batch_tokens=64)["linear"]
+    target = TargetSpec("layers.0", rows=8, cols=6, bias=False, block=0, module="")
+    found = collect_moments(model, [target], ids)["layers.0"]
     rows = model.table.weight.double().numpy()[ids.flatten().numpy()]
     expected = np.cov(rows.T, bias=True)
     scale = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))

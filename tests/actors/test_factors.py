@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+import actors.factors
 from actors.calibration import collect_moments
-from actors.decompose import Moments, decompose
-from actors.factors import FactorStore, build_store, store_fingerprint, store_problem
+from actors.decompose import decompose
+from actors.factors import FactorStore, StoreBuilder, needing_gradients, store_fingerprint, store_problem
 from actors.models import list_targets, load_model
+from actors.moments import Moments
 from actors.types import FactorSpec, ModelSource, RankfrontError, TargetSpec
 
 PARTS = {"model": "m", "tokenizer": "t", "calibration": "c", "search": "s", "test": "e"}
-SPEC = FactorSpec()
+SPEC = FactorSpec("feature")
 
 Setting = tuple[nn.Module, tuple[TargetSpec, ...], dict[str, Moments]]
 
@@ -28,44 +33,73 @@ Setting = tuple[nn.Module, tuple[TargetSpec, ...], dict[str, Moments]]
 def setting(biased_llama: Path, ids: torch.Tensor) -> Setting:
     model = load_model(biased_llama, ModelSource(str(biased_llama)))
     targets = list_targets(model)
-    return model, targets, collect_moments(model, targets, ids)
+    return model, targets, collect_moments(model, targets, ids, [target.name for target in targets], "data")
+
+
+@pytest.fixture(scope="module")
+def few(setting: Setting) -> Setting:
+    """The targets of one block: every file is synchronised with the disk, which may be slow."""
+    model, targets, moments = setting
+    return model, tuple(target for target in targets if target.block == 1), moments
+
+
+def weight(setting: Setting, target: TargetSpec) -> torch.Tensor:
+    return setting[0].get_submodule(target.name).weight
+
+
+def write(builder: StoreBuilder, setting: Setting) -> None:
+    """What is pending."""
+    for target in builder.pending():
+        builder.write(target, weight(setting, target), setting[2][target.name])
 
 
 def build(folder: Path, setting: Setting, spec: FactorSpec = SPEC, fingerprint: str = "print") -> FactorStore:
-    model, targets, moments = setting
-    build_store(folder, fingerprint, model, targets, moments, spec)
+    builder = StoreBuilder(folder, spec, setting[1])
+    with builder.locked():
+        write(builder, setting)
+        builder.finish(fingerprint)
     return FactorStore(folder)
 
 
-@pytest.mark.parametrize("method", ["feature", "weight"])
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("method", ["feature", "weight", "curvature"])
 @pytest.mark.parametrize("bias", ["mean", "none"])
 def test_what_is_stored_is_what_was_decomposed(
     method: str, bias: str, setting: Setting, tmp_path: Path
 ) -> None:
-    model, targets, moments = setting
-    store = build(tmp_path / "store", setting, FactorSpec(method, bias))
+    _, targets, moments = setting
+    store = build(tmp_path / "store", setting, FactorSpec(method, bias=bias))
     assert store.targets == targets
     for target in targets:
-        weight = model.get_submodule(target.name).weight.double()
-        factors = decompose(target.name, weight, moments[target.name], method, bias)
-        torch.testing.assert_close(store.energy(target.name), factors.energy, rtol=0, atol=0)
+        matrix = weight(setting, target).double()
+        factors = decompose(target.name, matrix, moments[target.name], method, bias)
+        assert torch.equal(store.energy(target.name), factors.energy)
+        losses = store.loss(target.name)
+        assert losses is not None
+        assert factors.loss is not None
+        assert torch.equal(losses, factors.loss)
         for rank in (1, 5, target.full_rank):
             left, right, mean_bias = store.rank(target.name, rank)
             assert left.shape == (rank, target.rows)
             assert right.shape == (rank, target.cols)
+            assert left.is_contiguous()
+            assert right.is_contiguous()
             product = factors.left[:, :rank] @ factors.right[:rank]
             torch.testing.assert_close((left.T @ right).double(), product, rtol=0, atol=1e-5)
             if bias == "none":
                 assert mean_bias is None
             else:
-                expected = (weight - product) @ moments[target.name].input_mean
+                expected = (matrix - product) @ moments[target.name].input_mean
                 assert mean_bias is not None
                 torch.testing.assert_close(mean_bias.double(), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close((left.T @ right).double(), weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close((left.T @ right).double(), matrix, rtol=0, atol=1e-5)
 
 
-def test_ranks_are_slices_of_one_another(setting: Setting, tmp_path: Path) -> None:
-    store = build(tmp_path / "store", setting)
+def test_ranks_are_slices_of_one_another(few: Setting, tmp_path: Path) -> None:
+    store = build(tmp_path / "store", few)
     for target in store.targets:
         left, right, _ = store.rank(target.name, target.full_rank)
         for rank in range(1, target.full_rank):
@@ -75,117 +109,287 @@ def test_ranks_are_slices_of_one_another(setting: Setting, tmp_path: Path) -> No
             assert left_r.data_ptr() == left.data_ptr()  # a slice, not a copy
 
 
-def test_energies_fall_and_are_kept_in_float64(setting: Setting, tmp_path: Path) -> None:
-    store = build(tmp_path / "store", setting, FactorSpec(dtype="bfloat16"))
+@pytest.mark.parametrize("method", ["feature", "weight"])
+def test_energies_fall_and_are_kept_in_float64(method: str, few: Setting, tmp_path: Path) -> None:
+    store = build(tmp_path / "store", few, FactorSpec(method, dtype="bfloat16"))
     for target in store.targets:
-        energy = store.energy(target.name)
-        assert energy.dtype == torch.float64
-        assert energy.shape == (target.full_rank,)
+        energy, losses = store.energy(target.name), store.loss(target.name)
+        assert losses is not None
+        assert energy.dtype == losses.dtype == torch.float64
+        assert energy.shape == losses.shape == (target.full_rank,)
         assert (energy.diff() <= 0).all()
 
 
-def test_half_precision_halves_the_factors_and_stays_close(setting: Setting, tmp_path: Path) -> None:
-    whole = build(tmp_path / "whole", setting)
-    half = build(tmp_path / "half", setting, FactorSpec(dtype="bfloat16"))
+def test_half_precision_halves_the_factors_and_stays_close(few: Setting, tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", few)
+    half = build(tmp_path / "half", few, FactorSpec("feature", dtype="bfloat16"))
     for target in whole.targets:
-        weight = setting[0].get_submodule(target.name).weight
+        matrix = weight(few, target)
         left, right, _ = half.rank(target.name, target.full_rank)
         assert left.dtype == right.dtype == torch.bfloat16
-        difference = (left.T.float() @ right.float() - weight).norm() / weight.norm()
+        difference = (left.T.float() @ right.float() - matrix).norm() / matrix.norm()
         assert difference < 2**-7  # two roundings of 2^-9 each, with room
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+def test_without_gradients_no_loss_is_stored(few: Setting, tmp_path: Path) -> None:
+    model, targets, moments = few
+    plain = {name: replace(found, gradient=None) for name, found in moments.items()}
+    store = build(tmp_path / "store", (model, targets, plain))
+    assert all(store.loss(target.name) is None for target in targets)
 
 
-def test_a_whole_store_has_no_problem(setting: Setting, tmp_path: Path) -> None:
-    build(tmp_path / "store", setting)
+MIXED = FactorSpec(
+    "feature", methods=(("*.up_proj", "weight"), ("*.mlp.*", "curvature")), choices=("weight",)
+)
+
+
+def test_every_target_has_a_file_for_each_of_its_methods(setting: Setting, tmp_path: Path) -> None:
+    """The first pattern that fits names the method, the choices come on top, none of them twice."""
+    store = build(tmp_path / "store", setting, MIXED)
+    expected = {"manifest.json"}
+    for target in setting[1]:
+        name = target.name
+        methods = {"feature", "weight"}
+        if ".mlp." in name:
+            methods = {"weight"} if name.endswith("up_proj") else {"curvature", "weight"}
+        assert {*store.methods[name]} == methods
+        expected |= {f"{name}.{method}.safetensors" for method in methods}
+        configured = "weight" if name.endswith("up_proj") else "curvature" if ".mlp." in name else "feature"
+        for method in (None, *methods):
+            factors = decompose(
+                name, weight(setting, target), setting[2][name], method or configured, MIXED.bias
+            )
+            left, right, _ = store.rank(name, 3, method)
+            found = (left.T @ right).double()
+            torch.testing.assert_close(found, factors.left[:, :3] @ factors.right[:3], rtol=0, atol=1e-5)
+            assert torch.equal(store.energy(name, method), factors.energy)
+            losses = store.loss(name, method)
+            assert losses is not None
+            assert torch.equal(losses, factors.loss)
+    assert {*names(tmp_path / "store")} == expected
+
+
+def test_a_method_that_is_not_held_is_refused_by_name(setting: Setting, tmp_path: Path) -> None:
+    store = build(tmp_path / "store", setting, MIXED)
+    query = "model.layers.0.self_attn.q_proj"
+    with pytest.raises(RankfrontError, match=rf"{query} has factors by feature, weight, not curvature"):
+        store.rank(query, 2, "curvature")
+
+
+def test_gradients_are_needed_where_some_method_is_curvature(setting: Setting) -> None:
+    targets = setting[1]
+    everywhere = {target.name for target in targets}
+    gated = {name for name in everywhere if ".mlp." in name and not name.endswith("up_proj")}
+    assert {*needing_gradients(MIXED, targets)} == gated
+    assert needing_gradients(SPEC, targets) == ()
+    assert {*needing_gradients(replace(SPEC, choices=("curvature",)), targets)} == everywhere
+
+
+def test_the_manifest_says_what_is_there(setting: Setting, tmp_path: Path) -> None:
+    build(tmp_path / "store", setting, replace(MIXED, bias="none", dtype="bfloat16"))
     assert store_problem(tmp_path / "store", "print") is None
-    blocks = [f"block-{block:05d}.safetensors" for block in range(3)]
-    assert files(tmp_path / "store") == [*blocks, "manifest.json"]
-    assert files(tmp_path) == ["store"]
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert (manifest["fingerprint"], manifest["bias"], manifest["dtype"]) == ("print", "none", "bfloat16")
+    assert [target["name"] for target in manifest["targets"]] == [target.name for target in setting[1]]
+    for name, entry in manifest["files"].items():
+        assert name == f"{entry['target']}.{entry['method']}.safetensors"
+        assert entry["bytes"] == (tmp_path / "store" / name).stat().st_size
+    assert names(tmp_path) == ["store", "store.lock"]
+
+
+FILE = "model.layers.1.mlp.up_proj.feature.safetensors"
 
 
 def flip_a_byte(folder: Path) -> None:
-    file = folder / "block-00001.safetensors"
-    content = bytearray(file.read_bytes())
+    content = bytearray((folder / FILE).read_bytes())
     content[-1] ^= 1
-    file.write_bytes(content)
+    (folder / FILE).write_bytes(content)
 
 
 def cut_a_byte(folder: Path) -> None:
-    file = folder / "block-00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-1])
 
 
-def other_format(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": -1}))
+def manifest_is(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "manifest.json").write_text(text) and None
+
+
+def manifest_says(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+    return change
 
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (flip_a_byte, "block-00001.safetensors fails its checksum"),
-        (cut_a_byte, "block-00002.safetensors fails its checksum"),
-        (lambda folder: (folder / "block-00000.safetensors").unlink(), "block-00000.safetensors is missing"),
+        (flip_a_byte, f"{FILE} fails its checksum"),
+        (cut_a_byte, f"{FILE} fails its checksum"),
+        (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "there is none"),
-        (lambda folder: (folder / "manifest.json").write_bytes(b"\0" * 99), "its manifest cannot be read"),
-        (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "fin'), "cannot be read"),
-        (other_format, "its fingerprint is another's"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff" * 99), "cannot be read"),
+        (manifest_is("\0" * 99), "cannot be read"),
+        (manifest_is('{"format": 1, "fin'), "cannot be read"),
+        (manifest_is("[]"), "cannot be read"),
+        (manifest_is("{}"), "cannot be read"),
+        (manifest_is("null"), "cannot be read"),
+        (manifest_is("7"), "cannot be read"),
+        (manifest_says(files={}), "its manifest fails its checksum"),
+        (manifest_says(files=[]), "cannot be read"),
+        (manifest_says(targets=[]), "its manifest fails its checksum"),
+        (manifest_says(bias="none"), "its manifest fails its checksum"),
     ],
 )
 def test_damage_is_noticed_and_built_over(
-    damage: Callable[[Path], None], problem: str, setting: Setting, tmp_path: Path
+    damage: Callable[[Path], None], problem: str, few: Setting, tmp_path: Path
 ) -> None:
     folder = tmp_path / "store"
-    build(folder, setting)
+    build(folder, few)
     damage(folder)
     assert problem in (store_problem(folder, "print") or "")
-    build(folder, setting)
+    build(folder, few)
     assert store_problem(folder, "print") is None
 
 
-def test_another_fingerprint_and_no_store_at_all(setting: Setting, tmp_path: Path) -> None:
-    build(tmp_path / "store", setting)
+def test_another_fingerprint_another_format_and_no_store_at_all(
+    few: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "store", few)
     assert store_problem(tmp_path / "store", "other") == "its fingerprint is another's"
     assert store_problem(tmp_path / "nowhere", "print") == "there is none"
+    monkeypatch.setattr(actors.factors, "FORMAT", actors.factors.FORMAT + 1)
+    assert store_problem(tmp_path / "store", "print") == "its fingerprint is another's"
 
 
-def test_a_weight_that_is_no_number_leaves_nothing_behind(
-    biased_llama: Path, ids: torch.Tensor, tmp_path: Path
+def test_what_is_written_is_not_written_again(setting: Setting, tmp_path: Path) -> None:
+    """Another builder of the same store goes on with what one that died has left, method by method."""
+    first = StoreBuilder(tmp_path / "store", MIXED, setting[1])
+    for target in setting[1][:4]:
+        first.write(target, weight(setting, target), setting[2][target.name])
+    half_done = first.partial / f"{setting[1][3].name}.weight.safetensors"
+    half_done.unlink()
+    killed = first.partial / f"{setting[1][4].name}.feature.safetensors.99.tmp"
+    killed.write_bytes(b"half a file")
+    before = {path.name: path.stat().st_ino for path in first.partial.iterdir() if path != killed}
+    second = StoreBuilder(tmp_path / "store", MIXED, setting[1])
+    assert second.pending() == setting[1][3:]
+    write(second, setting)
+    assert second.pending() == ()
+    assert {name: (second.partial / name).stat().st_ino for name in before} == before
+    second.finish("print")
+    assert store_problem(tmp_path / "store", "print") is None
+    build(tmp_path / "whole", setting, MIXED)
+    assert names(tmp_path / "store") == names(tmp_path / "whole")
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_is_said_and_leaves_whole_targets_only(
+    failure: Exception, few: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(biased_llama, ModelSource(str(biased_llama)))
-    targets = list_targets(model)
-    moments = collect_moments(model, targets, ids[:1])
-    model.get_submodule("model.layers.2.mlp.up_proj").weight[3, 4] = torch.nan
-    with pytest.raises(RankfrontError, match=r"model\.layers\.2\.mlp\.up_proj: 1 non-finite values"):
-        build_store(tmp_path / "store", "print", model, targets, moments, SPEC)
-    assert files(tmp_path) == []
+    builder = StoreBuilder(tmp_path / "store", SPEC, few[1])
+    save, room = actors.factors.save_file, [1] * 3
+
+    def save_while_there_is_room(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if room:
+            room.pop()
+            save(tensors, path)
+        else:
+            path.write_bytes(b"half a file")
+            raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(actors.factors, "save_file", save_while_there_is_room)
+        with pytest.raises(
+            RankfrontError, match=r"factor store .*/store: .*No space left on device"
+        ) as caught:
+            write(builder, few)
+    assert caught.value.__cause__ is failure
+    assert names(builder.partial) == sorted(f"{t.name}.feature.safetensors" for t in few[1][:3])
+    assert builder.pending() == few[1][3:]
+    write(builder, few)
+    builder.finish("print")
+    assert store_problem(tmp_path / "store", "print") is None
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_behind(setting: Setting, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_for_real_looks_the_same(setting: Setting, tmp_path: Path) -> None:
     """A limit on file sizes stands for the full disk: the same failing write, from the same libraries."""
+    builder = StoreBuilder(tmp_path / "store", SPEC, setting[1])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
     try:
         with pytest.raises(RankfrontError, match=r"factor store .*/store: .*File too large"):
-            build(tmp_path / "store", setting)
+            write(builder, setting)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert files(tmp_path) == []
+    assert names(builder.partial) == []
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_every_target(
+    few: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = StoreBuilder(tmp_path / "store", SPEC, few[1])
+    write(builder, few)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(RankfrontError, match=r"factor store .*/store: .*No space left"):
+            builder.finish("print")
+    assert store_problem(tmp_path / "store", "print") == "there is none"
+    assert builder.pending() == ()
+
+
+def test_a_weight_that_is_no_number_is_refused(setting: Setting, tmp_path: Path) -> None:
+    builder = StoreBuilder(tmp_path / "store", SPEC, setting[1])
+    target = setting[1][0]
+    bad = weight(setting, target).clone()
+    bad[3, 4] = torch.nan
+    with pytest.raises(RankfrontError, match=rf"{target.name}: 1 non-finite values in its weight") as caught:
+        builder.write(target, bad, setting[2][target.name])
+    assert caught.value.__cause__ is None  # no disk's fault: see Builder.build
+    builder.discard()
+    assert names(tmp_path) == []
 
 
 def test_fingerprint_is_of_all_that_decides_the_factors(setting: Setting) -> None:
-    targets = setting[1]
-    base = store_fingerprint(PARTS, SPEC, targets)
-    assert base == store_fingerprint({**PARTS, "search": "other", "test": "other"}, SPEC, targets)
+    targets, spec = setting[1], FactorSpec("curvature")
+    base = store_fingerprint(PARTS, spec, "sampled", targets)
+    one = targets[5].name
     others = {
-        **{part: store_fingerprint({**PARTS, part: "other"}, SPEC, targets) for part in [*PARTS][:3]},
-        "method": store_fingerprint(PARTS, replace(SPEC, method="weight"), targets),
-        "bias": store_fingerprint(PARTS, replace(SPEC, bias="none"), targets),
-        "dtype": store_fingerprint(PARTS, replace(SPEC, dtype="bfloat16"), targets),
-        "targets": store_fingerprint(PARTS, SPEC, targets[1:]),
+        **{
+            part: store_fingerprint({**PARTS, part: "other"}, spec, "sampled", targets)
+            for part in [*PARTS][:3]
+        },
+        "labels": store_fingerprint(PARTS, spec, "data", targets),
+        "method": store_fingerprint(PARTS, replace(spec, method="weight"), "sampled", targets),
+        "one": store_fingerprint(PARTS, replace(spec, methods=((one, "weight"),)), "sampled", targets),
+        "choices": store_fingerprint(PARTS, replace(spec, choices=("weight",)), "sampled", targets),
+        "bias": store_fingerprint(PARTS, replace(spec, bias="none"), "sampled", targets),
+        "dtype": store_fingerprint(PARTS, replace(spec, dtype="bfloat16"), "sampled", targets),
+        "targets": store_fingerprint(PARTS, spec, "sampled", targets[1:]),
     }
     assert len({base, *others.values()}) == 1 + len(others)
+
+
+def test_fingerprint_is_of_nothing_else(setting: Setting) -> None:
+    targets, spec = setting[1], FactorSpec("curvature")
+    base = store_fingerprint(PARTS, spec, "sampled", targets)
+    same = [
+        store_fingerprint({**PARTS, "search": "other", "test": "other"}, spec, "sampled", targets),
+        # other words for the same methods
+        store_fingerprint(PARTS, replace(spec, choices=("curvature",)), "sampled", targets),
+        store_fingerprint(PARTS, FactorSpec("weight", methods=(("*", "curvature"),)), "sampled", targets),
+        store_fingerprint(PARTS, replace(spec, methods=(("*.no_such", "weight"),)), "sampled", targets),
+    ]
+    assert {*same} == {base}
+    # labels decide nothing where no gradient is used
+    plain = [store_fingerprint(PARTS, SPEC, labels, targets) for labels in ("sampled", "data")]
+    assert plain[0] == plain[1]

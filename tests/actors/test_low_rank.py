@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from actors.calibration import collect_moments
-from actors.factors import FactorStore, build_store
+from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.types import Allocation, FactorSpec, ModelSource, TargetSpec
@@ -55,8 +57,8 @@ def setting(
     targets = list_targets(model)
     place = tmp_path_factory.mktemp("stores") / "store"
     moments = collect_moments(model, targets, ids)
-    build_store(place, "print", model, targets, moments, FactorSpec(bias=bias))
-    return Setting(folder, targets, FactorStore(place))
+    spec = FactorSpec("feature", choices=("weight",), bias=bias)
+    return Setting(folder, targets, tiny.tiny_store(place, model, targets, moments, spec))
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -175,6 +177,60 @@ def test_only_changed_targets_are_touched(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_a_method_is_installed_as_a_rank_is(tokens: int, setting: Setting, ids: torch.Tensor) -> None:
+    name, other = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
+    ranks = {name: 12, other: 9}
+    feature = Allocation.of(ranks, setting.targets)
+    mixed = Allocation.of(ranks, setting.targets, methods={name: "weight"})
+    model, trial = setting.trial()
+    assert trial.install(feature, tokens) == 2
+    before = logits(model, ids[:2])
+    assert trial.install(mixed, tokens) == 1
+    assert (trial.layer(name).rank, trial.layer(name).method) == (12, "weight")
+    # rank 12 of W's own singular vectors, with the other target left as it is
+    left, values, right = np.linalg.svd(setting.dense().get_submodule(name).weight.double().numpy())
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = trial.layer(name)(x) - trial.layer(name)(torch.zeros(1, 32))
+    expected = torch.from_numpy((left[:, :12] * values[:12]) @ right[:12])
+    torch.testing.assert_close(found.double(), x.double() @ expected.T, rtol=1e-4, atol=1e-4)
+    assert trial.install(mixed, tokens) == 0
+    assert trial.install(feature, tokens) == 1
+    assert torch.equal(logits(model, ids[:2]), before)
+    trial.install(mixed, tokens)
+    assert trial.install(Allocation.dense(setting.targets), tokens) == 2
+    assert torch.equal(logits(model, ids[:2]), logits(setting.dense(), ids[:2]))
+
+
+def test_a_conv1d_is_a_target_like_any_other(tmp_path: Path) -> None:
+    """Its weight lies transposed; only the layer itself decides how the dense product is computed."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(Conv1D(nf=24, nx=16))
+    dense = model[0]
+    with torch.no_grad():
+        dense.weight.copy_(torch.randn(16, 24, generator=generator))
+        dense.bias.copy_(torch.randn(24, generator=generator))
+    model.requires_grad_(False)
+    target = TargetSpec("0", 24, 16, True, 0, "0")
+    x = torch.randn(40, 16, generator=generator)
+    before = model(x)
+    trial = TrialModel(
+        model, (target,), tiny.tiny_store(tmp_path / "store", model, (target,), {}, FactorSpec("weight"))
+    )
+    assert model[0].weight is dense.weight
+    assert torch.equal(model(x), before)
+    left, values, right = np.linalg.svd(dense.weight.T.double().numpy(), full_matrices=False)
+    for tokens in (FEW, MANY):
+        for rank in (3, 16):
+            trial.install(Allocation((("0", rank),)), tokens)
+            cut = torch.from_numpy((left[:, :rank] * values[:rank]) @ right[:rank])
+            expected = x.double() @ cut.T + dense.bias
+            torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+        trial.install(Allocation((("0", None),)), tokens)
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize(
     ("model_dtype", "store_dtype"),
     [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
@@ -186,9 +242,11 @@ def test_the_model_and_its_factors_may_differ_in_precision(
     model = load_model(llama, ModelSource(str(llama), dtype=model_dtype))
     targets = list_targets(model)
     moments = collect_moments(model, targets, ids)
-    build_store(tmp_path / "store", "print", model, targets, moments, FactorSpec(dtype=store_dtype))
+    store = tiny.tiny_store(
+        tmp_path / "store", model, targets, moments, FactorSpec("feature", dtype=store_dtype)
+    )
     dense = logits(model, ids[:2]).float()
-    trial = TrialModel(model, targets, FactorStore(tmp_path / "store"))
+    trial = TrialModel(model, targets, store)
     trial.install(Allocation(tuple((t.name, t.full_rank) for t in targets)), tokens)
     found = logits(model, ids[:2])
     assert found.dtype == getattr(torch, model_dtype)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 
-from actors.models import count_parameters, load_model
+from actors.factors import FactorStore
+from actors.models import count_parameters, load_model, load_tokenizer
 from actors.preparation import prepare
-from actors.types import ModelSource, Prepared, RankfrontError
+from actors.types import ModelSource, PreparationSpec, Prepared, Progress, RankfrontError, TextSource
 from search.config import parse_config
 
 
@@ -23,12 +28,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def spec_of(root: Path, **overrides: Any) -> PreparationSpec:
+    return parse_config(tiny.tiny_config(root, **overrides)).preparation()
+
+
 def run(root: Path, **overrides: Any) -> tuple[list[str], Prepared]:
-    *said, prepared = prepare(parse_config(tiny.tiny_config(root, **overrides)).preparation())
+    *said, prepared = prepare(spec_of(root, **overrides))
     assert isinstance(prepared, Prepared)
-    lines = [line for line in said if isinstance(line, str)]
-    assert [item for item in said if item not in lines] == [prepared.fingerprints]
+    lines = [item for item in said if isinstance(item, str)]
+    rest = [item for item in said if not isinstance(item, str | Progress)]
+    assert rest == [prepared.fingerprints]
     return lines, prepared
+
+
+def fingerprints(root: Path, **overrides: Any) -> Mapping[str, str]:
+    """The fingerprints come before the long work: what comes after is not waited for."""
+    steps = prepare(spec_of(root, **overrides))
+    found = next(item for item in steps if isinstance(item, Mapping))
+    steps.close()
+    return dict(found)
 
 
 def test_what_was_prepared_is_said(root: Path) -> None:
@@ -52,6 +70,14 @@ def test_what_was_prepared_is_said(root: Path) -> None:
     assert any(line.startswith("text: 512 calibration tokens") for line in lines)
 
 
+def test_progress_is_counted_in_windows_and_then_in_targets(root: Path) -> None:
+    said = prepare(spec_of(root, runs=str(root / "counted")))
+    progress = [item for item in said if isinstance(item, Progress)]
+    calibrating = [item for item in progress if item.step == "calibrating"]
+    assert progress == calibrating + [Progress("decomposing", done, 21) for done in range(1, 22)]
+    assert calibrating[-1] == Progress("calibrating", 16, 16)
+
+
 def test_a_store_is_built_once_and_damage_is_repaired(root: Path) -> None:
     overrides = {"runs": str(root / "own-runs")}
     _, first = run(root, **overrides)
@@ -60,25 +86,31 @@ def test_a_store_is_built_once_and_damage_is_repaired(root: Path) -> None:
     assert second.reused
     assert second.fingerprints == first.fingerprints
     assert lines[-1] == f"factor store: reused, {first.factor_store}"
-    block = Path(first.factor_store) / "block-00001.safetensors"
-    whole = block.read_bytes()
-    block.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    file = Path(first.factor_store) / "model.layers.1.mlp.up_proj.curvature.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     lines, third = run(root, **overrides)
     assert not third.reused
-    assert "block-00001.safetensors fails its checksum" in " ".join(lines)
-    assert block.read_bytes() == whole  # the same to the bit
+    assert f"{file.name} fails its checksum" in " ".join(lines)
+    assert file.read_bytes() == whole  # the same to the bit
 
 
 @pytest.mark.parametrize(
     ("overrides", "changed"),
     [
         ({"factors": {"method": "weight"}}, {"factors"}),
+        ({"factors": {"methods": {"*.1.mlp.up_proj": "weight"}}}, {"factors"}),
+        ({"space": {"methods": ["curvature", "feature"]}}, {"factors"}),
         ({"factors": {"bias": "none"}}, {"factors"}),
         ({"factors": {"dtype": "bfloat16"}}, {"factors"}),
         ({"targets": {"exclude": ["*.q_proj"]}}, {"factors"}),
         ({"model": {"dtype": "bfloat16"}}, {"model", "factors"}),
         ({"calibration": {"tokens": 480}}, {"calibration", "factors"}),
         ({"calibration": {"window": 16}}, {"calibration", "factors"}),
+        ({"calibration": {"labels": "data"}}, {"factors"}),
+        # how the work is cut decides nothing
+        ({"calibration": {"memory_gb": 0.5}}, set()),
+        ({"calibration": {"builders": 2}}, set()),
         # 512 calibration tokens reach into the next document, 128 scoring tokens do not
         ({"text": {"join": " "}}, {"calibration", "factors"}),
         ({"scoring": {"tokens": {"search": 96}}}, {"search"}),
@@ -94,8 +126,85 @@ def test_a_store_is_built_once_and_damage_is_repaired(root: Path) -> None:
 def test_fingerprints_change_with_what_they_identify_and_with_nothing_else(
     overrides: dict[str, Any], changed: set[str], root: Path
 ) -> None:
-    before, after = run(root)[1].fingerprints, run(root, **overrides)[1].fingerprints
+    before, after = fingerprints(root), fingerprints(root, **overrides)
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_labels_decide_nothing_where_no_gradient_is_used(root: Path) -> None:
+    prints = [
+        fingerprints(root, factors={"method": "feature"}, calibration={"labels": labels})
+        for labels in ("sampled", "data")
+    ]
+    assert prints[0] == prints[1]
+
+
+def test_too_little_memory_is_said_and_enough_gives_the_same_factors(root: Path) -> None:
+    def with_memory(memory: float, folder: str) -> list[Any]:
+        calibration = {"tokens": 128, "memory_gb": memory}
+        chosen = {"runs": str(root / folder), "targets": {"include": ["*.1.*"]}, "calibration": calibration}
+        return [*prepare(spec_of(root, **chosen))]
+
+    with pytest.raises(RankfrontError, match=r"calibration\.memory_gb: 1e-06 is too small") as caught:
+        with_memory(1e-6, "little")
+    [enough] = re.findall(r"need (\S+)", str(caught.value))
+    little, plenty = with_memory(float(enough), "little"), with_memory(1.0, "plenty")
+    steps = {item.step for item in little if isinstance(item, Progress)}
+    assert "calibrating, pass 2/" in " ".join(steps)
+    same_factors(little[-1].factor_store, plenty[-1].factor_store)
+
+
+def test_a_text_shorter_than_asked_for_is_calibrated_on_whole(root: Path) -> None:
+    short = tiny.tiny_text(root / "short", count=1)
+    spec = spec_of(root, runs=str(root / "shorter"))
+    calibration = replace(spec.calibration, text=TextSource(str(short)), tokens=10**6)
+    *_, prepared = prepare(replace(spec, calibration=calibration))
+    assert isinstance(prepared, Prepared)
+    tokens = load_tokenizer(short.parent / "model", spec.model)(tiny.documents(1)[0])["input_ids"]
+    assert prepared.tokens["calibration"] == len(tokens) // 32 * 32
+
+
+def spoil(folder: Path, module: str, to: Path) -> Path:
+    """The model with one weight that is no number."""
+    model = load_model(folder, ModelSource(str(folder)))
+    model.get_submodule(module).weight[0, 0] = torch.nan
+    model.save_pretrained(to)
+    load_tokenizer(folder, ModelSource(str(folder))).save_pretrained(to)
+    return to
+
+
+@pytest.mark.parametrize("method", ["weight", "feature", "curvature"])
+def test_a_weight_that_is_no_number_leaves_no_target_behind(method: str, root: Path, tmp_path: Path) -> None:
+    """And lets go of the store: who tries again, in this process even, is told the same."""
+    model = spoil(root / "model", "model.layers.1.self_attn.v_proj", tmp_path / "model")
+    raw = {"model": {"source": str(model)}, "runs": str(tmp_path / "runs"), "factors": {"method": method}}
+    for _ in range(2):
+        with pytest.raises(RankfrontError, match=r"layers\.1\.self_attn\.v_proj: 1 non-finite .* weight"):
+            run(root, **raw)
+        [left] = (tmp_path / "runs" / "factors").iterdir()
+        assert left.suffix == ".lock"
+        with left.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def same_factors(found: str | Path, expected: str | Path) -> None:
+    """Stores that approximate every target alike at every rank, though vectors may change their sign."""
+    one, other = FactorStore(found), FactorStore(expected)
+    assert one.targets == other.targets
+    for target in one.targets:
+        assert one.methods[target.name] == other.methods[target.name]
+        for method in one.methods[target.name]:
+            scale = other.energy(target.name, method).max()
+            torch.testing.assert_close(
+                one.energy(target.name, method), other.energy(target.name, method), rtol=0, atol=1e-5 * scale
+            )
+            for rank in (1, 3, 8, target.full_rank):
+                products, biases = [], []
+                for store in (one, other):
+                    left, right, bias = store.rank(target.name, rank, method)
+                    products.append(left.T.double() @ right.double())
+                    biases.append(bias)
+                assert (products[0] - products[1]).norm() < 1e-4 * products[1].norm(), (target.name, rank)
+                torch.testing.assert_close(*biases, rtol=0, atol=1e-4)
 
 
 def break_text(root: Path) -> dict[str, Any]:

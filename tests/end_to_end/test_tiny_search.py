@@ -16,115 +16,30 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from studies import PATIENCE_SECONDS, Ended, Study, complete, search_windows
 
 import search.session
 from actors.preparation import prepare
 from actors.types import Prepared, RankfrontError
-from search.cli import main
 from search.config import load_config
-from search.journal import open_journal
 from search.pool import Machine
 
-PATIENCE_SECONDS = 300
 BY_HAND = {"model.layers.0.self_attn.q_proj": 5, "model.layers.2.mlp.down_proj": 11}
 FILES = (
     "study.journal", "config.yaml", "prepared.json", "trials.parquet", "evaluations.parquet", "front.json",
     "front.png", "report.html",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A command that ended, and the study's trials then."""
-
-    code: int
-    out: str
-    err: str
-    trials: list[FrozenTrial]
-
-
-class Study:
-    """A study's folder, its config file and the commands on it."""
-
-    def __init__(self, root: Path, name: str, address: str | None, **overrides: Any) -> None:
-        self.root, self.config = root, root / f"{name}.yaml"
-        self.raw = tiny.tiny_config(root, study=name, **overrides)
-        self.config.write_text(yaml.safe_dump(self.raw))
-        self.folder = root / "runs" / name
-        self.address = address
-
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        environment |= {"HF_HUB_OFFLINE": "1"}
-        if self.address:
-            environment["RAY_ADDRESS"] = self.address
-        return subprocess.Popen(
-            [sys.executable, "-m", "search.cli", *map(str, arguments)],
-            cwd=self.root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def end(self, process: subprocess.Popen[str]) -> Ended:
-        try:
-            out, err = process.communicate(timeout=PATIENCE_SECONDS)
-        finally:
-            process.kill()
-        return Ended(process.returncode, out, err, self.trials())
-
-    def run(self, *arguments: object) -> Ended:
-        return self.end(self.start(*arguments))
-
-    def here(self, *arguments: object) -> Ended:
-        """The command in this process: for those that need no worker, or end before one starts."""
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["rankfront", *map(str, arguments)])
-            patch.chdir(self.root)
-            streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-            with streams[0], streams[1], pytest.raises(SystemExit) as ended:
-                main()
-        return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue(), self.trials())
-
-    def trials(self) -> list[FrozenTrial]:
-        """As Optuna reads them from disk; a line that is being written is not there yet."""
-        if not (self.folder / "study.journal").exists():
-            return []
-        storage = open_journal(self.folder)
-        names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
-        return optuna.load_study(study_name=names[0], storage=storage).get_trials() if names else []
-
-    def wait_for(self, process: subprocess.Popen[str], finished: int) -> None:
-        """Until so many trials are complete on disk."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(complete(self.trials())) < finished:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "the search does not come on"
-            time.sleep(0.1)
-
-    def content(self) -> dict[str, bytes]:
-        """Every file of the study but the lock, which names its last holder."""
-        files = (path for path in self.folder.rglob("*") if path.is_file() and path.name != "driver.lock")
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
-
-
-def complete(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    return [trial for trial in trials if trial.state == TrialState.COMPLETE]
 
 
 def origin(trial: FrozenTrial) -> str:
@@ -134,22 +49,6 @@ def origin(trial: FrozenTrial) -> str:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("end-to-end")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A Ray that outlives its drivers, as on a cluster: the later runs join it and start faster."""
-    import ray
-
-    context = ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=80 * 2**20,
-    )
-    yield str(context.address_info["gcs_address"])
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -322,8 +221,8 @@ def test_ranks_by_hand_are_scored_as_they_are(study: Study, killed: Killed) -> N
     names = [target.name for target in prepared.targets]
     ranks = dict(zip(names, trial.user_attrs["rankfront.plan"]["ranks"], strict=True))
     assert {name: rank for name, rank in ranks.items() if rank is not None} == BY_HAND
-    # q_proj is 32 x 32 and down_proj 32 x 64, pivoted, each with a bias of 32 from the mean.
-    saved = 32 * 32 - (5 * (64 - 5) + 32) + 32 * 64 - (11 * (96 - 11) + 32)
+    # q_proj is 32 x 32, factored, and down_proj 32 x 64, pivoted, each with a bias of 32 from the mean.
+    saved = 32 * 32 - (5 * 64 + 32) + 32 * 64 - (11 * (96 - 11) + 32)
     assert trial.values[0] == pytest.approx(1 - saved / prepared.model_parameters, abs=1e-12)
     assert trial.values[1] != killed.trials[0].values[1]
 
@@ -361,8 +260,9 @@ def test_the_restart_does_not_repeat_the_first_proposals(killed: Killed, resumed
 def test_the_factors_are_decomposed_once(first: Ended, resumed: Ended, root: Path) -> None:
     assert "factor store: built" in first.out
     assert "factor store: reused" in resumed.out
-    bases = [json.loads(path.read_text())["method"] for path in root.glob("runs/factors/*/manifest.json")]
-    assert bases.count("feature") == 1
+    manifests = [json.loads(path.read_text()) for path in root.glob("runs/factors/*/manifest.json")]
+    methods = [made["methods"]["model.layers.0.mlp.up_proj"] for made in manifests]
+    assert methods.count(["curvature"]) == 1
 
 
 def test_the_new_front_has_test_scores_too(study: Study, resumed: Ended) -> None:
@@ -386,11 +286,11 @@ def test_other_objectives_are_refused_by_name(study: Study, resumed: Ended) -> N
 
 
 def prepare_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepared(spec: Any, machine: Machine, say: Any, check: Callable[[Any], None]) -> Prepared:
+    def prepared(spec: Any, machine: Machine, count: int, say: Any, show: Any, check: Any) -> Prepared:
         for item in prepare(spec):
             if isinstance(item, Prepared):
                 return item
-            if not isinstance(item, str):
+            if isinstance(item, Mapping):
                 check(item)
         raise AssertionError("nothing was prepared")
 
@@ -475,21 +375,6 @@ def test_an_export_is_the_recorded_model(study: Study, resumed: Ended, root: Pat
     assert nll == pytest.approx(trial.values[1], abs=1e-4)
     prepared = json.loads((study.folder / "prepared.json").read_text())
     assert parameters / prepared["model_parameters"] == pytest.approx(trial.values[0], abs=1e-12)
-
-
-def search_windows(study: Study) -> list[list[int]]:
-    """The search split by hand: of the text, what follows the first 40%, then its first 20%."""
-    from transformers import AutoTokenizer
-
-    documents = tiny.documents()
-    total, seen, chosen = sum(map(len, documents)), 0, []
-    for document in documents:
-        if 0.4 * total < seen + len(document) / 2 + 1e-9 <= 0.52 * total:
-            chosen.append(document)
-        seen += len(document)
-    tokenizer = AutoTokenizer.from_pretrained(study.root / "model")
-    ids = tokenizer("\n\n".join(chosen), add_special_tokens=False)["input_ids"]
-    return [ids[start : start + 32] for start in range(0, 128, 32)]
 
 
 def test_report_writes_its_files_anew(study: Study, resumed: Ended) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.types import Allocation, Score, TargetSpec, TaskScore, TextScore
-from search.config import SamplerSection
+import numpy as np
+from safetensors.numpy import save_file
+
+from actors.types import Allocation, FactorSpec, Score, TargetSpec, TaskScore, TextScore
 from search.cost import CostModel
 from search.journal import open_journal
+from search.pool import Job, Outcome
 from search.records import Objective
 from search.samplers import make_sampler
+from search.sections import SamplerSection
 from search.space import Space
 from search.study import SearchStudy, open_storage_study
 
@@ -22,6 +28,12 @@ TARGETS = tuple(
 )
 LINEAR_PARAMETERS = 4 * (24 * 24 + 2 * 48 * 24)
 MODEL_PARAMETERS = LINEAR_PARAMETERS + 3_000
+# The search chooses between methods; one target of four q_proj, and every up_proj, has its own configured.
+CHOOSING = FactorSpec(
+    method="feature",
+    methods=(("layers.0.q_proj", "weight"), ("*.up_proj", "curvature")),
+    choices=("weight", "feature", "curvature"),
+)
 OBJECTIVES = (Objective("budget.model", True), Objective("nll", True))
 DENSE_NLL = 2.0
 
@@ -31,7 +43,8 @@ def cost_model(storage: str = "pivoted", bias: str = "none") -> CostModel:
 
 
 def space_of(cost: CostModel, **changes: Any) -> Space:
-    return Space(cost, **{"group": "module", "segments": 1, "levels": 10, "floor": 0.2, **changes})
+    usual = {"factors": FactorSpec(), "group": "module", "segments": 1, "levels": 10, "floor": 0.2}
+    return Space(cost, **{**usual, **changes})
 
 
 def open_study(
@@ -61,3 +74,56 @@ def score_of(allocation: Allocation, nll: float | None = None, tokens: int = 100
     text = TextScore("made-up@32", nats=nll * tokens, tokens=tokens, stderr=0.01)
     tasks = {"boolq": TaskScore(examples=10, acc=0.6, acc_norm=None, margin=0.25)}
     return Score("search", text, tasks, forward_tokens=tokens, seconds=0.5, replica="made-up")
+
+
+class MadeUpPool:
+    """Has the interface of `Pool`; answers one job a look, the oldest first."""
+
+    def __init__(self, answer: Callable[[Job], Outcome] | None = None, size: int = 2) -> None:
+        self.size, self._answer = size, answer or (lambda job: Outcome(job, score_of(job.allocation)))
+        self.submitted: list[Job] = []
+        self._queue: list[Job] = []
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._queue)
+
+    @property
+    def free(self) -> int:
+        return max(0, 2 * self.size - self.outstanding)
+
+    def submit(self, job: Job) -> None:
+        self.submitted.append(job)
+        self._queue.append(job)
+
+    def wait(self, seconds: float) -> Iterator[Outcome]:
+        if self._queue:
+            yield self._answer(self._queue.pop(0))
+
+    def close(self) -> None:
+        self._queue.clear()
+
+
+def energy_of(target: TargetSpec) -> np.ndarray:
+    """A made-up spectrum (k,), steeper in later blocks."""
+    return (1.0 + target.block) ** -np.arange(target.full_rank, dtype=np.float64)
+
+
+def write_store(
+    folder: Path,
+    energies: Mapping[str, Mapping[str, np.ndarray]],
+    losses: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> Path:
+    """What a driver reads of a factor store: the manifest and the spectra, by target and method."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for number, (name, methods) in enumerate(energies.items()):
+        for method, energy in methods.items():
+            tensors = {"energy": energy}
+            if method in (losses or {}).get(name, {}):
+                tensors["loss"] = losses[name][method]  # type: ignore[index]
+            file = folder / f"{number}.{method}.safetensors"
+            save_file(tensors, file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": "", "target": name, "method": method}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    return folder

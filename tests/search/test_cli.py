@@ -17,12 +17,13 @@ import yaml
 from fakes import MODEL_PARAMETERS, TARGETS, score_of
 from rich.console import Console
 
-from actors.types import Allocation, Prepared
+from actors.types import Allocation, Prepared, RankfrontError
 from search.cli import app, main
 from search.config import parse_config
 from search.journal import JOURNAL, driver_lock, open_journal, repair
+from search.pool import Machine
 from search.runner import Stop
-from search.session import CONFIG, PREPARED, StudyFolder, stop_on_signals, summarise
+from search.session import CONFIG, PREPARED, StudyFolder, search, stop_on_signals, summarise
 
 
 @pytest.fixture
@@ -99,6 +100,71 @@ def test_enqueue_adds_waiting_trials_under_the_numbers_it_says(
     assert run(monkeypatch, "enqueue", folder.path, file) == 0
     assert "none; 2 are in the study already" in capsys.readouterr().out
     assert len(trials(folder)) == 4
+
+
+@pytest.fixture
+def choosing(folder: StudyFolder) -> StudyFolder:
+    """The study of a config where q_proj is cut by weight and the search chooses a method."""
+    changed = folder.config.model_dump(mode="json")
+    changed["factors"]["methods"] = {"*.q_proj": "weight"}
+    changed["space"]["methods"] = ["weight", "curvature"]
+    (folder.path / CONFIG).write_text(parse_config(changed).to_yaml())
+    (folder.path / JOURNAL).unlink()
+    return StudyFolder.open(folder.path)
+
+
+def test_methods_pass_from_a_file_to_the_front_and_back(
+    choosing: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = {"layers.0.q_proj": "curvature", "layers.1.q_proj": "weight"}
+    mine = {"ranks": {"layers.0.q_proj": 3, "layers.1.q_proj": 4}, "methods": methods}
+    file = written(tmp_path / "mine.yaml", mine)
+    assert run(monkeypatch, "enqueue", choosing.path, file) == 0
+    study = choosing.open_study()
+    planned = study.propose("random")
+    assert planned.allocation.methods == (("layers.0.q_proj", "curvature"),)
+    study.complete(planned, score_of(planned.allocation))
+    assert run(monkeypatch, "report", choosing.path) == 0
+    [member] = json.loads((choosing.path / "front.json").read_text())["front"]
+    assert member["methods"] == {"layers.0.q_proj": "curvature"}
+    capsys.readouterr()
+    assert run(monkeypatch, "enqueue", choosing.path, written(tmp_path / "front.yaml", [member])) == 0
+    assert "none; 1 are in the study already" in capsys.readouterr().out
+
+
+def test_methods_without_factors_are_refused(
+    choosing: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"ranks": {"layers.0.q_proj": 3}, "methods": {"layers.0.q_proj": "feature"}}
+    assert run(monkeypatch, "enqueue", choosing.path, written(tmp_path / "bad.yaml", bad)) == 2
+    said = capsys.readouterr().err
+    assert (
+        "bad.yaml[0].layers.0.q_proj: this study has no factors by 'feature'; one of weight, curvature"
+        in said
+    )
+    assert choosing.open_study().rows() == ()
+
+
+def test_the_report_says_how_targets_are_decomposed(folder: StudyFolder, choosing: StudyFolder) -> None:
+    facts = [summarise(f, f.open_study()).facts["factors"] for f in (folder, choosing)]
+    assert facts == [
+        "curvature, bias mean, float32",
+        "curvature, *.q_proj by weight, the search chooses among weight/curvature, bias mean, float32",
+    ]
+
+
+def test_a_pattern_that_fits_no_target_leaves_nothing_behind(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The targets are known when the model is loaded: before the study is made."""
+    changed = folder.config.model_dump(mode="json") | {"study": "other"}
+    changed["factors"]["methods"] = {"*.q_proj": "weight", "*.q_porj": "feature"}
+    config = parse_config(changed)
+    monkeypatch.setattr("search.session.connect", lambda: Machine(cores=1, gpus=0, memory=1))
+    monkeypatch.setattr("search.session.prepare", lambda *arguments: folder.prepared)
+    with pytest.raises(RankfrontError, match=r"factors\.methods: '\*\.q_porj' fits no target"):
+        search(config, Console(file=io.StringIO()))
+    assert not config.folder.exists()
 
 
 def test_enqueue_lists_every_mistake_of_a_file_and_adds_nothing(
@@ -277,7 +343,7 @@ def test_a_cluster_that_does_not_answer_is_said(
 
 def test_every_command_has_help() -> None:
     names = [command.name for command in app.registered_commands]
-    assert names == ["search", "report", "enqueue", "export"]
+    assert names == ["search", "sensitivity", "report", "enqueue", "export"]
     done = subprocess.run(
         [sys.executable, "-m", "search.cli", "--help"], capture_output=True, text=True, timeout=240
     )

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from fakes import TARGETS
 
-from actors.types import RankfrontError
+from actors.types import METHOD_NAMES, FactorSpec, RankfrontError
 from search.config import Config, ConfigError, load_config, parse_config
 from search.records import Objective
+from search.rules import refuse_idle_patterns
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.tokens", {"search": 1, "test": 1, "x": 1}, "scoring.tokens.x", ["unknown key", "test"]),
         ("objectives", ["budget.model", "perplexity"], "objectives[1]", ["'perplexity'", "nll"]),
         ("objectives", ["budget.model", "nll", "nll"], "objectives[2]", ["'nll'", "twice"]),
-        ("objectives", ["nll", "reasoning.acc"], "objectives", ["budget.model", "budget.linear"]),
+        ("objectives", ["nll", "reasoning.acc"], "objectives", ["budget.linear", "budget.bytes"]),
         ("objectives", ["budget.model"], "objectives", ["at least 2"]),
         ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
         ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
@@ -86,6 +88,13 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("study", "a/b", "study", ["'a/b'"]),
         ("replicas.count", 0, "replicas.count", ["0", "greater than or equal to 1"]),
         ("sampler.name", "cmaes", "sampler.name", ["'cmaes'", "nsga2", "tpe"]),
+        ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
+        ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),
+        ("factors.methods", ["feature"], "factors.methods", ["['feature']", "dictionary"]),
+        ("space.methods", ["feature", "svd"], "space.methods[1]", ["'svd'", "weight, feature, curvature"]),
+        ("space.methods", ["curvature", "curvature"], "space.methods[1]", ["'curvature'", "twice"]),
+        ("space.methods", ["curvature"], "space.methods", ["'curvature' alone", "two or more"]),
+        ("space.methods", ["feature", "weight"], "space.methods", ["'curvature'", "factors.method names it"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named(raw: dict[str, Any], key: str, value: Any, path: str, says: list[str]) -> None:
@@ -113,7 +122,8 @@ def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
         "bogus": 1,
         "model": {"source": "/no/such/model", "dtype": "int8"},
         "objectives": ["perplexity", "nll", "nll"],
-        "space": {"floor": 0, "group": "block", "segments": 3, "levels": 0},
+        "factors": {"method": "svd", "methods": {"*.q_proj": "feature", "*.k_proj": "none"}, "bias": "some"},
+        "space": {"floor": 0, "group": "block", "segments": 3, "levels": 0, "methods": ["weight", "weight"]},
         "references": {"uniform": [0.9, 1.5, 0]},
         "sampler": {"name": "cmaes"},
         "stop": {"trials": None},
@@ -124,7 +134,8 @@ def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
         "bogus:", "model.source:", "model.dtype:", "scoring.windw:", "scoring.tasks[1].name:",
         "scoring.search_fraction:", "objectives[0]:", "objectives[2]:", "objectives:", "space.floor:",
         "space.segments:", "space.levels:", "references.uniform[1]:", "references.uniform[2]:",
-        "sampler.name:", "stop:", "calibration.window:",
+        "sampler.name:", "stop:", "calibration.window:", "factors.method:", "factors.methods.*.k_proj:",
+        "factors.bias:", "space.methods[1]:", "space.methods:",
     ]  # fmt: skip
     assert [path for path in expected if not any(line.startswith(path) for line in found)] == []
 
@@ -132,6 +143,67 @@ def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
 def test_no_mistake_is_listed_twice(raw: dict[str, Any]) -> None:
     [line] = mistakes(put(raw, "replicas.threads", 0))
     assert line.startswith("replicas.threads: 0")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("factors.method", "curvatur"), ("space.methods", ["feature", "curvatur"])]
+)
+def test_a_misspelt_method_is_one_mistake(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Not also a missing one."""
+    raw = put(raw, "space.methods", ["feature", "curvature"])
+    [line] = mistakes(put(raw, key, value))
+    assert "'curvatur' is no method" in line
+
+
+def test_every_configured_method_must_be_a_choice(raw: dict[str, Any]) -> None:
+    raw = put(raw, "factors", {"method": "feature", "methods": {"*.q_proj": "weight", "*.k_proj": "feature"}})
+    [line] = mistakes(put(raw, "space.methods", ["feature", "curvature"]))
+    assert line.startswith("space.methods: 'weight' is not in it, but factors.methods.*.q_proj names it")
+    assert parse_config(put(raw, "space.methods", ["weight", "feature"])).space.methods == (
+        "weight",
+        "feature",
+    )
+
+
+def test_workers_learn_the_methods_and_the_choices(raw: dict[str, Any]) -> None:
+    assert parse_config(raw).preparation().factors == FactorSpec("curvature")
+    patterns = {"*.1.q_proj": "weight", "*.q_proj": "feature"}
+    raw = put(put(raw, "factors.methods", patterns), "space.methods", list(METHOD_NAMES))
+    spec = parse_config(raw).preparation().factors
+    assert spec == FactorSpec("curvature", tuple(patterns.items()), METHOD_NAMES)
+    names = ("layers.1.q_proj", "layers.0.q_proj", "layers.1.k_proj")
+    assert [spec.method_of(name) for name in names] == ["weight", "feature", "curvature"]
+
+
+def test_patterns_keep_their_order_in_the_saved_config(raw: dict[str, Any]) -> None:
+    """The first that fits decides; sorted by name these would change places."""
+    patterns = {"z*": "weight", "a*": "feature", "*": "curvature"}
+    saved = parse_config(yaml.safe_load(parse_config(put(raw, "factors.methods", patterns)).to_yaml()))
+    assert saved.factor_spec.methods == tuple(patterns.items())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        ([], []),
+        (["*.q_proj", "layers.0.*", "*"], []),
+        (["*.q_porj"], ["'*.q_porj' fits no target of this model (layers.0.q_proj, "]),
+        (["*.q_proj", "*.K_PROJ", "k_proj"], ["'*.K_PROJ' fits no target", "'k_proj' fits no target"]),
+        (["*", "*.q_proj"], ["patterns before '*.q_proj' fit all of its targets"]),
+        (["layers.0.*", "layers.[1-3].*", "*.up_proj"], ["patterns before '*.up_proj' fit"]),
+        (["layers.0.*", "layers.[12].*", "*.up_proj"], []),  # layers.3.up_proj is left to it
+        (["*.x", "*", "*.y", "*.q_proj"], ["'*.x'", "'*.y'", "'*.q_proj'"]),
+    ],
+)
+def test_patterns_that_decide_nothing_are_refused(patterns: list[str], says: list[str]) -> None:
+    if not says:
+        refuse_idle_patterns(patterns, TARGETS)
+        return
+    with pytest.raises(RankfrontError) as caught:
+        refuse_idle_patterns(patterns, TARGETS)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(says)
+    assert all(word in line for word, line in zip(says, lines, strict=True)), lines
 
 
 REFUSE_RAY = """

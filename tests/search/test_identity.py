@@ -25,6 +25,7 @@ FIXED = {
     "study": "other",
     "model.dtype": "bfloat16",
     "factors.method": "weight",
+    "factors.methods": {"*.q_proj": "weight"},
     "factors.bias": "none",
     "factors.dtype": "bfloat16",
     "targets.include": ["*.mlp.*"],
@@ -40,6 +41,7 @@ FIXED = {
     "space.segments": 2,
     "space.levels": 21,
     "space.floor": 0.25,
+    "space.methods": ["curvature", "weight"],
 }
 CONTENT = {
     "model.source": "other/model",
@@ -58,10 +60,13 @@ CONTENT = {
     "calibration.fraction": 0.5,
     "calibration.tokens": 1_024,
     "calibration.window": 64,
+    "calibration.labels": "data",
     "scoring.tasks": ["piqa"],
 }
 FREE = {
     "runs": "elsewhere",
+    "calibration.memory_gb": 1.0,
+    "calibration.builders": 2,
     "model.trust_remote_code": True,
     "scoring.tokens.test": 512,
     "scoring.examples.test": 9,
@@ -71,6 +76,7 @@ FREE = {
     "sampler.population": 12,
     "references.dense": False,
     "references.uniform": [0.5],
+    "sensitivity.shares": [0.5],
     "stop.trials": 7,
     "stop.tokens": 10,
     "stop.hours": 1.5,
@@ -188,6 +194,23 @@ def test_another_test_split_passes() -> None:
     """Test scores are kept with their fingerprint; search scores do not depend on them."""
     saved = dict.fromkeys((*FIXED_FINGERPRINTS, "test"), "a" * 64)
     assert fingerprint_differences(saved, {**saved, "test": "b" * 64}) == []
+
+
+def test_the_order_of_patterns_is_a_difference(tmp_path: Path) -> None:
+    """The first that fits decides."""
+    patterns = {"*.0.*": "feature", "*.q_proj": "weight"}
+    before = changed(tmp_path, {"factors.methods": patterns})
+    after = changed(tmp_path, {"factors.methods": dict(reversed(patterns.items()))})
+    [line] = config_differences(before, after)
+    assert line.startswith("factors.methods: was {'*.0.*': 'feature', '*.q_proj': 'weight'}, now {'*.q_proj'")
+    assert config_differences(before, changed(tmp_path, {"factors.methods": dict(patterns)})) == []
+
+
+def test_the_order_of_choices_is_a_difference(tmp_path: Path) -> None:
+    """Optuna takes two orders for two parameters."""
+    before = changed(tmp_path, {"space.methods": ["curvature", "weight"]})
+    [line] = config_differences(before, changed(tmp_path, {"space.methods": ["weight", "curvature"]}))
+    assert line.startswith("space.methods: ")
 
 
 def test_a_longer_key_decides_only_below_itself() -> None:

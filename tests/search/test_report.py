@@ -36,6 +36,7 @@ TARGETS = tuple(
     for block in range(30)
     for module in MODULES
 )
+METHODS = ("feature", "weight")
 DENSE_NLL = 3.4
 
 
@@ -52,7 +53,11 @@ def score(nll: float, split: str = "search", tasks: bool = True, tokens: int = 4
 def trial(number: int, kept: float, nll: float | None, origin: str = "tpe", **more: Any) -> TrialRow:
     rng = np.random.default_rng(number)
     ranks = {t.name: None if rng.random() < 0.2 else int(rng.integers(50, int(576 * kept))) for t in TARGETS}
-    allocation = Allocation.dense(TARGETS) if origin == "dense" else Allocation.of(ranks, TARGETS)
+    methods = {name: METHODS[number % 2] for name, rank in ranks.items() if rank and rank % 3 == 0}
+    methods = {} if origin == "uniform" else methods
+    allocation = Allocation.of(ranks, TARGETS, methods=methods)
+    if origin == "dense":
+        allocation = Allocation.dense(TARGETS)
     row = TrialRow(
         number=number,
         state="COMPLETE" if nll is not None else "FAIL",
@@ -60,6 +65,7 @@ def trial(number: int, kept: float, nll: float | None, origin: str = "tpe", **mo
         allocation=allocation,
         budget_linear=1 - (1 - kept) * 1.2,
         budget_model=kept,
+        budget_bytes=kept + 0.001,
         values=(kept, nll) if nll is not None else None,
         score=score(nll, tasks=more.pop("tasks", True)) if nll is not None else None,
         seconds=3.0 if nll is not None else None,
@@ -128,16 +134,20 @@ def test_trials_come_back_from_parquet(written: Path) -> None:
     summary, table = study(), read(written / "trials.parquet")
     assert json.loads(table.schema.metadata[b"targets"]) == [target.name for target in TARGETS]
     assert table.schema.field("ranks").type == pa.list_(pa.int32())
+    assert {method for found in table["methods"].to_pylist() for method in found} == {None, *METHODS}
     assert table.num_rows == len(summary.rows)
     for row, found in zip(summary.rows, table.to_pylist(), strict=True):
         assert [r for _, r in row.allocation] == found["ranks"]
+        assert [row.allocation.method_of(target.name) for target in TARGETS] == found["methods"]
         for name in (
             "number",
             "state",
             "origin",
             "reason",
             "copied_from",
+            "budget_linear",
             "budget_model",
+            "budget_bytes",
             "seconds",
             "replica",
         ):
@@ -205,6 +215,9 @@ def test_front_json_is_strict_and_complete(written: Path, tmp_path: Path) -> Non
     for member in document["front"]:
         row = by_number[member["trial"]]
         assert member["ranks"] == row.allocation.to_dict()
+        assert member["methods"] == dict(row.allocation.methods)
+        for name in ("budget_linear", "budget_model", "budget_bytes"):
+            assert member[name] == getattr(row, name)
         assert row.score is not None
         assert member["search"]["nll"] == row.score.text.nll
         assert math.isclose(member["test"]["nll"], row.score.text.nll + 0.05)

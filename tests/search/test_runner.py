@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import DENSE_NLL, TARGETS, loss, open_study, score_of
+from fakes import DENSE_NLL, TARGETS, MadeUpPool, loss, open_study, score_of
 
 from actors.types import Allocation
-from search.config import PlateauSection, StopSection
 from search.journal import open_journal
 from search.pool import Job, Outcome
 from search.runner import Runner, Stop, hypervolumes, minimised, reference_point
+from search.sections import PlateauSection, StopSection
 from search.study import SearchStudy
-
-Answer = Callable[[Job], Outcome]
-
-
-class MadeUpPool:
-    """Has the interface of `Pool`; answers one job a look, the oldest first."""
-
-    def __init__(self, answer: Answer | None = None, size: int = 2) -> None:
-        self.size, self._answer = size, answer or (lambda job: Outcome(job, score_of(job.allocation)))
-        self.submitted: list[Job] = []
-        self._queue: list[Job] = []
-
-    @property
-    def outstanding(self) -> int:
-        return len(self._queue)
-
-    @property
-    def free(self) -> int:
-        return max(0, 2 * self.size - self.outstanding)
-
-    def submit(self, job: Job) -> None:
-        self.submitted.append(job)
-        self._queue.append(job)
-
-    def wait(self, seconds: float) -> Iterator[Outcome]:
-        if self._queue:
-            yield self._answer(self._queue.pop(0))
-
-    def close(self) -> None:
-        self._queue.clear()
 
 
 def runner(study: SearchStudy, pool: MadeUpPool, stop: Stop | None = None, **rules: Any) -> Runner:

@@ -6,14 +6,18 @@ import warnings
 
 import optuna
 import pytest
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 
-from search.config import SamplerSection
 from search.samplers import make_sampler, reseed
+from search.sections import SamplerSection
 
 NAMES = ("nsga2", "nsga3", "tpe", "random")
-SPACE = {f"x{index}": IntDistribution(0, 1000) for index in range(6)}
+LEVELS = {f"x{index}": IntDistribution(0, 1000) for index in range(6)}
+METHODS = {
+    f"method/x{index}": CategoricalDistribution(("weight", "feature", "curvature")) for index in range(2)
+}
+SPACE: dict[str, BaseDistribution] = {**LEVELS, **METHODS}
 every_sampler = pytest.mark.parametrize("name", NAMES)
 
 
@@ -25,12 +29,12 @@ def history(count: int) -> optuna.Study:
         frozen = study._storage.get_trial(trial._trial_id)
         for key in ("NSGAIISampler:generation", "NSGAIIISampler:generation"):
             study._storage.set_trial_system_attr(frozen._trial_id, key, number // 8)
-        x = [trial.params[name] for name in SPACE]
+        x = [trial.params[name] for name in LEVELS]
         study.tell(trial, [sum(x), -min(x)])
     return study
 
 
-def ask(sampler: BaseSampler, seed: int, number: int, trials: int = 24) -> dict[str, int]:
+def ask(sampler: BaseSampler, seed: int, number: int, trials: int = 24) -> dict[str, int | str]:
     study = history(trials)
     study.sampler = sampler
     reseed(sampler, seed, number)
@@ -70,6 +74,18 @@ def test_a_draw_is_a_function_of_seed_and_number(name: str, trials: int) -> None
 def test_draws_differ_between_numbers_and_seeds(name: str, trials: int) -> None:
     drawn = [ask(make(name), seed, number, trials) for seed in (0, 1) for number in range(6)]
     assert len({tuple(sorted(params.items())) for params in drawn}) > 9
+
+
+@every_sampler
+@pytest.mark.parametrize("trials", [0, 24])
+def test_a_method_is_drawn_as_levels_are(name: str, trials: int) -> None:
+    """Each of its choices at the start of a sampler, more than one when it has learned."""
+    drawn = [ask(make(name), seed, 7, trials) for seed in range(16)]
+    assert all(set(params) == set(SPACE) for params in drawn)
+    for parameter, distribution in METHODS.items():
+        found = {params[parameter] for params in drawn}
+        assert found <= set(distribution.choices)
+        assert len(found) == len(distribution.choices) if trials == 0 else len(found) > 1
 
 
 @every_sampler

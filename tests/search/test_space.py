@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from fakes import SHAPES, TARGETS, cost_model, space_of
+from fakes import CHOOSING, SHAPES, TARGETS, cost_model, space_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from actors.types import Allocation, RankfrontError, TargetSpec
+from actors.types import METHOD_NAMES, Allocation, FactorSpec, RankfrontError, TargetSpec
 from search.cost import CostModel
 from search.space import Space
 
@@ -18,7 +19,18 @@ every_kind = pytest.mark.parametrize(("group", "segments"), KINDS)
 
 
 @st.composite
-def spaces(draw: st.DrawFn) -> Space:
+def factors(draw: st.DrawFn) -> FactorSpec:
+    """Configured methods by pattern; the search chooses among no methods, or among these and perhaps more."""
+    patterns = draw(st.lists(st.sampled_from(["0.*", "*.m0", "*.m1", "1.m0", "*"]), unique=True, max_size=3))
+    method, *others = (draw(st.sampled_from(METHOD_NAMES)) for _ in range(len(patterns) + 1))
+    configured = {method, *others}
+    choices = draw(st.permutations(METHOD_NAMES))[: draw(st.sampled_from([0, 2, 3]))]
+    offered = tuple(choices) if configured <= set(choices) else draw(st.sampled_from([(), METHOD_NAMES]))
+    return FactorSpec(method, tuple(zip(patterns, others, strict=True)), offered)
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> tuple[Space, FactorSpec]:
     """Spaces of models with targets of all shapes, where rank 1 stores less than dense."""
     group, segments = draw(st.sampled_from(KINDS))
     blocks = draw(st.integers(1, 4))
@@ -28,22 +40,51 @@ def spaces(draw: st.DrawFn) -> Space:
         for block in range(blocks)
         for kind, (rows, cols) in enumerate(shapes)
     )
-    storage, bias = draw(st.sampled_from(["pivoted", "factored"])), draw(st.sampled_from(["mean", "none"]))
-    cost = CostModel(targets, 10**6, storage, bias)
-    return Space(cost, group, segments, draw(st.integers(1, 40)), draw(st.floats(0.01, 1)))
+    storage = draw(st.sampled_from(["auto", "pivoted", "factored"]))
+    bias, itemsize = draw(st.sampled_from(["mean", "none"])), draw(st.sampled_from([2, 4]))
+    cost = CostModel(targets, 10**6, storage, bias, itemsize)
+    spec = draw(factors())
+    return Space(cost, spec, group, segments, draw(st.integers(1, 40)), draw(st.floats(0.01, 1))), spec
 
 
-@settings(max_examples=150, deadline=None)
-@given(spaces(), st.data())
-def test_parameters_of_an_allocation_of_the_space_give_it_back(space: Space, data: st.DataObject) -> None:
-    params = {
-        name: data.draw(st.integers(distribution.low, distribution.high))  # type: ignore[attr-defined]
+def some_params(space: Space, data: st.DataObject) -> dict[str, int | str]:
+    """Any parameters of a space; highest levels often, so that module types are dense as a whole too."""
+    return {
+        name: data.draw(st.just(distribution.high) | st.integers(distribution.low, distribution.high))
+        if isinstance(distribution, IntDistribution)
+        else data.draw(st.sampled_from(distribution.choices))
         for name, distribution in space.distributions.items()
     }
+
+
+@settings(max_examples=300, deadline=None)
+@given(spaces(), st.data())
+def test_parameters_of_an_allocation_of_the_space_give_it_back(
+    made: tuple[Space, FactorSpec], data: st.DataObject
+) -> None:
+    space, _ = made
+    allocation = space.allocation(some_params(space, data))
+    params = space.params(allocation)
+    assert space.allocation(params) == allocation
+    assert list(params) == list(space.distributions)
+    space.check(params)
+
+
+@settings(max_examples=300, deadline=None)
+@given(spaces(), st.data())
+def test_a_target_names_its_method_where_it_differs_from_the_configured_one(
+    made: tuple[Space, FactorSpec], data: st.DataObject
+) -> None:
+    """So two sets of parameters that give one model give one key, whatever they say of dense targets."""
+    space, spec = made
+    params = some_params(space, data)
     allocation = space.allocation(params)
-    assert space.allocation(space.params(allocation)) == allocation
-    levels = space.params(allocation)
-    assert all(space.distributions[name]._contains(level) for name, level in levels.items())
+    named = dict(allocation.methods)
+    for name, rank in allocation:
+        configured = spec.method_of(name)
+        chosen = params.get(f"method/{name.split('.')[1]}", configured)
+        assert named.pop(name, None) == (None if rank is None or chosen == configured else chosen)
+    assert not named
 
 
 @every_kind
@@ -142,3 +183,78 @@ def test_a_foreign_allocation_is_told_as_the_nearest_levels(data: st.DataObject)
             return abs(size * (m * n if at is None else at * (m + n - at)) - stored)
 
         assert distance(params[module]) == min(map(distance, range(11)))
+
+
+# -- methods ----------------------------------------------------------------------------------
+
+METHOD_PARAMETERS = ["method/q_proj", "method/up_proj", "method/down_proj"]
+
+
+def cut(**methods: str) -> Allocation:
+    """All of q_proj at rank 3, the rest dense; `methods` by block: `_0="weight"`."""
+    ranks = {f"layers.{block}.q_proj": 3 for block in range(4)}
+    return Allocation.of(
+        ranks, TARGETS, methods={f"layers.{b[1:]}.q_proj": method for b, method in methods.items()}
+    )
+
+
+@every_kind
+def test_one_method_for_each_module_type(group: str, segments: int) -> None:
+    kind = {"group": group, "segments": segments}
+    plain, choosing = space_of(cost_model(), **kind), space_of(cost_model(), factors=CHOOSING, **kind)
+    added = {name: d for name, d in choosing.distributions.items() if name not in plain.distributions}
+    assert list(choosing.distributions) == [*plain.distributions, *METHOD_PARAMETERS]
+    assert set(added.values()) == {CategoricalDistribution(("weight", "feature", "curvature"))}
+
+
+def test_targets_of_one_module_type_are_cut_by_one_method() -> None:
+    """Whatever is configured for each: layers.0.q_proj by weight, the other q_proj by feature."""
+    space = space_of(cost_model(), factors=CHOOSING)
+    levels = {"q_proj": 3, "up_proj": 10, "down_proj": 3}
+    methods = {"method/q_proj": "weight", "method/up_proj": "weight", "method/down_proj": "feature"}
+    allocation = space.allocation({**levels, **methods})
+    assert allocation.methods == tuple((f"layers.{block}.q_proj", "weight") for block in (1, 2, 3))
+    as_configured = space.allocation({**levels, **methods, "method/q_proj": "feature"})
+    assert as_configured.methods == (("layers.0.q_proj", "feature"),)
+    assert as_configured.ranks == allocation.ranks
+    assert as_configured.key != allocation.key
+
+
+@pytest.mark.parametrize(
+    ("allocation", "told"),
+    [
+        (cut(), "feature"),  # configured: one by weight, three by feature
+        (cut(_1="curvature", _2="curvature", _3="curvature"), "curvature"),
+        (cut(_1="curvature", _3="weight"), "weight"),  # two by weight, one each by the others
+        (cut(_1="weight"), "weight"),  # two by each: the first target's
+        (cut(_0="feature", _1="weight", _2="weight"), "feature"),  # two by each, the other way round
+        (Allocation.dense(TARGETS), "weight"),  # configured for the first target
+    ],
+)
+def test_mixed_methods_are_told_as_the_usual_one(allocation: Allocation, told: str) -> None:
+    params = space_of(cost_model(), factors=CHOOSING).params(allocation)
+    assert params["method/q_proj"] == told
+    assert params["method/up_proj"] == "curvature", "dense, so as configured"
+    assert params["method/down_proj"] == "feature"
+
+
+def test_dense_targets_have_no_say_in_the_method() -> None:
+    one = Allocation.of({"layers.3.q_proj": 3}, TARGETS, methods={"layers.3.q_proj": "curvature"})
+    assert space_of(cost_model(), factors=CHOOSING).params(one)["method/q_proj"] == "curvature"
+
+
+@pytest.mark.parametrize("method", ["svd", None, 1, ["weight"]])
+def test_a_method_outside_is_refused(method: object) -> None:
+    space = space_of(cost_model(), factors=CHOOSING)
+    params = space.params(Allocation.dense(TARGETS)) | {"method/up_proj": method}
+    with pytest.raises(RankfrontError, match=r"method/up_proj: .* is not one of weight, feature, curvature"):
+        space.allocation(params)  # type: ignore[arg-type]
+    with pytest.raises(RankfrontError, match="method/up_proj"):
+        space.check({"method/up_proj": method})
+
+
+def test_a_module_type_without_a_method_is_refused() -> None:
+    space = space_of(cost_model(), factors=CHOOSING)
+    with pytest.raises(RankfrontError, match="method/q_proj"):
+        space.allocation({"q_proj": 1, "up_proj": 1, "down_proj": 1})
+    space.check({"q_proj": 1})  # what another program enqueues may leave parameters open

@@ -1,0 +1,82 @@
+"""What a family of models declares: where its decoder blocks are and which layers in them are targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from actors.linears import is_linear
+from actors.types import RankfrontError
+
+# Llama's block, which most families since have taken over.
+GATED = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models laid out alike: `blocks` is the path of the decoder blocks, `modules` the targets of each.
+
+    `model_types` are the values of `config.model_type` it is for; a module in `optional` may be missing
+    from a block. `note` is what the user should know about the choice of targets, None where nothing.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str = "model.layers"
+    modules: tuple[str, ...] = GATED
+    optional: tuple[str, ...] = ()
+    note: str | None = None
+
+    def decoder_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The list at `blocks`.
+
+        Raises:
+            RankfrontError: `model` has none there.
+        """
+        try:
+            blocks = model.get_submodule(self.blocks)
+        except AttributeError:
+            blocks = None
+        if not isinstance(blocks, nn.ModuleList):
+            raise RankfrontError(
+                f"{type(model).__name__} has no list of decoder blocks at {self.blocks}, where family "
+                f"{self.name!r} has it"
+            )
+        return blocks
+
+    def linears(self, model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
+        """(block, module, linear layer) of every target in the model's order, one that blocks share once.
+
+        Raises:
+            RankfrontError: every declared module that a block lacks, or that is no linear layer.
+        """
+        found: list[tuple[int, str, nn.Module]] = []
+        mistakes: list[str] = []
+        seen: set[int] = set()
+        for index, block in enumerate(self.decoder_blocks(model)):
+            inside = dict(block.named_modules())
+            for module in self.modules:
+                where = f"{self.blocks}.{index}.{module}"
+                if module not in inside:
+                    if module not in self.optional:
+                        mistakes.append(f"{where} is missing")
+                elif not is_linear(inside[module]):
+                    mistakes.append(f"{where} is a {type(inside[module]).__name__}, no linear layer")
+            wanted = [(name, layer) for name, layer in inside.items() if name in self.modules]
+            found += [(index, name, layer) for name, layer in wanted if id(layer) not in seen]
+            seen |= {id(layer) for _, layer in wanted}
+        if mistakes:
+            raise RankfrontError(
+                "\n".join(f"family {self.name!r} in {type(model).__name__}: {what}" for what in mistakes)
+            )
+        yield from found

@@ -1,0 +1,71 @@
+"""Allocations as files name them: `{target: rank}`, or `{ranks: {...}, methods: {...}}`, or a list of them.
+
+Members of front.json and the ranks.yaml of an export are of the second kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
+
+
+def read_allocations(file: Path, targets: Sequence[TargetSpec], factors: FactorSpec) -> list[Allocation]:
+    """The allocations of a YAML or JSON file, in its order.
+
+    Raises:
+        RankfrontError: the file cannot be read, or every mistake of every allocation in it, at once.
+    """
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RankfrontError(f"{file}: cannot be read: {error}") from error
+    allocations, mistakes = [], []
+    for index, item in enumerate(data if isinstance(data, list) else [data]):
+        try:
+            allocations.append(_allocation(item, targets, factors, f"{file.name}[{index}]"))
+        except RankfrontError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise RankfrontError("\n".join(mistakes))
+    return allocations
+
+
+def _allocation(item: Any, targets: Sequence[TargetSpec], factors: FactorSpec, where: str) -> Allocation:
+    ranks: Any = item
+    methods: Any = {}
+    if isinstance(item, Mapping) and "ranks" in item:
+        ranks, methods = item["ranks"], item.get("methods") or {}
+    if not isinstance(ranks, Mapping):
+        raise RankfrontError(f"{where}: is no mapping of targets to ranks")
+    if not isinstance(methods, Mapping):
+        raise RankfrontError(f"{where}.methods: is no mapping of targets to methods")
+    mistakes = []
+    try:
+        allocation = Allocation.of(ranks, targets, where, methods)
+    except RankfrontError as error:
+        mistakes.append(str(error))
+    known = {target.name for target in targets} & methods.keys()
+    for name in sorted(known):
+        held = factors.methods_of(name)
+        if methods[name] not in held:
+            offered = ", ".join(held)
+            mistakes.append(
+                f"{where}.{name}: this study has no factors by {methods[name]!r}; one of {offered}"
+            )
+    if mistakes:
+        raise RankfrontError("\n".join(mistakes))
+    # A target's configured method goes without saying, so that equal models have equal keys.
+    differing = tuple(pair for pair in allocation.methods if pair[1] != factors.method_of(pair[0]))
+    return dataclasses.replace(allocation, methods=differing)
+
+
+def method_list(allocation: Allocation) -> list[str | None]:
+    """The method of each target, in the order of its ranks; None is the configured one."""
+    chosen = dict(allocation.methods)
+    return [chosen.get(name) for name, _ in allocation]

@@ -1,0 +1,217 @@
+"""The sections of a config: what each key means, its type and its default.
+
+What one key alone must be is checked here; what keys must agree on is in `search.rules`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
+
+from actors.sources import Source
+from actors.tasks import TASKS
+from actors.types import RankfrontError, TaskSource
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _known_source(name: str) -> str:
+    try:
+        return Source.parse(name).name
+    except RankfrontError as error:
+        raise ValueError(str(error)) from error
+
+
+class Section(BaseModel):
+    """Unknown keys are mistakes; values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelSection(Section):
+    """The pretrained model. `trust_remote_code` runs code that comes with it: only for models you trust."""
+
+    source: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    _source = field_validator("source")(_known_source)
+
+
+class TextSection(Section):
+    """Documents: a column of a data set, joined into one text."""
+
+    source: str
+    subset: str | None = None
+    split: str | None = None
+    column: str = "text"
+    join: str = "\n\n"
+    deduplicate: bool = False
+
+    _source = field_validator("source")(_known_source)
+
+
+class TaskSection(Section):
+    """A reasoning task by its lm-evaluation-harness name; without a source, from the hub."""
+
+    name: str
+    source: str | None = None
+    subset: str | None = None
+    split: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in TASKS:
+            raise ValueError(f"{name!r} is no task; one of {', '.join(TASKS)}")
+        return name
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, name: str | None) -> str | None:
+        return None if name is None else _known_source(name)
+
+    def resolved(self) -> TaskSource:
+        task = TASKS[self.name]
+        if self.source is None:
+            return TaskSource(self.name, task.hub, task.subset, self.split or "validation")
+        return TaskSource(self.name, self.source, self.subset, self.split)
+
+
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{value!r}: input should be 'auto' or an integer greater than or equal to 1")
+
+
+# One validator for both: a union would list a mistake once for each of its members.
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
+
+
+class CalibrationSection(Section):
+    """Calibration text: `text` of its own, or the first `fraction` of the scoring text.
+
+    `labels` and `memory_gb` are those of `CalibrationSpec`; the memory is that of each builder beside its
+    model. `builders` share the text of a pass and the targets to decompose: `auto` is one for each GPU.
+    """
+
+    text: TextSection | None = None
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    tokens: Positive = 65_536
+    window: Annotated[int, Field(ge=2)] = 512
+    labels: Literal["sampled", "data"] = "sampled"
+    memory_gb: Annotated[float, Field(gt=0)] = 4.0
+    builders: CountOrAuto = "auto"
+
+
+class FactorSection(Section):
+    """How targets are decomposed.
+
+    A target's method is that of the first shell pattern in `methods` its name matches, else `method`.
+    """
+
+    method: str = "curvature"
+    methods: dict[str, str] = Field(default_factory=dict)
+    bias: Literal["mean", "none"] = "mean"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TargetSection(Section):
+    """Which linear layers may be compressed: shell patterns over their names."""
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+class PerSplit(Section):
+    """A cap for each split."""
+
+    search: Positive
+    test: Positive
+
+
+class ScoringSection(Section):
+    window: Annotated[int, Field(ge=2)] = 512
+    tokens: PerSplit = PerSplit(search=8_192, test=32_768)
+    tasks: tuple[TaskSection, ...] = ()
+    examples: PerSplit = PerSplit(search=100, test=400)
+    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+    batch_tokens: Positive = 1_024
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names(cls, tasks: Any) -> Any:
+        if isinstance(tasks, list | tuple):
+            return [{"name": task} if isinstance(task, str) else task for task in tasks]
+        return tasks
+
+
+class SpaceSection(Section):
+    """The search space: targets that share a group share one level.
+
+    `levels` equal steps of parameters between `floor` and dense; `segments` cuts the depth of a
+    `module` group into that many parts. Where `methods` are named, the search chooses one of them for
+    each module type.
+    """
+
+    group: Literal["target", "module", "block"] = "target"
+    segments: Positive = 1
+    levels: Annotated[int, Field(ge=1, le=1000)] = 20
+    floor: Share = 0.2
+    methods: tuple[str, ...] = ()
+
+
+class SamplerSection(Section):
+    name: Literal["nsga2", "nsga3", "tpe", "random"] = "tpe"
+    seed: Annotated[int, Field(ge=0)] = 0
+    population: Annotated[int, Field(ge=2)] = 32
+
+
+class ReferenceSection(Section):
+    """Scored before the sampler's first proposal: dense, and uniform allocations at these linear budgets."""
+
+    dense: bool = True
+    uniform: tuple[Share, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
+
+
+class SensitivitySection(Section):
+    """`rankfront sensitivity`: every target alone at each of these stored shares of its own parameters."""
+
+    shares: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)], ...], Field(min_length=1)
+    ] = (0.75, 0.5, 0.25)
+
+    @field_validator("shares")
+    @classmethod
+    def _different(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(shares)) < len(shares):
+            raise ValueError(f"{list(shares)}: a share is there twice")
+        return shares
+
+
+class PlateauSection(Section):
+    """Stop when the hypervolume grew by no more than `tolerance` (relative) over `trials` trials."""
+
+    trials: Positive
+    tolerance: Annotated[float, Field(ge=0)] = 0.001
+
+
+class StopSection(Section):
+    """The search stops at the first of these; None never stops."""
+
+    trials: Positive | None = 200
+    tokens: Positive | None = None
+    hours: Annotated[float, Field(gt=0)] | None = None
+    plateau: PlateauSection | None = None
+
+
+class ReplicaSection(Section):
+    """How many replicas, and what each may use. `auto` asks the machine."""
+
+    count: CountOrAuto = "auto"
+    threads: CountOrAuto = "auto"
+    attempts: Positive = 2
+    trial_seconds: Annotated[float, Field(gt=0)] | None = None

@@ -1,0 +1,565 @@
+"""The contract every model family keeps, on a tiny random model of each; what no family takes is refused.
+
+A new family is one line in CASES: its model type, the (m, n) of every target of a block, and where
+the type differs from the usual, its settings, the path of its blocks, and which targets have a bias.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+    RecurrentGemmaConfig,
+)
+
+from actors.calibration import collect_moments
+from actors.export import low_rank_model
+from actors.factors import FactorStore
+from actors.families import FAMILIES, family_of
+from actors.families.experts import experts_of_config
+from actors.families.family import Family
+from actors.linears import bias_of, weight_of
+from actors.low_rank import TrialModel
+from actors.models import count_parameters, list_targets, load_model
+from actors.moments import Moments
+from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, TargetSpec
+
+FEW, MANY = 1, 10**9  # tokens for which a low rank runs as two factors, and a high one as one product
+BLOCKS = 3
+
+
+def gated(head_dim: int = 8) -> dict[str, tuple[int, int]]:
+    """Llama's block at hidden 32 and intermediate 64, with 4 heads that share 2 keys and values."""
+    queries, keys = 4 * head_dim, 2 * head_dim
+    return {
+        "self_attn.q_proj": (queries, 32),
+        "self_attn.k_proj": (keys, 32),
+        "self_attn.v_proj": (keys, 32),
+        "self_attn.o_proj": (32, queries),
+        "mlp.gate_proj": (64, 32),
+        "mlp.up_proj": (64, 32),
+        "mlp.down_proj": (32, 64),
+    }
+
+
+GPT2 = {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
+NEOX = {
+    "attention.query_key_value": (96, 32),
+    "attention.dense": (32, 32),
+    "mlp.dense_h_to_4h": (64, 32),
+    "mlp.dense_4h_to_h": (32, 64),
+}
+OPT = {f"self_attn.{side}_proj": (32, 32) for side in ("k", "v", "q", "out")} | {
+    "fc1": (64, 32),
+    "fc2": (32, 64),
+}
+GEMMA3 = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+OPT_SETTINGS = {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": tiny.INITIALIZER_RANGE}
+
+
+@dataclass(frozen=True)
+class Case:
+    model_type: str
+    shapes: Mapping[str, tuple[int, int]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    blocks: str = "model.layers"
+    biased: tuple[str, ...] = ()
+    generic: bool = False
+
+
+CASES = (
+    Case("llama", gated(), {"attention_bias": True, "mlp_bias": True}, biased=("*",)),
+    Case("mistral", gated(), {"sliding_window": 8, "tie_word_embeddings": False}),
+    Case("qwen2", gated(), biased=("*.[qkv]_proj",)),
+    Case("qwen3", gated(head_dim=16), {"head_dim": 16}),
+    Case("gemma3_text", gated(head_dim=16), GEMMA3 | {"layer_types": GEMMA3["layer_types"][:BLOCKS]}),
+    Case("gpt2", GPT2, blocks="transformer.h", biased=("*",)),
+    Case("opt", OPT, OPT_SETTINGS, "model.decoder.layers", biased=("*",), generic=True),
+    Case("gpt_neox", NEOX, blocks="gpt_neox.layers", biased=("*",), generic=True),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A saved tiny model, its targets, their moments and a store of their factors by two methods."""
+
+    case: Case
+    folder: Path
+    targets: tuple[TargetSpec, ...]
+    moments: Mapping[str, Moments]
+    store: FactorStore
+
+    def dense(self) -> Any:
+        return load_model(self.folder, ModelSource(str(self.folder)))
+
+    def allocation(self, share: float, method: str | None = None) -> Allocation:
+        """The same share of full rank for every target, all by one method."""
+        ranks = {target.name: max(1, int(share * target.full_rank)) for target in self.targets}
+        return Allocation.of(
+            ranks, self.targets, methods=dict.fromkeys(ranks, method) if method is not None else None
+        )
+
+    def mixed(self) -> Allocation:
+        """Dense targets, low and high ranks, and both methods, side by side."""
+        shares, methods = (None, 0.5, 0.9, 0.3, 1.0), (None, "feature", None)
+        ranks, chosen = {}, {}
+        for number, target in enumerate(self.targets):
+            share, method = shares[number % len(shares)], methods[number % len(methods)]
+            if share is not None:
+                ranks[target.name] = int(share * target.full_rank)
+                if method is not None:
+                    chosen[target.name] = method
+        return Allocation.of(ranks, self.targets, methods=chosen)
+
+    def installed(self, allocation: Allocation, tokens: int) -> tuple[Any, TrialModel]:
+        model = self.dense()
+        trial = TrialModel(model, self.targets, self.store)
+        trial.install(allocation, tokens)
+        return model, trial
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.model_type)
+def setting(
+    request: pytest.FixtureRequest, ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Setting:
+    case: Case = request.param
+    root = tmp_path_factory.mktemp(case.model_type)
+    folder = tiny.tiny_model(root / "model", case.model_type, **case.settings)
+    model = load_model(folder, ModelSource(str(folder)))
+    targets = list_targets(model)
+    moments = collect_moments(model, targets, ids, [target.name for target in targets], "data")
+    spec = FactorSpec("weight", choices=("feature",))
+    return Setting(
+        case, folder, targets, moments, tiny.tiny_store(root / "store", model, targets, moments, spec)
+    )
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative to the largest logit."""
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def seen(model: nn.Module, targets: tuple[TargetSpec, ...], ids: torch.Tensor) -> dict[str, Any]:
+    """Inputs (tokens, n) and outputs (tokens, m) of every target on `ids`, as float64 arrays."""
+    found: dict[str, Any] = {}
+
+    def hook_of(name: str, width: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            pair = (args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1]))
+            found[name] = tuple(tensor.double().numpy() for tensor in pair)
+
+        return hook
+
+    handles = [
+        model.get_submodule(target.name).register_forward_hook(hook_of(target.name, target.cols))
+        for target in targets
+    ]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def matrix(layer: nn.Module) -> Any:
+    """W (m, n) in float64 by asking the layer itself: its answers to the unit vectors, less its bias."""
+    width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+    with torch.inference_mode():
+        answers = layer.double()(torch.eye(width, dtype=torch.float64)) - layer(
+            torch.zeros(1, width, dtype=torch.float64)
+        )
+    return answers.T.numpy()
+
+
+def test_targets_are_the_declared_modules_of_every_block(setting: Setting) -> None:
+    case = setting.case
+    assert setting.targets == tuple(
+        TargetSpec(
+            f"{case.blocks}.{block}.{module}",
+            *shape,
+            any(fnmatchcase(module, pattern) for pattern in case.biased),
+            block,
+            module,
+        )
+        for block in range(BLOCKS)
+        for module, shape in case.shapes.items()
+    )
+
+
+def test_the_family_is_the_types_own_or_says_that_there_is_none(setting: Setting) -> None:
+    family, case = family_of(setting.dense()), setting.case
+    assert case.model_type in family.model_types
+    assert family.blocks == case.blocks
+    if case.generic:
+        assert family not in FAMILIES
+        every = f"every linear layer inside {case.blocks} is a target"
+        assert family.note == f"no family of its own for {case.model_type!r}: {every}"
+    else:
+        assert family in FAMILIES
+        assert family.note is None
+
+
+def test_embeddings_and_head_are_never_targets(setting: Setting) -> None:
+    model = setting.dense()
+    chosen = {model.get_submodule(target.name) for target in setting.targets}
+    assert {model.get_input_embeddings(), model.get_output_embeddings()}.isdisjoint(chosen)
+    inside = set(model.get_submodule(setting.case.blocks).modules())
+    assert chosen <= inside
+    linears = {module for module in inside if type(module).__name__ in ("Linear", "Conv1D")}
+    assert chosen == linears
+
+
+def test_every_target_computes_w_x_plus_b(setting: Setting, ids: torch.Tensor) -> None:
+    model = setting.dense()
+    for name, (inputs, outputs) in seen(model, setting.targets, ids[:2]).items():
+        layer = model.get_submodule(name)
+        weight, bias = weight_of(layer).double().numpy(), bias_of(layer)
+        expected = inputs @ weight.T + (0 if bias is None else bias.double().numpy())
+        np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+        assert bias is None or bias.abs().min() > 0  # a forgotten one would show
+
+
+def test_parameters_are_what_is_saved(setting: Setting) -> None:
+    """Tied weights are saved once. The head is tied in all but one of the models."""
+    with safe_open(setting.folder / "model.safetensors", framework="pt") as file:
+        saved = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
+    model = setting.dense()
+    tied = setting.case.settings.get("tie_word_embeddings", True)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    assert count_parameters(model) == sum(saved.values())
+    of_targets = sum(
+        count for name, count in saved.items() if name.rpartition(".")[0] in {t.name for t in setting.targets}
+    )
+    assert sum(target.parameters for target in setting.targets) == of_targets
+
+
+@pytest.mark.parametrize("method", [None, "feature"])
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_full_rank_is_the_dense_model(
+    tokens: int, method: str | None, setting: Setting, ids: torch.Tensor
+) -> None:
+    model, trial = setting.installed(setting.allocation(1.0, method), tokens)
+    assert all(trial.layer(target.name).rank == target.full_rank for target in setting.targets)
+    assert largest_difference(logits(model, ids[:4]), logits(setting.dense(), ids[:4])) < 1e-4
+
+
+def by_hand(setting: Setting, allocation: Allocation, ids: torch.Tensor) -> nn.Module:
+    """The dense model with weights and biases replaced by what numpy makes of what it saw.
+
+    W_r = U_r U_r^T W with U the left singular vectors of W (`weight`) or the eigenvectors of cov(W x)
+    (`feature`); b_r = b + (W - W_r) mu.
+    """
+    model = setting.dense()
+    inputs = {name: x for name, (x, _) in seen(model, setting.targets, ids).items()}
+    methods = dict(allocation.methods)
+    for name, rank in allocation:
+        if rank is None:
+            continue
+        layer = model.get_submodule(name)
+        own, weight, mu = bias_of(layer), matrix(copy.deepcopy(layer)), inputs[name].mean(0)
+        if methods.get(name) == "feature":
+            basis = np.linalg.eigh(np.cov((inputs[name] @ weight.T).T))[1][:, ::-1][:, :rank]
+        else:
+            basis = np.linalg.svd(weight)[0][:, :rank]
+        cut = basis @ basis.T @ weight
+        bias = (weight - cut) @ mu + (0 if own is None else own.double().numpy())
+        replacement = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            replacement.weight.copy_(torch.from_numpy(cut))
+            replacement.bias.copy_(torch.from_numpy(bias))
+        model.set_submodule(name, replacement)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_an_allocation_is_the_model_truncated_by_hand(
+    tokens: int, setting: Setting, ids: torch.Tensor
+) -> None:
+    allocation = setting.mixed()
+    model, _ = setting.installed(allocation, tokens)
+    expected = logits(by_hand(setting, allocation, ids), ids[:4])
+    assert largest_difference(logits(model, ids[:4]), expected) < 1e-4
+    assert largest_difference(logits(setting.dense(), ids[:4]), expected) > 0.05  # it does change the model
+
+
+def test_restored_is_the_dense_model_to_the_bit(setting: Setting, ids: torch.Tensor) -> None:
+    before = logits(setting.dense(), ids[:2])
+    for tokens in (FEW, MANY):
+        model, trial = setting.installed(setting.mixed(), tokens)
+        assert not torch.equal(logits(model, ids[:2]), before)
+        trial.install(Allocation.dense(setting.targets), tokens)
+        assert torch.equal(logits(model, ids[:2]), before)
+
+
+def test_moments_are_those_of_what_the_targets_saw(setting: Setting, ids: torch.Tensor) -> None:
+    model = setting.dense()
+    inputs = {name: x for name, (x, _) in seen(model, setting.targets, ids).items()}
+    for target in setting.targets:
+        moments, x = setting.moments[target.name], inputs[target.name]
+        assert moments.tokens == ids.numel()
+        np.testing.assert_allclose(moments.input_mean, x.mean(0), rtol=1e-4, atol=1e-5)
+        of = x if moments.side == "input" else x @ matrix(copy.deepcopy(model.get_submodule(target.name))).T
+        covariance = np.cov(of.T, bias=True)
+        np.testing.assert_allclose(moments.covariance, covariance, rtol=1e-4, atol=1e-5 * covariance.max())
+        np.testing.assert_allclose(moments.mean, of.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_moments_are_those_of_autograd(setting: Setting, ids: torch.Tensor) -> None:
+    """E[g g^T] of the summed next-token loss, in W^T g where that is narrower; per predicted token."""
+    model = setting.dense()
+    outputs: dict[str, torch.Tensor] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            outputs[name] = output if output.requires_grad else output.requires_grad_(True)
+            outputs[name].retain_grad()
+            return outputs[name]
+
+        return hook
+
+    for target in setting.targets:
+        model.get_submodule(target.name).register_forward_hook(hook_of(target.name))
+    predicted = model(ids).logits[:, :-1].flatten(0, 1)
+    nn.functional.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum").backward()
+    for target in setting.targets:
+        gradient = outputs[target.name].grad
+        assert gradient is not None
+        g = gradient.reshape(-1, target.rows).double().numpy()
+        if target.cols < target.rows:
+            g = g @ matrix(copy.deepcopy(model.get_submodule(target.name)))
+        expected, found = g.T @ g / len(predicted), setting.moments[target.name].gradient
+        assert found is not None
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+def test_an_export_is_the_searched_model(
+    storage: str, setting: Setting, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    allocation = setting.mixed()
+    low_rank_model(setting.dense(), setting.store, allocation, storage).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", use_safetensors=True).eval()
+    searched, _ = setting.installed(allocation, MANY)
+    assert largest_difference(logits(loaded, ids[:4]), logits(searched, ids[:4])) < 1e-4
+    tied = setting.case.settings.get("tie_word_embeddings", True)
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+    kept = {target.name for target in setting.targets} - {
+        name for name, rank in allocation if rank is not None
+    }
+    assert kept
+    for name in kept:
+        layer = setting.dense().get_submodule(name)
+        assert torch.equal(loaded.base.get_submodule(name).weight, layer.weight)
+
+
+def test_every_family_is_in_the_suite() -> None:
+    types = [model_type for family in FAMILIES for model_type in family.model_types]
+    assert len(types) == len(set(types))
+    assert set(types) == {case.model_type for case in CASES if not case.generic}
+
+
+def tiny_llama_model() -> Any:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_every_missing_module_of_a_named_family_is_told() -> None:
+    model = tiny_llama_model()
+    del model.model.layers[1].mlp.up_proj
+    model.model.layers[2].self_attn.q_proj = nn.LayerNorm(16)
+    with pytest.raises(RankfrontError) as error:
+        list_targets(model)
+    assert str(error.value).splitlines() == [
+        "family 'llama' in LlamaForCausalLM: model.layers.1.mlp.up_proj is missing",
+        "family 'llama' in LlamaForCausalLM: model.layers.2.self_attn.q_proj is a LayerNorm, no linear layer",
+    ]
+
+
+def test_a_block_may_lack_what_is_optional() -> None:
+    model = tiny_llama_model()
+    del model.model.layers[1].mlp.up_proj
+    family = Family("pruned", ("llama",), modules=("mlp.up_proj",), optional=("mlp.up_proj",))
+    assert [(block, module) for block, module, _ in family.linears(model)] == [
+        (0, "mlp.up_proj"),
+        (2, "mlp.up_proj"),
+    ]
+
+
+def test_a_named_family_whose_blocks_are_elsewhere_is_refused() -> None:
+    model = tiny_llama_model()
+    model.model.blocks = model.model.layers
+    del model.model.layers
+    with pytest.raises(
+        RankfrontError, match=r"LlamaForCausalLM has no list of decoder blocks at model\.layers"
+    ):
+        list_targets(model)
+
+
+def test_undeclared_layers_of_a_named_family_are_left_alone() -> None:
+    """GPT-2 with cross-attention, which a causal language model never runs."""
+    config = GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, add_cross_attention=True
+    )
+    modules = {target.module for target in list_targets(GPT2LMHeadModel(config))}
+    assert modules == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+class Body(nn.Module):
+    """A model of hand-made blocks, of a type nobody knows."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig()
+        self.body = nn.ModuleList(blocks)
+
+
+def mlp(width: int = 8, inner: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width))
+
+
+def block(**parts: Any) -> nn.Module:
+    made = nn.Module()
+    made.attention = nn.Linear(8, 8)
+    for name, part in parts.items():
+        if isinstance(part, torch.Tensor):
+            part = nn.Parameter(part)
+        setattr(made, name, part)
+    return made
+
+
+def test_a_layer_that_blocks_share_is_one_target() -> None:
+    shared = nn.Linear(8, 8)
+    model = Body(block(shared=shared), block(shared=shared))
+    assert [target.name for target in list_targets(model)] == [
+        "body.0.attention",
+        "body.0.shared",
+        "body.1.attention",
+    ]
+
+
+def test_blocks_of_an_unknown_type_may_differ() -> None:
+    model = Body(block(first=mlp()), block(second=nn.Linear(8, 4)))
+    assert [(target.name, target.rows, target.cols) for target in list_targets(model)] == [
+        ("body.0.attention", 8, 8),
+        ("body.0.first.0", 16, 8),
+        ("body.0.first.2", 8, 16),
+        ("body.1.attention", 8, 8),
+        ("body.1.second", 4, 8),
+    ]
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "where"),
+    [
+        (MixtralConfig(num_local_experts=4, **SMALL), r"block 0, mlp\.experts\.gate_up_proj: 4 matrices"),
+        (
+            Qwen3MoeConfig(num_experts=6, mlp_only_layers=[0], **SMALL),
+            r"block 1, mlp\.experts\.gate_up_proj: 6 matrices",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_models_that_mix_experts_are_told_by_their_structure(config: Any, where: str) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    model.config = PreTrainedConfig()  # says nothing of experts
+    with pytest.raises(RankfrontError, match=rf"mixes experts, which has no adapter yet \(.*{where}"):
+        list_targets(model)
+
+
+@pytest.mark.parametrize(
+    ("parts", "where"),
+    [
+        ({"experts": nn.ModuleList(mlp() for _ in range(3))}, "experts: 3 MLPs of one shape"),
+        ({"choices": nn.ModuleDict({"a": mlp(), "b": mlp()})}, "choices: 2 MLPs of one shape"),
+        (
+            {"up": torch.ones(4, 16, 8), "down": torch.ones(4, 8, 16)},
+            r"down: 4 matrices \(8, 16\) in one parameter",
+        ),
+        (
+            {"gate_up": torch.ones(4, 8, 32), "down": torch.ones(4, 16, 8)},
+            r"down: 4 matrices \(16, 8\) in one parameter",
+        ),
+        ({"experts": torch.ones(4, 8, 8)}, r"experts: 4 matrices \(8, 8\) in one parameter"),
+    ],
+    ids=["list", "dict", "up and down", "gate and up in one", "by name"],
+)
+def test_hand_made_experts_are_refused(parts: dict[str, Any], where: str) -> None:
+    with pytest.raises(RankfrontError, match=rf"Body mixes experts.* \(body, block 1, {where}\)"):
+        list_targets(Body(block(), block(**parts)))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"only": nn.ModuleList([mlp()])},
+        {"unlike": nn.ModuleList([mlp(), mlp(inner=12)])},
+        {"stages": nn.ModuleList(nn.Sequential(nn.LayerNorm(8), *mlp()) for _ in range(2))},
+        {"adapters": nn.ModuleList(nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 16)) for _ in range(2))},
+        {"heads": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))},
+        {"kernel": nn.Conv1d(8, 8, 3), "other": nn.Conv1d(8, 4, 2)},
+        {"q": torch.ones(8, 2, 4), "k": torch.ones(8, 2, 4)},
+        {"mix": torch.ones(1, 1, 8), "decay": torch.ones(1, 8, 1)},
+        {"x_proj": torch.ones(2, 6, 8), "dt_proj": torch.ones(2, 8, 4)},
+    ],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_what_only_resembles_experts_is_taken(parts: dict[str, Any]) -> None:
+    assert "body.1.attention" in {target.name for target in list_targets(Body(block(), block(**parts)))}
+
+
+def test_gates_per_head_are_no_experts() -> None:
+    """RecurrentGemma holds (heads, width, width) gates."""
+    config = RecurrentGemmaConfig(
+        num_hidden_layers=3, vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert any(p.dim() == 3 and p.shape[0] == 2 for p in model.parameters())
+    assert len({target.block for target in list_targets(model)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts"),
+    [({}, 1), ({"num_local_experts": 0}, 1), ({"num_experts": 1}, 1), ({"n_routed_experts": 8}, 8)],
+)
+def test_one_expert_is_no_mixture(settings: dict[str, Any], experts: int) -> None:
+    config = AutoConfig.for_model("llama")
+    for name, value in settings.items():
+        setattr(config, name, value)
+    assert experts_of_config(config) == experts

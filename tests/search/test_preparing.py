@@ -1,0 +1,245 @@
+"""A preparation on a real local Ray: builders that share it, builders that die, a driver that refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import tiny
+import torch
+
+import search.pool
+import search.preparing
+from actors.builder import Builder
+from actors.factors import FactorStore, store_problem
+from actors.moments import merge
+from actors.replica import Preparer
+from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
+from search.config import parse_config
+from search.pool import Machine, thread_environment
+from search.preparing import prepare
+
+MACHINE = Machine(cores=2, gpus=0, memory=1 << 30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=search.pool.OBJECT_STORE_BYTES,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("preparing")
+    tiny.tiny_config(root)
+    return root
+
+
+def spec_of(root: Path, runs: Path, **overrides: Any) -> PreparationSpec:
+    return parse_config(tiny.tiny_config(root, runs=str(runs), **overrides)).preparation()
+
+
+class Watched:
+    """A preparation and all that it told its driver."""
+
+    def __init__(self, spec: PreparationSpec, builders: int) -> None:
+        self.said: list[str] = []
+        self.shown: list[Progress] = []
+        self.checked: list[Mapping[str, str]] = []
+        self._ask = (spec, MACHINE, builders, self.said.append, self.shown.append, self.checked.append)
+
+    def run(self) -> Prepared:
+        return prepare(*self._ask)
+
+
+@pytest.fixture(scope="module")
+def by_one(root: Path) -> Prepared:
+    """What one builder prepares."""
+    watched = Watched(spec_of(root, root / "one"), builders=1)
+    prepared = watched.run()
+    decomposed = [progress for progress in watched.shown if progress.step == "decomposing"]
+    assert decomposed == [Progress("decomposing", done, 21) for done in range(1, 22)]
+    assert watched.shown[0].step == "calibrating"
+    assert watched.checked == [prepared.fingerprints]
+    return prepared
+
+
+def same_store(found: Prepared, expected: Prepared) -> None:
+    """Every target approximated alike at every rank; the vectors may change their sign."""
+    assert store_problem(Path(found.factor_store), expected.fingerprints["factors"]) is None
+    ours, theirs = FactorStore(found.factor_store), FactorStore(expected.factor_store)
+    assert ours.targets == theirs.targets
+    for target in theirs.targets:
+        for rank in (1, 5, target.full_rank):
+            products = []
+            for store in (ours, theirs):
+                left, right, _ = store.rank(target.name, rank)
+                products.append(left.T.double() @ right.double())
+            assert (products[0] - products[1]).norm() < 1e-5 * products[1].norm(), (target.name, rank)
+
+
+def test_two_builders_make_what_one_makes(root: Path, by_one: Prepared, tmp_path: Path) -> None:
+    watched = Watched(spec_of(root, tmp_path), builders=2)
+    prepared = watched.run()
+    assert not prepared.reused
+    assert prepared.fingerprints == by_one.fingerprints
+    same_store(prepared, by_one)
+    assert watched.shown[-1] == Progress("decomposing", 21, 21)
+    assert [progress.total for progress in watched.shown if progress.step == "calibrating"][-1] == 8
+    again = Watched(spec_of(root, tmp_path), builders=2)
+    assert again.run().reused
+    assert again.shown == []
+
+
+def test_moments_that_travel_between_actors_add_up(root: Path, tmp_path: Path) -> None:
+    """Two actors' parts, fetched and merged here, against a builder in this process."""
+    spec = spec_of(root, tmp_path)
+    own = Builder(spec)
+    *_, made = own.inspect()
+    assert isinstance(made, BuildPlan)
+    [*_] = own.collect(made, 0, 0, 1)
+    options = {"num_cpus": 1, "runtime_env": thread_environment(1)}
+    actors = [ray.remote(Preparer).options(**options).remote(spec, 1) for _ in range(2)]
+    streams = [
+        actor.collect.options(num_returns="streaming").remote(made, 0, shard, 2)
+        for shard, actor in enumerate(actors)
+    ]
+    for stream in streams:
+        assert len([ray.get(reference) for reference in stream]) >= 1
+    for target in own.targets:
+        found = merge(ray.get([actor.part.remote(target.name) for actor in actors]))
+        expected = own.part(target.name)
+        assert (found.side, found.tokens) == (expected.side, expected.tokens)
+        for field in ("covariance", "mean", "input_mean", "gradient"):
+            one, other = getattr(found, field), getattr(expected, field)
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * other.abs().max().item())
+    own.close()
+    for actor in actors:
+        ray.kill(actor)
+
+
+def dying(folder: Path, method: str, after: int, times: int) -> type:
+    """A preparer whose process ends in the call of `method` that comes after so many, `times` times in all.
+
+    It is counted by files in `folder`. A class made here travels to the workers by value.
+    """
+    marks = str(folder)
+
+    class Dying(Preparer):
+        def _live(self, name: str) -> None:
+            import os
+            from pathlib import Path
+
+            if name != method:
+                return
+            self._calls = getattr(self, "_calls", 0) + 1
+            deaths = len(list(Path(marks).glob("death-*")))
+            if self._calls > after and deaths < times:
+                (Path(marks) / f"death-{deaths}").touch()
+                os._exit(1)
+
+        def collect(self, *arguments: Any) -> Any:
+            self._live("collect")
+            yield from super().collect(*arguments)
+
+        def part(self, name: str) -> Any:
+            self._live("part")
+            return super().part(name)
+
+        def build(self, name: str, *others: Any) -> None:
+            self._live("build")
+            super().build(name, *others)
+
+    return Dying
+
+
+def deaths(folder: Path) -> int:
+    return len(list(folder.glob("death-*")))
+
+
+def test_a_builder_that_others_wait_for_dies_and_what_was_written_is_kept(
+    root: Path, by_one: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its moments were to be an argument of another's task, which fails in its stead."""
+    monkeypatch.setattr(search.preparing, "Preparer", dying(tmp_path, "part", after=5, times=1))
+    watched = Watched(spec_of(root, tmp_path / "runs"), builders=2)
+    prepared = watched.run()
+    assert deaths(tmp_path) == 1
+    same_store(prepared, by_one)
+    assert len([line for line in watched.said if "died; beginning again" in line]) == 1
+    [kept] = [line for line in watched.said if "targets are done already" in line]
+    left = int(kept.split("decomposing ")[1].split()[0])
+    assert left < 21
+    decomposed = [progress for progress in watched.shown if progress.step == "decomposing"]
+    assert decomposed[-left:] == [Progress("decomposing", done, left) for done in range(1, left + 1)]
+
+
+def test_one_that_dies_again_and_again_gets_there_if_each_leaves_something(
+    root: Path, by_one: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.preparing, "Preparer", dying(tmp_path, "build", 8, times=9))
+    watched = Watched(spec_of(root, tmp_path / "runs"), builders=1)
+    same_store(watched.run(), by_one)
+    assert deaths(tmp_path) == 2  # 8 targets, 8, and the last 5
+
+
+def test_one_that_always_dies_ends_the_preparation(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.preparing, "Preparer", dying(tmp_path, "build", after=0, times=99))
+    with pytest.raises(RankfrontError, match="the preparation's process died"):
+        Watched(spec_of(root, tmp_path / "runs"), builders=1).run()
+    assert deaths(tmp_path) == 1
+
+
+class RefusedError(Exception):
+    pass
+
+
+def test_a_check_that_refuses_stops_before_anything_is_measured(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.preparing, "Preparer", dying(tmp_path, "collect", after=0, times=99))
+    seen: list[Mapping[str, str]] = []
+
+    def refuse(fingerprints: Mapping[str, str]) -> None:
+        seen.append(fingerprints)
+        raise RefusedError
+
+    shown: list[Progress] = []
+    with pytest.raises(RefusedError):
+        prepare(spec_of(root, tmp_path / "runs"), MACHINE, 2, lambda line: None, shown.append, refuse)
+    assert [{*fingerprints} for fingerprints in seen] == [
+        {"model", "tokenizer", "calibration", "search", "test", "factors"}
+    ]
+    assert shown == []
+    assert deaths(tmp_path) == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_workers_mistakes_are_told_as_they_are(root: Path, tmp_path: Path) -> None:
+    spec = spec_of(root, tmp_path, targets={"include": ["*.q_project"]})
+    with pytest.raises(RankfrontError, match="leaves none of 21 linear layers"):
+        Watched(spec, builders=1).run()
+
+
+def test_no_more_builders_than_windows(root: Path, by_one: Prepared, tmp_path: Path) -> None:
+    """A text of one window is asked for as more: the second builder would have nothing to measure."""
+    tiny.tiny_text(tmp_path / "short", count=1)
+    short = {"source": str(tmp_path / "short")}
+    spec = spec_of(root, tmp_path, calibration={"text": short, "window": 128, "tokens": 1024})
+    prepared = Watched(spec, builders=2).run()
+    assert prepared.tokens["calibration"] == 128
+    assert prepared.fingerprints["factors"] != by_one.fingerprints["factors"]
