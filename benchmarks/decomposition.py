@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from search.cost import CostModel
 
 Tensor = torch.Tensor
 BUDGETS = (0.95, 0.9, 0.8, 0.7, 0.6)
+TWO = (0.9, 0.8)  # where every variant is measured
 WINDOW, TEST_TOKENS, BATCH_TOKENS = 512, 16_384, 1024
 CALIBRATION_TOKENS = (16_384, 32_768, 65_536)
 
@@ -111,13 +112,14 @@ def parts() -> dict[str, list[Point]]:
     grid = [Point(m, s, b) for m in methods for s in storages for b in BUDGETS]
     more = [
         Point(m, "pivoted", b, tokens=t)
-        for t in CALIBRATION_TOKENS[1:]
+        for t in CALIBRATION_TOKENS
         for m in ("feature", "curvature")
         for b in BUDGETS
     ]
-    variants = [Point("curvature", "pivoted", b, labels="data") for b in (0.9, 0.8)]
-    variants += [Point(m, "pivoted", b, bias="none") for m in ("feature", "curvature") for b in (0.9, 0.8)]
-    damped = [Point("curvature", "pivoted", b, damping=d) for d in DAMPINGS for b in (0.9, 0.8)]
+    variants = [Point(m, "pivoted", b) for m in ("feature", "curvature") for b in TWO]
+    variants += [Point("curvature", "pivoted", b, labels="data") for b in TWO]
+    variants += [Point(m, "pivoted", b, bias="none") for m in ("feature", "curvature") for b in TWO]
+    damped = [Point("curvature", "pivoted", b, damping=d) for d in DAMPINGS for b in TWO]
     return {"methods": code + grid, "damping": damped, "tokens": more, "variants": variants}
 
 
@@ -232,73 +234,72 @@ def _windows(tokenizer: object, text: str) -> Tensor:
     return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
 
 
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
+def _cell(value: float) -> str:
     return f"{value:.1f}" if value < 10_000 else f"{value:.0e}".replace("e+0", "e")
 
 
-def report(bench: Bench) -> str:
-    """The result file."""
+def report(found: dict[str, float], measured: Sequence[str]) -> str:
+    """The result file: the parts that were measured."""
 
     def line(label: list[str], points: list[Point]) -> list[str]:
-        return [*label, *(_cell(bench.found.get(repr(point))) for point in points)]
+        return [*label, *(_cell(found[repr(point)]) for point in points)]
 
     budgets = [f"{budget:.0%}" for budget in BUDGETS]
-    rows = [line(["paper-code", "factored"], parts()["methods"][: len(BUDGETS)])]
-    for method in ("weight", "feature", "curvature"):
-        for storage in ("factored", "pivoted"):
-            label = "feature (`paper-text`)" if (method, storage) == ("feature", "factored") else method
-            rows.append(line([label, storage], [Point(method, storage, b) for b in BUDGETS]))
-    tokens = [
-        line([method, f"{count:,}"], [Point(method, "pivoted", b, tokens=count) for b in BUDGETS])
-        for method in ("feature", "curvature")
-        for count in CALIBRATION_TOKENS
-    ]
-    damping = [
-        line([name], [Point("curvature", "pivoted", b, damping=name) for b in (0.9, 0.8)])
-        for name in DAMPINGS
-    ]
-    variants = [
-        line(["curvature", "sampled", "mean"], [Point("curvature", "pivoted", b) for b in (0.9, 0.8)]),
-        line(
-            ["curvature", "data", "mean"],
-            [Point("curvature", "pivoted", b, labels="data") for b in (0.9, 0.8)],
-        ),
-        line(
-            ["curvature", "sampled", "none"],
-            [Point("curvature", "pivoted", b, bias="none") for b in (0.9, 0.8)],
-        ),
-        line(["feature", "-", "mean"], [Point("feature", "pivoted", b) for b in (0.9, 0.8)]),
-        line(["feature", "-", "none"], [Point("feature", "pivoted", b, bias="none") for b in (0.9, 0.8)]),
-    ]
-    gains = []
-    for budget in BUDGETS:
-        ours, paper = Point("curvature", "pivoted", budget), Point("feature", "factored", budget)
-        if repr(ours) in bench.found and repr(paper) in bench.found:
-            gains.append(f"{bench.found[repr(paper)] / bench.found[repr(ours)]:.2f}x at {budget:.0%}")
-    return "\n\n".join(
-        [
-            "# Decomposition methods: perplexity of SmolLM2-135M on WikiText-2",
-            "`python benchmarks/decomposition.py --calibration wikitext2-valid.txt "
-            "--test wikitext2-raw-test.txt` (all rows in one run)",
-            f"{TEST_TOKENS:,} tokens of the raw test file in windows of {WINDOW}, uniform allocation, budget "
-            f"of all parameters, dense perplexity {_cell(bench.found.get('dense'))}. Calibration: the "
-            "validation file, `<unk>` deleted with the space before it. How each row is made: see the "
-            "script's head.",
-            "## Method and storage, 16,384 calibration tokens",
-            table(["method", "storage", *budgets], rows),
-            "`curvature`, pivoted, against `paper-text`: " + ", ".join(gains) + ".",
-            "## More calibration tokens, pivoted",
-            table(["method", "tokens", *budgets], tokens),
-            "## Damping of `curvature`, pivoted",
-            f"As shipped: median x {maths.DAMPING:g}.",
-            table(["damping", "90%", "80%"], damping),
-            "## Labels of the gradients, and the bias; pivoted",
-            table(["method", "labels", "bias", "90%", "80%"], variants),
-            f"SmolLM2-135M-Instruct, fp32; {machine()}",
-        ]
+    command = (
+        "python benchmarks/decomposition.py --calibration wikitext2-valid.txt --test wikitext2-raw-test.txt"
     )
+    only = "" if set(measured) == set(parts()) else f" --only {' '.join(measured)}"
+    sections = [
+        "# Decomposition methods: perplexity of SmolLM2-135M on WikiText-2",
+        f"`{command}{only}` (all rows in one run)",
+        f"{TEST_TOKENS:,} tokens of the raw test file in windows of {WINDOW}, uniform allocation, budget of "
+        f"all parameters, dense perplexity {_cell(found['dense'])}. Calibration: the validation file, `<unk>` "
+        "deleted with the space before it. How each row is made: see the script's head.",
+    ]
+    if "methods" in measured:
+        rows = [line(["paper-code", "factored"], parts()["methods"][: len(BUDGETS)])]
+        for method in ("weight", "feature", "curvature"):
+            for storage in ("factored", "pivoted"):
+                label = "feature (`paper-text`)" if (method, storage) == ("feature", "factored") else method
+                rows.append(line([label, storage], [Point(method, storage, b) for b in BUDGETS]))
+        ratios = [
+            (b, found[repr(Point("feature", "factored", b))] / found[repr(Point("curvature", "pivoted", b))])
+            for b in BUDGETS
+        ]
+        gains = ", ".join(f"{ratio:.2f}x at {budget:.0%}" for budget, ratio in ratios)
+        sections += [
+            f"## Method and storage, {CALIBRATION_TOKENS[0]:,} calibration tokens",
+            table(["method", "storage", *budgets], rows),
+            f"Perplexity of `paper-text` over that of `curvature`, pivoted: {gains}.",
+        ]
+    if "tokens" in measured:
+        rows = [
+            line([method, f"{count:,}"], [Point(method, "pivoted", b, tokens=count) for b in BUDGETS])
+            for method in ("feature", "curvature")
+            for count in CALIBRATION_TOKENS
+        ]
+        sections += ["## More calibration tokens, pivoted", table(["method", "tokens", *budgets], rows)]
+    if "damping" in measured:
+        rows = [line([n], [Point("curvature", "pivoted", b, damping=n) for b in TWO]) for n in DAMPINGS]
+        note = f"As shipped: median x {maths.DAMPING:g}."
+        sections += ["## Damping of `curvature`, pivoted", note, table(["damping", "90%", "80%"], rows)]
+    if "variants" in measured:
+        rows = [
+            line(["curvature", "sampled", "mean"], [Point("curvature", "pivoted", b) for b in TWO]),
+            line(
+                ["curvature", "data", "mean"], [Point("curvature", "pivoted", b, labels="data") for b in TWO]
+            ),
+            line(
+                ["curvature", "sampled", "none"], [Point("curvature", "pivoted", b, bias="none") for b in TWO]
+            ),
+            line(["feature", "-", "mean"], [Point("feature", "pivoted", b) for b in TWO]),
+            line(["feature", "-", "none"], [Point("feature", "pivoted", b, bias="none") for b in TWO]),
+        ]
+        sections += [
+            "## Labels of the gradients, and the bias; pivoted",
+            table(["method", "labels", "bias", "90%", "80%"], rows),
+        ]
+    return "\n\n".join([*sections, f"SmolLM2-135M-Instruct, fp32; {machine()}"])
 
 
 def main() -> None:
@@ -312,7 +313,7 @@ def main() -> None:
     bench = Bench(arguments.calibration, arguments.test)
     for part in arguments.only:
         bench.run(parts()[part])
-    print(report(bench))
+    print(report(bench.found, arguments.only))
 
 
 if __name__ == "__main__":
