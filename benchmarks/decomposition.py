@@ -253,8 +253,8 @@ def report(found: dict[str, float], measured: Sequence[str]) -> str:
         "# Decomposition methods: perplexity of SmolLM2-135M on WikiText-2",
         f"`{command}{only}` (all rows in one run)",
         f"{TEST_TOKENS:,} tokens of the raw test file in windows of {WINDOW}, uniform allocation, budget of "
-        f"all parameters, dense perplexity {_cell(found['dense'])}. Calibration: the validation file, `<unk>` "
-        "deleted with the space before it. How each row is made: see the script's head.",
+        f"all parameters, dense perplexity {_cell(found['dense'])}. Calibration: the validation file, "
+        "`<unk>` deleted with the space before it. How each row is made: see the script's head.",
     ]
     if "methods" in measured:
         rows = [line(["paper-code", "factored"], parts()["methods"][: len(BUDGETS)])]

@@ -532,6 +532,7 @@ def test_hand_made_experts_are_refused(parts: dict[str, Any], where: str) -> Non
         {"unlike": nn.ModuleList([mlp(), mlp(inner=12)])},
         {"stages": nn.ModuleList(nn.Sequential(nn.LayerNorm(8), *mlp()) for _ in range(2))},
         {"adapters": nn.ModuleList(nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 16)) for _ in range(2))},
+        {"drops": nn.ModuleList(nn.Dropout() for _ in range(2))},
         {"heads": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))},
         {"kernel": nn.Conv1d(8, 8, 3), "other": nn.Conv1d(8, 4, 2)},
         {"q": torch.ones(8, 2, 4), "k": torch.ones(8, 2, 4)},
