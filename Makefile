@@ -2,6 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/smollm2.yaml
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
@@ -11,7 +12,7 @@ search: $(VENV)/.run
 	$(BIN)/rankfront search $(CONFIG) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import torch
 
-from actors.calibration import collect, plan
-from actors.factors import StoreBuilder, needing_gradients, store_fingerprint, store_problem
+from actors.calibration import collect
+from actors.factors import (
+    StoreBuilder,
+    needing_gradients,
+    needing_spreads,
+    refuse_idle_patterns,
+    store_fingerprint,
+    store_problem,
+)
 from actors.families import family_of
 from actors.linears import weight_of
 from actors.models import (
@@ -26,6 +33,7 @@ from actors.models import (
     materialise,
 )
 from actors.moments import Moments, merge
+from actors.planning import plan
 from actors.scoring import SplitData, load_split
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import SPLITS, BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
@@ -49,6 +57,7 @@ class Builder:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(self.folder, spec.model, self.device)
         self.targets = list_targets(self._model, spec.include, spec.exclude)
+        refuse_idle_patterns((pattern for pattern, _ in spec.factors.methods), self.targets)
         self._by_name = {target.name: target for target in self.targets}
         self._lap("load")
         calibration = spec.calibration
@@ -126,6 +135,10 @@ class Builder:
     def _gradients(self) -> tuple[str, ...]:
         return needing_gradients(self._spec.factors, self.targets)
 
+    @property
+    def _spreads(self) -> tuple[str, ...]:
+        return needing_spreads(self._spec.factors, self.targets)
+
     def _plan(self) -> BuildPlan:
         pending = self._store.pending()
         if not pending:
@@ -133,7 +146,7 @@ class Builder:
         memory = self._spec.calibration.memory_gb * 1e9
         names = {target.name for target in pending}
         gradients = [name for name in self._gradients if name in names]
-        return plan(self._model, pending, self._windows, gradients, memory)
+        return plan(self._model, pending, self._windows, gradients, memory, self._spreads)
 
     def collect(self, made: BuildPlan, group: int, shard: int, shards: int) -> Iterator[Progress]:
         """Measure the moments of a group over this builder's share of the text."""
@@ -142,7 +155,7 @@ class Builder:
         mine = self._windows[parts[shard]]
         first = int(parts[shard][0]) if len(mine) else 0
         labels = self._spec.calibration.labels
-        steps = collect(self._model, chosen, mine, made, self._gradients, labels, first)
+        steps = collect(self._model, chosen, mine, made, self._gradients, labels, first, self._spreads)
         step = "calibrating" if len(made.groups) == 1 else f"calibrating, pass {group + 1}/{len(made.groups)}"
         done = 0
         try:

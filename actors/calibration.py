@@ -9,215 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from actors.decompose import require_finite
 from actors.linears import bias_of, weight_of
 from actors.models import decoder_blocks
-from actors.moments import Moments, Scatter
+from actors.moments import Moments, Scatter, unit_trace
+from actors.passes import checkpointed, entered
+from actors.planning import full_inputs, plan
 from actors.types import BuildPlan, RankfrontError, TargetSpec
 
 Tensor = torch.Tensor
 Result = TypeVar("Result")
 
-ITEMSIZE = 8  # bytes of a moment's entry, float64
-# Tokens of a forward pass: enough for efficient matrix products, few enough for small activations.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
-PROBE_TOKENS = 16
-# Beside what autograd keeps: gradients under way and temporaries of the widest layers.
-ACTIVATION_SLACK = 1.25
-# Float64 copies of d x d and m x n that decomposing a target holds at its peak (actors.decompose).
-WORK_SQUARES, WORK_RECTANGLES = 9, 5
-
-
-def plan(
-    model: nn.Module,
-    targets: Sequence[TargetSpec],
-    windows: Tensor,
-    gradients: Collection[str],
-    memory: float,
-) -> BuildPlan:
-    """Fit groups and batches of `windows` (windows, window) into `memory` bytes.
-
-    `gradients` names the targets that need them.
-
-    Activations are kept where they fit beside the moments, else recomputed block by block (checkpointing).
-
-    Raises:
-        RankfrontError: the memory does not hold one window and one target.
-    """
-    window = windows.shape[1]
-    probe = _probe(model, targets, gradients)
-    work = max(
-        ITEMSIZE * (WORK_SQUARES * t.full_rank**2 + WORK_RECTANGLES * t.rows * t.cols) for t in targets
-    )
-    everything = _moment_bytes(targets, probe.leaders, gradients)
-    rows = max(1, BATCH_TOKENS.get(next(model.parameters()).device.type, 1024) // window)
-    choices = [(rows, False), (1, False), (rows, True), (1, True)] if gradients else [(rows, True), (1, True)]
-    for number, (rows, checkpointed) in enumerate(choices):
-        activations = probe.activations(rows * window, checkpointed, bool(gradients))
-        left = memory - max(activations, work)
-        # Recomputing costs less than a second pass: activations are kept only beside all moments.
-        if left >= everything or (number >= len(choices) - 2 and left > 0):
-            groups = _groups(targets, probe.leaders, gradients, left)
-            if groups is not None:
-                by_name = {target.name: target for target in targets}
-                largest = max(
-                    _moment_bytes([by_name[n] for n in group], probe.leaders, gradients) for group in groups
-                )
-                return BuildPlan(
-                    groups, probe.leaders, len(windows), rows, checkpointed, largest, activations
-                )
-    one = max(_moment_bytes([target], probe.leaders, gradients) for target in targets)
-    needed = max(probe.activations(window, True, bool(gradients)), work) + one
-    # A hundredth more: what is said is rounded, and must do.
-    raise RankfrontError(
-        f"calibration.memory_gb: {memory / 1e9:g} is too small, one window of {window} tokens and one target "
-        f"need {1.01 * needed / 1e9:.3g}"
-    )
-
-
-def _groups(
-    targets: Sequence[TargetSpec], leaders: Mapping[str, str], gradients: Collection[str], left: float
-) -> tuple[tuple[str, ...], ...] | None:
-    """Runs of targets whose moments fit into `left` bytes; None where one alone does not."""
-    groups: list[list[TargetSpec]] = [[]]
-    for target in targets:
-        if groups[-1] and _moment_bytes([*groups[-1], target], leaders, gradients) > left:
-            groups.append([])
-        groups[-1].append(target)
-        if _moment_bytes(groups[-1], leaders, gradients) > left:
-            return None
-    return tuple(tuple(target.name for target in group) for group in groups)
-
-
-def _full_inputs(targets: Sequence[TargetSpec], leaders: Mapping[str, str]) -> set[str]:
-    """Leaders whose input moment is accumulated: some target that reads it has no smaller output side."""
-    return {leaders[target.name] for target in targets if target.cols <= target.rows}
-
-
-def _moment_bytes(
-    targets: Sequence[TargetSpec], leaders: Mapping[str, str], gradients: Collection[str]
-) -> int:
-    full = _full_inputs(targets, leaders)
-    inputs = {leaders[t.name]: t.cols for t in targets if leaders[t.name] in full}
-    outputs = [t.rows for t in targets if leaders[t.name] not in full]
-    backward = [t.full_rank for t in targets if t.name in gradients]
-    return ITEMSIZE * sum(width**2 for width in (*inputs.values(), *outputs, *backward))
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """What one short forward pass tells: `leaders` names for every target the first target that reads the
-    same input; the rest are bytes a token: what autograd keeps of the blocks, one block's input, logits."""
-
-    leaders: Mapping[str, str]
-    kept: float
-    boundary: int
-    logits: int
-    blocks: int
-
-    def activations(self, tokens: int, checkpointed: bool, gradients: bool) -> int:
-        """Bytes a batch of `tokens` takes beside weights and moments."""
-        kept = self.kept / self.blocks if checkpointed else self.kept
-        each = ACTIVATION_SLACK * kept + self.boundary * (self.blocks if checkpointed else 1)
-        return int(tokens * (each + (self.logits if gradients else 0)))
-
-
-def _probe(model: nn.Module, targets: Sequence[TargetSpec], gradients: Collection[str]) -> _Probe:
-    device = next(model.parameters()).device
-    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    tap = _Tap()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-    boundary = 0
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), storage.nbytes())
-        return tensor
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            tap.note(name, args[0])
-
-        return hook
-
-    def start(hidden: Tensor) -> Tensor:
-        nonlocal boundary
-        boundary = hidden.nbytes // PROBE_TOKENS
-        return hidden.detach().requires_grad_(True)
-
-    _, blocks = decoder_blocks(model)
-    with contextlib.ExitStack() as stack:
-        for target in targets:
-            hook = model.get_submodule(target.name).register_forward_hook(hook_of(target.name))
-            stack.callback(hook.remove)
-        stack.enter_context(_entered(blocks[0], start))
-        stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
-        logits = model(tokens, use_cache=False).logits
-        width = logits.shape[-1] * (2 * logits.element_size() + 8)  # logits, their gradient, float32 twice
-    return _Probe(tap.leaders, sum(kept.values()) / PROBE_TOKENS, boundary, width, len(blocks))
-
-
-class _Tap:
-    """Finds which targets read the same tensor (q/k/v, gate/up): the first of a run leads the others.
-
-    The last tensor is held, so its identity cannot be taken over by another meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self.leaders: dict[str, str] = {}
-        self._tensor: Tensor | None = None
-        self._leader = ""
-
-    def note(self, name: str, inputs: Tensor) -> None:
-        if inputs is not self._tensor:
-            self._tensor, self._leader = inputs, name
-        self.leaders[name] = self._leader
-
-
-@contextlib.contextmanager
-def _entered(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, `change` is applied to the hidden states that enter `block`."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, autograd keeps only the blocks' inputs and computes the rest again on the way back."""
-
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-        return run
-
-    for block in blocks:
-        block.forward = wrap(block.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+# The power of its gradient's norm with which a token counts for `curvature`. Two is the Fisher matrix itself:
+# a few tokens with large gradients own it, and what it says of 16,384 tokens holds less well for others.
+# Zero leaves only directions. benchmarks/results/decomposition.md.
+GRADIENT_POWER = 1.0
 
 
 class _Enough(Exception):  # noqa: N818 (no error: everything this pass is for has been seen)
@@ -225,24 +37,44 @@ class _Enough(Exception):  # noqa: N818 (no error: everything this pass is for h
 
 
 class _Sums:
-    """The sums of one group of targets, fed by hooks; see `Moments` for what is kept of which side."""
+    """The sums of one group of targets, fed by hooks; see `Moments` for what is kept of which side.
 
-    def __init__(self, targets: Sequence[TargetSpec], made: BuildPlan, gradients: Collection[str]) -> None:
+    A token's vector meets its gradient on the way back, so it is held from when it is computed: in the
+    forward pass, or, where that is `checkpointed`, when the block is computed again.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[TargetSpec],
+        made: BuildPlan,
+        gradients: Collection[str],
+        spreads: Collection[str],
+    ) -> None:
         self._targets, self._leaders = {target.name: target for target in targets}, made.leaders
-        full = _full_inputs(targets, made.leaders)
+        self._checkpointed = made.checkpointed
+        spread = [target for target in targets if target.name in spreads]
+        full = full_inputs(spread, made.leaders)
         self._inputs = {made.leaders[t.name]: Scatter(full=made.leaders[t.name] in full) for t in targets}
-        self._outputs = {t.name: Scatter(full=True) for t in targets if made.leaders[t.name] not in full}
-        self._gradients = {t.name: Scatter(full=True, centred=False) for t in targets if t.name in gradients}
+        self._outputs = {t.name: Scatter(full=True) for t in spread if made.leaders[t.name] not in full}
+        chosen = [target.name for target in targets if target.name in gradients]
+        self._gradients = {name: Scatter(full=True, centred=False) for name in chosen}
+        self._weighted = {name: Scatter(full=True) for name in chosen}
+        self._squares: dict[str, Tensor | float] = dict.fromkeys(chosen, 0.0)
+        self._waiting: dict[str, Tensor] = {}
         # A pass that measures part of a shared input's readers feeds it by the first of them.
         self._feeds = {
             leader: name for name, leader in reversed([(t.name, made.leaders[t.name]) for t in targets])
         }
-        self.backward = False  # the hooks run again where checkpointing recomputes: those runs do not count
+        self._backward = False
         self._unseen: set[str] = set()
 
-    def begin(self) -> None:
+    def forward(self) -> None:
         """Before each batch."""
-        self.backward, self._unseen = False, set(self._targets)
+        self._backward, self._unseen = False, set(self._targets)
+
+    def backward(self) -> None:
+        """Before its way back: hooks that run from here on belong to blocks computed again."""
+        self._backward = True
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -261,8 +93,7 @@ class _Sums:
                 return None
             # A view of its own, so that its gradient is what this target alone sends back: W^T g.
             own = args[0].view_as(args[0])
-            if own.requires_grad and not self.backward:
-                own.register_hook(self._gradients[name].add)
+            self._await(name, own, own)
             return (own, *args[1:])
 
         return hook
@@ -271,38 +102,69 @@ class _Sums:
         target, leader = self._targets[name], self._leaders[name]
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.backward:
+            if name in self._gradients and target.rows <= target.cols:
+                self._await(name, output, _without_bias(module, output))
+            if self._backward:
                 return
             if self._feeds[leader] == name:
                 self._inputs[leader].add(args[0])
             if name in self._outputs:
-                bias = bias_of(module)
-                self._outputs[name].add(output if bias is None else output - bias)
-            if name in self._gradients and target.rows <= target.cols and output.requires_grad:
-                output.register_hook(self._gradients[name].add)
+                self._outputs[name].add(_without_bias(module, output))
             self._unseen.discard(name)
             if not self._gradients and not self._unseen:
                 raise _Enough
 
         return hook
 
+    def _await(self, name: str, tensor: Tensor, vectors: Tensor) -> None:
+        """Bring together `vectors` and the gradient of `tensor`, whichever comes first.
+
+        A block computed again starts at the first gradient that needs it: that of its last target is there
+        before.
+        """
+        if not self._backward and tensor.requires_grad:
+            tensor.register_hook(lambda gradient: self._meet(name, gradient=gradient))
+        if self._backward == self._checkpointed:
+            self._meet(name, vectors=vectors.detach())
+
+    def _meet(self, name: str, vectors: Tensor | None = None, gradient: Tensor | None = None) -> None:
+        """One half has come: it waits for the other, or both are added."""
+        mine = vectors if gradient is None else gradient
+        assert mine is not None
+        if name not in self._waiting:
+            self._waiting[name] = mine
+            return
+        other = self._waiting.pop(name)
+        vectors, gradient = (mine, other) if gradient is None else (other, mine)
+        gradient = gradient.detach().float()
+        norms = gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        self._gradients[name].add(gradient * norms ** (GRADIENT_POWER / 2 - 1))
+        self._weighted[name].add(vectors, weights=norms**GRADIENT_POWER)
+        self._squares[name] += norms.square().sum(dtype=torch.float64)
+
     def moments(self) -> dict[str, Moments]:
         """The averages of everything seen; the sums are used up."""
-        inputs = {leader: (scatter.mean(), scatter.tokens) for leader, scatter in self._inputs.items()}
-        shared: dict[str, Tensor] = {}
+        means = {leader: (scatter.mean(), scatter.tokens) for leader, scatter in self._inputs.items()}
+        shared = {leader: each.take_spread() for leader, each in self._inputs.items() if each.full}
         found = {}
         for name in self._targets:
             leader = self._leaders[name]
-            mean, tokens = inputs[leader]
-            gradient = self._gradients[name].take_second() if name in self._gradients else None
+            mean, tokens = means[leader]
+            side, spread = "input", shared.get(leader)
             if name in self._outputs:
-                output = self._outputs[name]
-                found[name] = Moments("output", output.take_second(), output.mean(), mean, tokens, gradient)
-            else:
-                if leader not in shared:
-                    shared[leader] = self._inputs[leader].take_second()
-                found[name] = Moments("input", shared[leader], mean, mean, tokens, gradient)
+                side, spread = "output", self._outputs[name].take_spread()
+            gradient = weighted = None
+            if name in self._gradients:
+                weighted = self._weighted[name].take_spread()
+                gradient = unit_trace(self._gradients[name].take_second())
+                gradient *= self._squares[name] / tokens
+            found[name] = Moments(mean, tokens, side, spread, gradient, weighted)
         return found
+
+
+def _without_bias(module: nn.Module, output: Tensor) -> Tensor:
+    bias = bias_of(module)
+    return output if bias is None else output - bias
 
 
 def collect(
@@ -313,10 +175,13 @@ def collect(
     gradients: Collection[str] = (),
     labels: str = "sampled",
     first_window: int = 0,
+    spreads: Collection[str] | None = None,
 ) -> Generator[int, None, dict[str, Moments]]:
     """Moments of `targets`, one group of a plan, in one pass over `windows` (windows, window).
 
-    Yields the windows of each batch as it is done; returns the moments.
+    Yields the windows of each batch as it is done; returns the moments. `gradients` names the targets whose
+    gradients are measured, and what they weight; `spreads` those whose spread over all tokens alike is,
+    without it every target's.
 
     Gradients are of the loss summed over tokens, in nats: of the text's own next tokens for `data`, of
     tokens drawn from the model's predictions for `sampled` (labels of window i depend on `first_window` + i
@@ -327,19 +192,19 @@ def collect(
     """
     device = next(model.parameters()).device
     needed = [target.name for target in targets if target.name in gradients]
-    sums = _Sums(targets, made, needed)
+    sums = _Sums(targets, made, needed, {t.name for t in targets} if spreads is None else spreads)
     _, blocks = decoder_blocks(model)
     first = min((target.block for target in targets if target.name in gradients), default=0)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sums.attached(model))
         if needed:
-            stack.enter_context(_entered(blocks[first], lambda hidden: hidden.detach().requires_grad_(True)))
+            stack.enter_context(entered(blocks[first], lambda hidden: hidden.detach().requires_grad_(True)))
             if made.checkpointed:
-                stack.enter_context(_checkpointed(blocks[first:]))
+                stack.enter_context(checkpointed(blocks[first:]))
         stack.enter_context(torch.enable_grad() if needed else torch.no_grad())
         for start in range(0, len(windows), made.rows):
             batch = windows[start : start + made.rows].to(device)
-            sums.begin()
+            sums.forward()
             try:
                 logits = model(batch, use_cache=False, **({} if needed else {"logits_to_keep": 1})).logits
             except _Enough:
@@ -348,7 +213,7 @@ def collect(
                 gradient = _loss_gradient(logits.detach(), batch, labels, first_window + start)
                 if not torch.isfinite(gradient).all():
                     _name_non_finite(model, made.leaders, batch)
-                sums.backward = True
+                sums.backward()
                 logits.backward(gradient)
                 del logits, gradient
             yield len(batch)

@@ -1,8 +1,9 @@
 """From a weight and its moments to nested factors and a spectrum. Pure maths, float64 inside.
 
 Notation: y = W x + b, W of shape (m, n), x with mean mu and covariance S (E[x x^T] for `bias: none`),
-g the gradient of the summed loss in y with G = E[g g^T], k = min(m, n). Every method returns A (m, k) and
-B (k, n) with A B = W; rank r keeps the first r columns and rows.
+g the gradient of the summed loss in y, k = min(m, n). For `curvature`, G is the moment of g and S_g that of
+x with every token weighted by its gradient, large gradients held down as `Moments` says. Every method
+returns A (m, k) and B (k, n) with A B = W; rank r keeps the first r columns and rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Factors:
     """A (m, k), B (k, n) with A B = W, the energy (k,) and the predicted loss (k,) of each rank.
 
     Energies are in the method's own units, without damping. The sum of `loss` beyond r is the predicted
-    loss increase of keeping rank r, in nats/token: 1/2 tr(G D S D^T), D = W - W_r (second order, one
+    loss increase of keeping rank r, in nats/token: 1/2 tr(G D S_g D^T), D = W - W_r (second order, one
     target at a time, tokens independent); None without gradient moments. `offset` = W mu (m,) and
     `shift` = B mu (k,) give the mean bias of every rank (b_r = b + offset - A_r shift_r); both are None
     for `bias: none`.
@@ -75,7 +76,7 @@ def feature(matrix: Tensor, moments: Moments | None, bias: str) -> Basis:
     """
     assert moments is not None
     rows, cols = matrix.shape
-    small = moments.small(matrix, bias)
+    small = moments.second(matrix, bias)
     if rows <= cols:
         values, vectors = _eigh(small)
         return Basis(vectors, vectors.T @ matrix, values, vectors.T)
@@ -87,16 +88,21 @@ def feature(matrix: Tensor, moments: Moments | None, bias: str) -> Basis:
 
 
 def curvature(matrix: Tensor, moments: Moments | None, bias: str) -> Basis:
-    """Minimise tr(G D S D^T), D = W - W_r: the loss increase under a Kronecker-factored Hessian.
+    """Minimise tr(G D S_g D^T), D = W - W_r: the loss increase under a Kronecker-factored Hessian.
 
     Source: GFWSVD (arXiv 2505.17974) and the K-FAC view, in the form that needs one root, of the smaller
-    side. m <= n: U the eigenvectors of G^1/2 (W S W^T) G^1/2, W_r = G^-1/2 U_r U_r^T G^1/2 W. n < m: V the
-    eigenvectors of S^1/2 (W^T G W) S^1/2, W_r = W S^1/2 V_r V_r^T S^-1/2. Only the moment whose root is
-    taken is damped. Energies are what each rank adds to tr(G W S W^T), in squared nats per token.
+    side. m <= n: U the eigenvectors of G^1/2 (W S_g W^T) G^1/2, W_r = G^-1/2 U_r U_r^T G^1/2 W. n < m: V the
+    eigenvectors of S_g^1/2 (W^T G W) S_g^1/2, W_r = W S_g^1/2 V_r V_r^T S_g^-1/2. Only the moment whose root
+    is taken is damped. Energies are what each rank adds to tr(G W S_g W^T), in squared nats per token.
+
+    K-FAC takes x and g for independent. They are not: attention sinks have inputs of their own and
+    gradients unlike the others'. Weighted by |g|^2, S_g would be the partial trace of E[g g^T (x) x x^T] over
+    g, the first half-step to the nearest Kronecker product (Van Loan and Pitsianis, 1993). Both are taken of
+    gradients whose norms are held down, |g|^(p/2-1) g: see actors.calibration.GRADIENT_POWER.
     """
     assert moments is not None
     assert moments.gradient is not None
-    second, gradient = moments.small(matrix, bias), moments.gradient
+    second, gradient = moments.weighted_second(matrix, bias), moments.gradient
     if matrix.shape[0] <= matrix.shape[1]:
         root, inverse = damped_roots(gradient)
         values, vectors = _untangled(*_eigh(root @ second @ root), root)
@@ -166,9 +172,11 @@ def decompose(name: str, matrix: Tensor, moments: Moments | None, method: str, b
     matrix = matrix.double()
     require_finite(name, "weight", matrix)
     if moments is not None:
-        require_finite(name, "second moment", moments.covariance)
-        require_finite(name, "mean", moments.mean)
         require_finite(name, "input mean", moments.input_mean)
+        for what, spread in (("second moment", moments.spread), ("weighted moment", moments.weighted)):
+            if spread is not None:
+                require_finite(name, what, spread.covariance)
+                require_finite(name, f"{what}'s mean", spread.mean)
         if moments.gradient is not None:
             require_finite(name, "gradient moment", moments.gradient)
     basis = METHODS[method](matrix, moments, bias)
@@ -195,9 +203,9 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _predicted_losses(basis: Basis, matrix: Tensor, moments: Moments, bias: str) -> Tensor:
-    """What each rank adds to 1/2 tr(G D S D^T) = 1/2 sum over i, j > r of (A^T G A)_ij (B S B^T)_ij."""
+    """What each rank adds to 1/2 tr(G D S_g D^T) = 1/2 sum over i, j > r of (A^T G A)_ij (B S_g B^T)_ij."""
     assert moments.gradient is not None
-    second = moments.small(matrix, bias)
+    second = moments.weighted_second(matrix, bias)
     if matrix.shape[0] <= matrix.shape[1]:
         product = (basis.left.T @ moments.gradient @ basis.left) * (basis.map @ second @ basis.map.T)
     else:

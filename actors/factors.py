@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,40 @@ from actors.types import FactorSpec, RankfrontError, TargetSpec, digest
 Tensor = torch.Tensor
 
 # Part of every fingerprint: raised when the meaning of the files changes, so old stores are rebuilt.
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
 def needing_gradients(spec: FactorSpec, targets: Sequence[TargetSpec]) -> tuple[str, ...]:
     """Names of the targets of which some method asks for the moment of output gradients."""
     return tuple(target.name for target in targets if "curvature" in spec.methods_of(target.name))
+
+
+def needing_spreads(spec: FactorSpec, targets: Sequence[TargetSpec]) -> tuple[str, ...]:
+    """Names of the targets of which some method asks for the spread over all tokens alike."""
+    return tuple(target.name for target in targets if "feature" in spec.methods_of(target.name))
+
+
+def refuse_idle_patterns(patterns: Iterable[str], targets: Sequence[TargetSpec]) -> None:
+    """Refuse patterns of `factors.methods` that decide the method of no target: the first that fits decides.
+
+    Raises:
+        RankfrontError: each such pattern, and the earlier ones that took all it fits.
+    """
+    names = [target.name for target in targets]
+    left, mistakes = set(names), []
+    for pattern in patterns:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if not fitting:
+            known = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+            mistakes.append(f"factors.methods: {pattern!r} fits no target of this model ({known})")
+        elif not fitting & left:
+            mistakes.append(
+                f"factors.methods: patterns before {pattern!r} fit all of its targets; put it first"
+            )
+        left -= fitting
+    if mistakes:
+        raise RankfrontError("\n".join(mistakes))
 
 
 def store_fingerprint(

@@ -3,7 +3,8 @@
     python benchmarks/calibration.py [--tokens 16384] [--rounds 3] [--threads 2]
 
 Time: in turn, in one process, a forward pass with its loss over the tokens, the moments of all targets with
-gradients (labels sampled), those without, and the decomposition of all targets. Memory: a process of its own
+gradients (labels sampled), as `curvature` needs them, those `feature` needs, and the decomposition of all
+targets. Memory: a process of its own
 for each budget measures the moments of fewer tokens group by group and decomposes them; its largest resident
 memory is counted above what it held with the model loaded.
 """
@@ -24,11 +25,12 @@ from typing import Any
 import torch
 from _common import CACHE, PeakMemory, machine, quick_start, table
 
-from actors.calibration import collect, collect_moments, finished, plan
+from actors.calibration import collect, finished
 from actors.decompose import decompose
 from actors.linears import weight_of
 from actors.models import list_targets, load_model, materialise
 from actors.moments import Moments
+from actors.planning import plan
 from search.preparing import MEMORY_ENVIRONMENT
 
 WINDOW = 512
@@ -84,7 +86,8 @@ def times(count: int, rounds: int) -> str:
     targets = list_targets(model)
     names = [target.name for target in targets]
     windows = _tokens(model, count)
-    made = plan(model, targets, windows, names, 4e9)
+    made = plan(model, targets, windows, names, 4e9, ())
+    plain = plan(model, targets, windows, (), 4e9)
     moments: dict[str, Moments] = {}
 
     def forward() -> None:
@@ -94,10 +97,10 @@ def times(count: int, rounds: int) -> str:
                 torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
     def with_gradients() -> None:
-        moments.update(collect_moments(model, targets, windows, names, memory=4e9))
+        moments.update(finished(collect(model, targets, windows, made, names, spreads=())))
 
-    def without() -> None:
-        collect_moments(model, targets, windows, memory=4e9)
+    def without_gradients() -> None:
+        finished(collect(model, targets, windows, plain))
 
     def factors() -> None:
         for name in names:
@@ -105,8 +108,8 @@ def times(count: int, rounds: int) -> str:
 
     steps: dict[str, Callable[[], None]] = {
         "forward pass and loss": forward,
-        "moments with gradients": with_gradients,
-        "moments without": without,
+        "moments for `curvature`": with_gradients,
+        "moments for `feature`": without_gradients,
         "all factors by curvature": factors,
     }
     found: dict[str, list[float]] = {name: [] for name in steps}
@@ -136,10 +139,10 @@ def measure_memory(budget: float) -> dict[str, Any]:
         model(windows[:1, :16])  # whatever the first call allocates for good is not the calibration's
     gc.collect()
     with PeakMemory() as peak:
-        made = plan(model, list(targets.values()), windows, list(targets), budget * 1e9)
+        made = plan(model, list(targets.values()), windows, list(targets), budget * 1e9, ())
         for group in made.groups:
             chosen = [targets[name] for name in group]
-            moments = finished(collect(model, chosen, windows, made, list(targets)))
+            moments = finished(collect(model, chosen, windows, made, list(targets), spreads=()))
             for name in group:
                 decompose(name, weight_of(model.get_submodule(name)), moments.pop(name), "curvature", "mean")
     return {"passes": len(made.groups), "checkpointed": made.checkpointed, "peak": peak.bytes}

@@ -28,6 +28,7 @@ import torch
 from _common import CACHE, machine, quick_start, table
 from torch import nn
 
+from actors import calibration
 from actors import decompose as maths
 from actors.calibration import collect_moments
 from actors.decompose import Factors, decompose
@@ -75,20 +76,19 @@ def shrinkage(share: float) -> Callable[[Tensor], float]:
 
 
 DAMPINGS = {
-    "median x 0.001": median_relative(1e-3),
     "median x 0.01": median_relative(1e-2),
     "median x 0.1": median_relative(0.1),
     "median x 1": median_relative(1.0),
-    "mean x 0.0001": mean_relative(1e-4),
     "mean x 0.01": mean_relative(1e-2),
     "shrinkage 0.1": shrinkage(0.1),
-    "shrinkage 0.5": shrinkage(0.5),
 }
+POWERS = (0.0, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One perplexity to measure. `damping` names one of DAMPINGS, or is the constant of actors.decompose."""
+    """One perplexity to measure. `damping` names one of DAMPINGS, or is the constant of actors.decompose;
+    `power` is that of a token's gradient norm in its weight."""
 
     method: str
     storage: str
@@ -97,11 +97,12 @@ class Point:
     labels: str = "sampled"
     bias: str = "mean"
     damping: str = "as shipped"
+    power: float = calibration.GRADIENT_POWER
 
     @property
-    def factors(self) -> tuple[str, ...]:
+    def factors(self) -> tuple[str | float, ...]:
         """Points with the same are measured with the same factors."""
-        return (self.method, str(self.tokens), self.labels, self.bias, self.damping)
+        return (self.method, self.tokens, self.labels, self.power, self.bias, self.damping)
 
 
 def parts() -> dict[str, list[Point]]:
@@ -120,7 +121,14 @@ def parts() -> dict[str, list[Point]]:
     variants += [Point("curvature", "pivoted", b, labels="data") for b in TWO]
     variants += [Point(m, "pivoted", b, bias="none") for m in ("feature", "curvature") for b in TWO]
     damped = [Point("curvature", "pivoted", b, damping=d) for d in DAMPINGS for b in TWO]
-    return {"methods": code + grid, "damping": damped, "tokens": more, "variants": variants}
+    weights = [Point("curvature", "pivoted", b, power=p) for p in POWERS for b in TWO]
+    return {
+        "methods": code + grid,
+        "damping": damped,
+        "weights": weights,
+        "variants": variants,
+        "tokens": more,
+    }
 
 
 class Bench:
@@ -139,7 +147,7 @@ class Bench:
         self._store = Memory()
         self._path = CACHE / "decomposition.json"
         self.found: dict[str, float] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._moments: dict[tuple[int, str], dict[str, Moments]] = {}
+        self._moments: dict[tuple[int, str, float], dict[str, Moments]] = {}
         self._trial = TrialModel(load_model(folder, source), self.targets, self._store)  # type: ignore[arg-type]
 
     def say(self, line: str) -> None:
@@ -193,14 +201,18 @@ class Bench:
         return factors
 
     def _measured(self, point: Point, windows: Tensor) -> dict[str, Moments]:
-        key = (point.tokens, point.labels)
+        key = (point.tokens, point.labels, point.power)
         if key not in self._moments:
             self._moments.clear()
-            start = time.perf_counter()
-            self._moments[key] = collect_moments(
-                self.model, self.targets, windows, self._matrices, point.labels
-            )
-            self.say(f"moments of {point.tokens} tokens in {time.perf_counter() - start:.0f} s")
+            start, usual = time.perf_counter(), calibration.GRADIENT_POWER
+            calibration.GRADIENT_POWER = point.power
+            try:
+                self._moments[key] = collect_moments(
+                    self.model, self.targets, windows, self._matrices, point.labels
+                )
+            finally:
+                calibration.GRADIENT_POWER = usual
+            self.say(f"{key}: moments in {time.perf_counter() - start:.0f} s")
         return self._moments[key]
 
     def _paper_code(self, windows: Tensor) -> Iterator[tuple[str, Factors]]:
@@ -283,6 +295,13 @@ def report(found: dict[str, float], measured: Sequence[str]) -> str:
         rows = [line([n], [Point("curvature", "pivoted", b, damping=n) for b in TWO]) for n in DAMPINGS]
         note = f"As shipped: median x {maths.DAMPING:g}."
         sections += ["## Damping of `curvature`, pivoted", note, table(["damping", "90%", "80%"], rows)]
+    if "weights" in measured:
+        rows = [line([f"{p:g}"], [Point("curvature", "pivoted", b, power=p) for b in TWO]) for p in POWERS]
+        sections += [
+            "## The power of a gradient's norm with which its token counts; `curvature`, pivoted",
+            f"As shipped: {calibration.GRADIENT_POWER:g}. Two is the Fisher matrix, zero leaves directions.",
+            table(["power", "90%", "80%"], rows),
+        ]
     if "variants" in measured:
         rows = [
             line(["curvature", "sampled", "mean"], [Point("curvature", "pivoted", b) for b in TWO]),

@@ -16,7 +16,7 @@ from _common import PeakMemory, machine, table
 
 from actors.calibration import ITEMSIZE
 from actors.decompose import decompose
-from actors.moments import Moments
+from actors.moments import Moments, Spread
 
 HIDDEN, INNER, BLOCKS = 4096, 11008, 32
 BLOCK = {
@@ -45,7 +45,11 @@ def random_moments(rows: int, cols: int, device: str) -> Moments:
     mean = torch.randn(cols, dtype=torch.float64, device=device)
     side = "output" if rows <= cols else "input"
     own = mean if side == "input" else torch.randn(rows, dtype=torch.float64, device=device)
-    return Moments(side, moment(), own, mean, 65_536, moment())
+
+    def spread() -> Spread:
+        return Spread(own, moment(), 65_536)
+
+    return Moments(mean, 65_536, side, spread(), moment(), spread())
 
 
 def main() -> None:

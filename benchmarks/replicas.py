@@ -23,10 +23,10 @@ from _common import CACHE, machine, prepared, quick_start, table
 
 from actors.types import Allocation, Prepared, ReplicaSpec
 from search.config import Config
+from search.folder import StudyFolder
 from search.pool import Pool, connect
 from search.runner import Runner, Stop
 from search.sections import StopSection
-from search.session import StudyFolder
 from search.study import SearchStudy
 
 SIDES = 2

@@ -17,11 +17,12 @@ from actors.types import RankfrontError
 from search.allocations import read_allocations
 from search.config import load_config
 from search.findings import cells_table, front_table, headline
+from search.folder import StudyFolder, find_study, repair_if_idle, report
 from search.records import StudySummary, TrialRow
 from search.sections import SamplerSection
 from search.sensitivity import sensitivity
 from search.sensitivity_table import Sensitivity, found, module_cells, target_cells
-from search.session import StudyFolder, find_study, repair_if_idle, report, search
+from search.session import search
 
 app = typer.Typer(
     help="Search which rank each linear layer of a language model should keep.",

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.replica import Replica
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score
+from search.failures import cause_of
 
 # One trial runs and one waits behind it: the driver's work between two trials costs a replica nothing.
 DEPTH = 2
@@ -59,11 +60,15 @@ class _Slot:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the cluster offers: CPU cores, GPUs, bytes of free memory on this node."""
+    """What the cluster offers now: CPU cores, GPUs, bytes of free memory on this node.
+
+    `grows` says that nodes may join it: of any cluster that this process did not start.
+    """
 
     cores: int
     gpus: int
     memory: int
+    grows: bool = False
 
 
 def connect() -> Machine:
@@ -71,9 +76,9 @@ def connect() -> Machine:
     # Ray would otherwise copy the driver's folder to every worker and re-install the environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "namespace": "rankfront"}
-        address = os.environ.get("RAY_ADDRESS")
         if address:
             try:
                 ray.init(**common)
@@ -86,19 +91,14 @@ def connect() -> Machine:
             ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
     total = ray.cluster_resources()
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine(cores=int(total.get("CPU", 1)), gpus=int(total.get("GPU", 0)), memory=memory)
+    cores, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
+    return Machine(cores, gpus, memory, grows=bool(address))
 
 
 def thread_environment(threads: int) -> dict[str, Any]:
     """Ray's runtime environment of a worker that may use so many threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {"env_vars": {**dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}}
-
-
-def cause_of(error: RayError) -> BaseException:
-    """The user's mistake itself where it is one; otherwise Ray's error with the worker's traceback."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, RankfrontError) else error
 
 
 class Pool:

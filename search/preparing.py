@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from typing import Any, Literal
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError
+from ray.exceptions import RayError
 
 from actors.replica import Preparer
 from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
-from search.pool import Machine, cause_of, thread_environment
+from search.failures import cause_of, process_died
+from search.pool import Machine, thread_environment
 
 # Activations are megabytes each and of many sizes: kept in the C library's heap they leave holes that add
 # up to hundreds of MB beyond the memory budget, mapped one by one they go back when they are freed.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+
+Step = str | Mapping[str, str] | Progress | Prepared
 
 
 def prepare(
@@ -31,64 +35,92 @@ def prepare(
     A build whose processes die is begun again, from the targets it has, as long as it gets further.
 
     Raises:
-        RankfrontError: what the preparation or `check` says is wrong, or that its processes died.
+        RankfrontError: what the preparation or `check` says is wrong, that its processes died, or that
+            so many builders never run at once.
     """
-    progressed = False
-
-    def watch(progress: Progress) -> None:
-        nonlocal progressed
-        progressed = progressed or progress.step == "decomposing"
-        show(progress)
-
     while True:
+        progressed = False
         try:
-            return _prepare(spec, machine, builders, say, watch, check)
+            with closing(_steps(spec, machine, builders)) as steps:
+                for step in steps:
+                    if isinstance(step, Prepared):
+                        return step
+                    if isinstance(step, Progress):
+                        progressed = progressed or step.step == "decomposing"
+                        show(step)
+                    elif isinstance(step, str):
+                        say(step)
+                    else:
+                        check(step)
         except RayError as error:
-            if not _died(error):
+            if not process_died(error):
                 raise cause_of(error) from error
             if not progressed:
                 raise RankfrontError(f"the preparation's process died (out of memory?): {error}") from error
-            progressed = False
             say("a process of the preparation died; beginning again with what it left")
 
 
-def _died(error: RayError) -> bool:
-    """Whether a process is gone: the one that was asked, or one whose moments another was waiting for."""
-    causes = (error, getattr(error, "cause", None))
-    return any(isinstance(cause, RayActorError | ObjectLostError) for cause in causes)
+def builder_count(builders: int | Literal["auto"], machine: Machine) -> int:
+    """How many builders `calibration.builders` asks for."""
+    if builders != "auto":
+        return builders
+    return max(1, places(machine)) if machine.gpus else 1
 
 
-def _prepare(
-    spec: PreparationSpec,
-    machine: Machine,
-    builders: int,
-    say: Callable[[str], None],
-    show: Callable[[Progress], None],
-    check: Callable[[Mapping[str, str]], None],
-) -> Prepared:
+def places(machine: Machine) -> int:
+    """How many builders run at once: each takes a CPU, and a GPU where there are any."""
+    return min(machine.cores, machine.gpus) if machine.gpus else machine.cores
+
+
+def _shortage(machine: Machine, builders: int) -> str | None:
+    """Why so many builders do not run at once as things are; None where they do.
+
+    Raises:
+        RankfrontError: they never will, on a machine that stays as it is.
+    """
+    room = places(machine)
+    if builders <= room:
+        return None
+    each, there = "a CPU", f"{machine.cores} CPUs"
+    if machine.gpus:
+        each, there = "a CPU and a GPU", f"{there} and {machine.gpus} GPUs"
+    if not machine.grows:
+        raise RankfrontError(
+            f"calibration.builders: {builders} never run at once: each needs {each} and there are {there}; "
+            f"{room} at most, or auto"
+        )
+    return (
+        f"calibration.builders: {builders} need {each} each and there are {there}: waiting for the cluster "
+        f"to grow ({room} would begin at once)"
+    )
+
+
+def _steps(spec: PreparationSpec, machine: Machine, builders: int) -> Generator[Step, None, None]:
+    """One attempt: lines and progress, the fingerprints before the long work, at last what was prepared."""
     actors = [_start(spec, machine, builders)]
     try:
         for item in _stream(actors[0].inspect):
-            if isinstance(item, Prepared):
-                return item
             if isinstance(item, BuildPlan):
                 plan = item
-            elif isinstance(item, str):
-                say(item)
             else:
-                check(item)
+                yield item
+            if isinstance(item, Prepared):
+                return
         shards = max(1, min(builders, plan.windows))  # the text may be shorter than was asked for
+        shortage = _shortage(machine, shards)
+        if shortage is not None:
+            yield shortage
         actors += [_start(spec, machine, builders) for _ in range(shards - 1)]
         total = sum(map(len, plan.groups))
         done = 0
         for number, group in enumerate(plan.groups):
-            _collect(actors, plan, number, show)
+            yield from _collect(actors, plan, number)
             for _ in _build(actors, group):
                 done += 1
-                show(Progress("decomposing", done, total))
+                yield Progress("decomposing", done, total)
         prepared: Prepared = ray.get(actors[0].finish.remote())
-        say(f"factor store: built, {prepared.factor_store}")
-        return prepared
+        yield f"factor store: built, {prepared.factor_store}"
+        yield prepared
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -107,14 +139,14 @@ def _stream(method: Any, *arguments: Any) -> Iterator[Any]:
         yield ray.get(reference)
 
 
-def _collect(actors: list[Any], plan: BuildPlan, group: int, show: Callable[[Progress], None]) -> None:
+def _collect(actors: list[Any], plan: BuildPlan, group: int) -> Iterator[Progress]:
     """One pass over the text, a share for each builder; the first one's progress stands for all."""
     streams = [
         actor.collect.options(num_returns="streaming").remote(plan, group, shard, len(actors))
         for shard, actor in enumerate(actors)
     ]
     for reference in streams[0]:
-        show(ray.get(reference))
+        yield ray.get(reference)
     for stream in streams[1:]:
         for reference in stream:
             ray.get(reference)

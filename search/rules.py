@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from actors.sources import Source
 from actors.tasks import TASKS
 from actors.text import text_parts
-from actors.types import METHOD_NAMES, CalibrationSpec, RankfrontError, ScoringSpec, TargetSpec, TextSource
+from actors.types import METHOD_NAMES, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
     from search.sections import (
@@ -148,25 +147,3 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("factors", "space"), _choice_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
 )
-
-
-def refuse_idle_patterns(patterns: Iterable[str], targets: Iterable[TargetSpec]) -> None:
-    """Refuse patterns of `factors.methods` that decide the method of no target: the first that fits decides.
-
-    Raises:
-        RankfrontError: each such pattern, and the earlier ones that took all it fits.
-    """
-    names = [target.name for target in targets]
-    left, mistakes = set(names), []
-    for pattern in patterns:
-        fitting = {name for name in names if fnmatchcase(name, pattern)}
-        if not fitting:
-            known = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
-            mistakes.append(f"factors.methods: {pattern!r} fits no target of this model ({known})")
-        elif not fitting & left:
-            mistakes.append(
-                f"factors.methods: patterns before {pattern!r} fit all of its targets; put it first"
-            )
-        left -= fitting
-    if mistakes:
-        raise RankfrontError("\n".join(mistakes))

@@ -94,7 +94,8 @@ class CalibrationSection(Section):
     """Calibration text: `text` of its own, or the first `fraction` of the scoring text.
 
     `labels` and `memory_gb` are those of `CalibrationSpec`; the memory is that of each builder beside its
-    model. `builders` share the text of a pass and the targets to decompose: `auto` is one for each GPU.
+    model. `builders` share the text of a pass and the targets to decompose. All of them run at once, on a
+    CPU each and a GPU each where there are any: `auto` is one for each GPU, or one.
     """
 
     text: TextSection | None = None

@@ -12,12 +12,15 @@ from actors.types import Allocation, RankfrontError
 from search.alone import Cell, Log, cells
 from search.config import Config
 from search.cost import CostModel
+from search.folder import short_name
+from search.opening import opened
 from search.pool import Job, Pool
+from search.replicas import replicas
 from search.runner import TICK_SECONDS, Stop, problem_of
 from search.screen import Line, clock
 from search.sensitivity_page import write_sensitivity
 from search.sensitivity_table import Sensitivity, rows
-from search.session import opened, replicas, short_name, stop_on_signals
+from search.signals import stop_on_signals
 from search.spectra import energies, losses
 
 

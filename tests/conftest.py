@@ -9,11 +9,32 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries are imported
+# All of these are read when the libraries are imported. Tiny matrices are no work for two threads, and
+# threads that wait for one another in a loop take the cores from the other processes.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# Every actor here has an environment of its own: no worker that Ray starts ahead would serve one.
+os.environ |= {"RAY_prestart_worker_first_driver": "0"}
 # pytest puts tests/ on the path, whose folders `actors` and `search` would hide the packages of that name.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny
+
+# The files that wait for Ray and for other processes, longest first.
+LONGEST = ("test_preparing", "test_tiny_sensitivity", "test_tiny_search", "test_pool", "test_builder")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not in pyproject.toml: pytest would import optuna, and numpy with it, before the lines above are read.
+    config.addinivalue_line("filterwarnings", "ignore::optuna.exceptions.ExperimentalWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the files, the long ones come first: none is left over at the end."""
+    if hasattr(config, "workerinput"):
+        order = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from actors.builder import Builder
 from actors.factors import FactorStore, store_problem
 from actors.moments import Moments, merge
 from actors.preparation import prepare
-from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
+from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError, TextSource
 from search.config import parse_config
 
 TESTS = Path(tiny.__file__).parent
@@ -101,6 +102,27 @@ def finish_what_is_left(spec: PreparationSpec, done: int, whole: Path) -> None:
     assert store_problem(store, prepared.fingerprints["factors"]) is None
     same_store(store, whole)
     assert not list(Path(spec.cache).glob("*.partial"))
+
+
+def test_it_is_said_that_a_model_has_no_family_of_its_own(root: Path, tmp_path: Path) -> None:
+    for model_type, notes in (("gpt_neox", 1), ("llama", 0)):
+        folder = tiny.tiny_model(tmp_path / model_type, model_type)
+        spec = spec_of(root, tmp_path / "runs", model={"source": str(folder)})
+        said = [item for item in Builder(spec).inspect() if isinstance(item, str)]
+        assert said[0] == f"model: {folder}"
+        assert len([line for line in said if "model: no family of its own for 'gpt_neox'" in line]) == notes
+
+
+def test_patterns_that_decide_nothing_are_refused_before_anything_is_measured(
+    root: Path, tmp_path: Path
+) -> None:
+    """With the targets, which are known when the model is loaded; the texts are not even looked at."""
+    methods = {"*.q_proj": "weight", "*.q_porj": "feature"}
+    spec = spec_of(root, tmp_path / "runs", factors={"methods": methods})
+    absent = replace(spec.calibration, text=TextSource(str(tmp_path / "absent.txt")))
+    with pytest.raises(RankfrontError, match=r"^factors\.methods: '\*\.q_porj' fits no target"):
+        next(prepare(replace(spec, calibration=absent)))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_interrupted_build_goes_on_where_it_was(root: Path, whole: Path, tmp_path: Path) -> None:
@@ -248,8 +270,8 @@ def test_builders_that_share_the_text_measure_what_one_does(count: int, root: Pa
         assert found.gradient is not None
         assert expected.gradient is not None
         for one, other in (
-            (found.covariance, expected.covariance),
-            (found.mean, expected.mean),
+            (found.weighted.covariance, expected.weighted.covariance),
+            (found.weighted.mean, expected.weighted.mean),
             (found.input_mean, expected.input_mean),
             (found.gradient, expected.gradient),
         ):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,36 +12,25 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from numpy.typing import NDArray
+from captured import (
+    Labels,
+    Setting,
+    all_groups,
+    captured,
+    close,
+    drawn,
+    of_the_data,
+    same,
+    setting_of,
+    weight,
+)
 from scipy.stats import chisquare
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from actors.calibration import _draw, collect, collect_moments, finished, plan
-from actors.models import list_targets, load_model
-from actors.moments import Moments, merge
-from actors.types import BuildPlan, ModelSource, RankfrontError, TargetSpec
-
-Floats = NDArray[np.float64]
-WINDOW = 32
-
-
-@dataclass(frozen=True)
-class Setting:
-    model: nn.Module
-    targets: tuple[TargetSpec, ...]
-
-    @property
-    def names(self) -> list[str]:
-        return [target.name for target in self.targets]
-
-    def called(self, *names: str) -> tuple[TargetSpec, ...]:
-        return tuple(target for target in self.targets if target.module.split(".")[-1] in names)
-
-
-def setting_of(folder: Path) -> Setting:
-    model = load_model(folder, ModelSource(str(folder)))
-    return Setting(model, list_targets(model))
+from actors.calibration import _draw, collect, collect_moments, finished
+from actors.moments import merge
+from actors.planning import plan
+from actors.types import RankfrontError, TargetSpec
 
 
 @pytest.fixture
@@ -54,98 +42,6 @@ def tiny_setting(llama: Path) -> Setting:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its linear layers store W^T and have biases."""
     return tiny.tiny_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
-
-
-def weight(module: nn.Module) -> Floats:
-    matrix = module.weight.T if isinstance(module, Conv1D) else module.weight
-    return matrix.detach().double().numpy()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Inputs (tokens, n), outputs less the bias (tokens, m) and gradients (predicted tokens, m)."""
-
-    inputs: Floats
-    outputs: Floats
-    gradients: Floats
-
-    def moments(self, side: str, matrix: Floats) -> tuple[Floats, Floats, Floats]:
-        """Mean, covariance and gradient moment, as `Moments` holds them."""
-        rows = self.inputs if side == "input" else self.outputs
-        back = self.gradients if matrix.shape[0] <= matrix.shape[1] else self.gradients @ matrix
-        return rows.mean(0), np.cov(rows.T, bias=True), back.T @ back / len(back)
-
-
-Labels = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-def of_the_data(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that predict something, and what they should have predicted."""
-    return logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-
-
-def drawn(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    probabilities = torch.softmax(logits.detach(), -1).float()
-    labels = torch.stack([_draw(rows, index) for index, rows in enumerate(probabilities)])
-    return logits.flatten(0, 1), labels.flatten()
-
-
-def captured(setting: Setting, ids: torch.Tensor, labels: Labels = of_the_data) -> dict[str, Seen]:
-    """What flows through the targets in one pass of the model in float64 and back."""
-    model, found = setting.model.double(), {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            output.retain_grad()
-            found[name] = args[0], output
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in setting.names]
-    model.get_input_embeddings().weight.requires_grad_(True)
-    predictions, wanted = labels(model(ids).logits, ids)
-    torch.nn.functional.cross_entropy(predictions, wanted, reduction="sum").backward()
-    model.get_input_embeddings().weight.requires_grad_(False)
-    for handle in handles:
-        handle.remove()
-    predicted = len(wanted) // len(ids)
-    seen = {}
-    for name, (inputs, output) in found.items():
-        bias = model.get_submodule(name).bias
-        flat = [inputs, output if bias is None else output - bias, output.grad[:, :predicted]]
-        seen[name] = Seen(*(tensor.detach().flatten(0, 1).numpy() for tensor in flat))
-    model.float()
-    return seen
-
-
-def close(found: torch.Tensor | None, expected: Floats, tolerance: float) -> None:
-    """Equal relative to the largest entry."""
-    assert found is not None
-    assert found.dtype == torch.float64
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
-
-
-def same(found: dict[str, Moments], expected: dict[str, Moments], tolerance: float) -> None:
-    assert [*found] == [*expected]
-    for name, moments in expected.items():
-        one = found[name]
-        assert (one.side, one.tokens) == (moments.side, moments.tokens)
-        close(one.mean, moments.mean.numpy(), tolerance)
-        close(one.input_mean, moments.input_mean.numpy(), tolerance)
-        close(one.covariance, moments.covariance.numpy(), tolerance)
-        assert (one.gradient is None) == (moments.gradient is None)
-        if moments.gradient is not None:
-            close(one.gradient, moments.gradient.numpy(), tolerance)
-
-
-def all_groups(
-    setting: Setting, ids: torch.Tensor, made: BuildPlan, gradients: Sequence[str] = (), labels: str = "data"
-) -> dict[str, Moments]:
-    found: dict[str, Moments] = {}
-    for group in made.groups:
-        chosen = [target for target in setting.targets if target.name in group]
-        found |= finished(collect(setting.model, chosen, ids, made, gradients, labels))
-    return found
 
 
 @pytest.mark.parametrize("which", ["llama", "biased_llama", "gpt2"])
@@ -160,13 +56,18 @@ def test_moments_are_those_of_what_flows_through(
     sides = set()
     for target in setting.targets:
         found, matrix = moments[target.name], weight(setting.model.get_submodule(target.name))
-        mean, covariance, gradient = seen[target.name].moments(found.side, matrix)
+        mean, covariance = seen[target.name].spread(found.side)
+        gradient, weighted_mean, weighted = seen[target.name].curvature(matrix)
         sides.add((target.module, found.side))
         assert found.tokens == ids.numel()
-        close(found.mean, mean, 1e-5)
+        assert found.spread is not None
+        assert found.weighted is not None
+        close(found.spread.mean, mean, 1e-5)
         close(found.input_mean, seen[target.name].inputs.mean(0), 1e-5)
-        close(found.covariance, covariance, 1e-5)
+        close(found.spread.covariance, covariance, 1e-5)
         close(found.gradient, gradient, 1e-4)
+        close(found.weighted.mean, weighted_mean, 1e-4)
+        close(found.weighted.covariance, weighted, 1e-4)
     # only the way down is wider than tall and shares its input with no layer that is not
     down = {"mlp.c_proj"} if which == "gpt2" else {"mlp.down_proj"}
     assert {module for module, side in sides if side == "output"} == down
@@ -179,11 +80,32 @@ def test_gradients_are_measured_where_they_are_asked_for_only(
     asked = [n for n in tiny_setting.names if ".0." not in n and n.endswith(("k_proj", "v_proj", "up_proj"))]
     everything = collect_moments(tiny_setting.model, tiny_setting.targets, ids, tiny_setting.names, "data")
     expected = {
-        name: moments if name in asked else replace(moments, gradient=None)
+        name: moments if name in asked else replace(moments, gradient=None, weighted=None)
         for name, moments in everything.items()
     }
     found = collect_moments(tiny_setting.model, tiny_setting.targets, ids, asked, "data")
     same(found, expected, 1e-6)
+
+
+def test_spreads_are_measured_where_they_are_asked_for_only(tiny_setting: Setting, ids: torch.Tensor) -> None:
+    """Curvature alone needs none; a method beside it, or beside none, may."""
+    model, targets, names = tiny_setting.model, tiny_setting.targets, tiny_setting.names
+    asked = [name for name in names if name.endswith(("k_proj", "down_proj"))]
+    made = plan(model, targets, ids, names[3:], float("inf"), asked)
+    found = finished(collect(model, targets, ids, made, names[3:], "data", spreads=asked))
+    held = [spread for each in found.values() for spread in (each.spread, each.weighted, each.weighted)]
+    assert made.moments == sum(spread.covariance.nbytes for spread in held if spread is not None)
+    everything = collect_moments(model, targets, ids, names, "data")
+    for name in names:
+        one, whole = found[name], everything[name]
+        close(one.input_mean, whole.input_mean.numpy(), 1e-6)
+        assert (one.spread is None) == (name not in asked)
+        assert (one.weighted is None) == (name not in names[3:])
+        if one.spread is not None:
+            matrix = torch.from_numpy(weight(model.get_submodule(name)))
+            close(one.second(matrix, "none"), whole.second(matrix, "none").numpy(), 1e-5)
+        if one.weighted is not None:
+            close(one.weighted.covariance, whole.weighted.covariance.numpy(), 1e-6)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -268,102 +190,6 @@ def test_each_token_is_drawn_from_its_own_row_and_each_window_anew() -> None:
     assert torch.equal(_draw(flat, 1), _draw(flat, 1))
 
 
-@pytest.fixture(scope="module")
-def least(llama: Path, ids: torch.Tensor) -> dict[bool, int]:
-    """The least bytes a plan fits into, without and with gradients."""
-    setting = setting_of(llama)
-    return {False: least_memory(setting, ids, ()), True: least_memory(setting, ids, setting.names)}
-
-
-def least_memory(setting: Setting, ids: torch.Tensor, gradients: Sequence[str]) -> int:
-    low, high = 0, 1 << 24
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            plan(setting.model, setting.targets, ids, gradients, middle)
-        except RankfrontError:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_little_memory_takes_more_passes_to_the_same_moments(
-    gradients: bool, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
-) -> None:
-    model, targets, ids = tiny_setting.model, tiny_setting.targets, ids[:4]
-    names = tiny_setting.names if gradients else []
-    made = plan(model, targets, ids, names, least[gradients])
-    assert len(made.groups) > 3
-    assert [name for group in made.groups for name in group] == tiny_setting.names
-    assert made.rows == 1
-    found = collect_moments(model, targets, ids, names, "sampled", least[gradients])
-    expected = collect_moments(model, targets, ids, names, "sampled")
-    for target in targets:
-        one, other = found[target.name], expected[target.name]
-        # Keys and values keep their outputs where no pass shares the queries' inputs: what counts is equal.
-        matrix = torch.from_numpy(weight(model.get_submodule(target.name)))
-        for bias in ("mean", "none"):
-            close(one.small(matrix, bias), other.small(matrix, bias).numpy(), 1e-5)
-        close(one.input_mean, other.input_mean.numpy(), 1e-5)
-        assert one.tokens == other.tokens
-        assert (one.gradient is None) == (not gradients)
-        if other.gradient is not None:
-            close(one.gradient, other.gradient.numpy(), 1e-5)
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_too_little_memory_says_how_much_is_enough(
-    gradients: bool, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
-) -> None:
-    names = tiny_setting.names if gradients else []
-    with pytest.raises(RankfrontError, match=r"calibration\.memory_gb: .* is too small") as caught:
-        plan(tiny_setting.model, tiny_setting.targets, ids, names, least[gradients] - 1)
-    [enough] = re.findall(r"need (\S+)", str(caught.value))
-    assert least[gradients] <= float(enough) * 1e9 < 1.02 * least[gradients]
-    plan(tiny_setting.model, tiny_setting.targets, ids, names, float(enough) * 1e9)
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
-def test_a_plan_counts_the_moments_that_are_held(
-    gradients: bool, share: float, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
-) -> None:
-    """Bytes of the distinct matrices of the largest group; vectors are not worth counting."""
-    names = tiny_setting.names if gradients else []
-    everything = plan(tiny_setting.model, tiny_setting.targets, ids, names, float("inf")).moments
-    memory = least[gradients] + share * everything
-    made = plan(tiny_setting.model, tiny_setting.targets, ids, names, memory)
-    held = []
-    for group in made.groups:
-        chosen = [target for target in tiny_setting.targets if target.name in group]
-        moments = finished(collect(tiny_setting.model, chosen, ids[:1], made, names, "data"))
-        matrices = [t for each in moments.values() for t in (each.covariance, each.gradient) if t is not None]
-        held.append(sum({tensor.data_ptr(): tensor.nbytes for tensor in matrices}.values()))
-    assert made.moments == max(held)
-    assert made.moments + made.activations <= memory
-
-
-def test_layers_that_read_one_tensor_share_its_moments(tiny_setting: Setting, ids: torch.Tensor) -> None:
-    made = plan(tiny_setting.model, tiny_setting.targets, ids, (), float("inf"))
-    expected = {}
-    for block in range(3):
-        for leader, followers in {
-            "self_attn.q_proj": ("q_proj", "k_proj", "v_proj"),
-            "self_attn.o_proj": ("o_proj",),
-            "mlp.gate_proj": ("gate_proj", "up_proj"),
-            "mlp.down_proj": ("down_proj",),
-        }.items():
-            part = leader.split(".")[0]
-            prefix = f"model.layers.{block}"
-            expected |= {f"{prefix}.{part}.{follower}": f"{prefix}.{leader}" for follower in followers}
-    assert made.leaders == expected
-    moments = collect_moments(tiny_setting.model, tiny_setting.targets, ids[:2])
-    for name, leader in expected.items():
-        assert moments[name].covariance is moments[leader].covariance  # kept once, not three times
-
-
 def test_layers_whose_outputs_are_all_smaller_keep_those(tiny_setting: Setting, ids: torch.Tensor) -> None:
     """Keys and values without the queries: 16 outputs of 32 inputs, whoever of them leads."""
     for chosen in (tiny_setting.called("k_proj", "v_proj"), tiny_setting.called("v_proj")):
@@ -371,10 +197,11 @@ def test_layers_whose_outputs_are_all_smaller_keep_those(tiny_setting: Setting, 
         moments, seen = collect_moments(alone.model, chosen, ids), captured(alone, ids)
         for target in chosen:
             found = moments[target.name]
-            mean, covariance, _ = seen[target.name].moments("output", np.eye(16))
+            mean, covariance = seen[target.name].spread("output")
             assert found.side == "output"
-            close(found.mean, mean, 1e-5)
-            close(found.covariance, covariance, 1e-5)
+            assert found.spread is not None
+            close(found.spread.mean, mean, 1e-5)
+            close(found.spread.covariance, covariance, 1e-5)
             close(found.input_mean, seen[target.name].inputs.mean(0), 1e-5)
 
 
@@ -469,5 +296,5 @@ def test_means_far_beyond_the_deviation_do_not_cancel() -> None:
     expected = np.cov(rows.T, bias=True)
     scale = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))
     # float32 leaves 3000 in steps of 2.4e-4 and the mean is taken off in float32: a step, squared away
-    assert (np.abs(found.covariance.numpy() - expected) / scale).max() < 1e-4
-    np.testing.assert_allclose(found.mean.numpy(), rows.mean(0), rtol=1e-7, atol=1e-6)
+    assert (np.abs(found.spread.covariance.numpy() - expected) / scale).max() < 1e-4
+    np.testing.assert_allclose(found.spread.mean.numpy(), rows.mean(0), rtol=1e-7, atol=1e-6)

@@ -18,13 +18,26 @@ from torch import nn
 import actors.factors
 from actors.calibration import collect_moments
 from actors.decompose import decompose
-from actors.factors import FactorStore, StoreBuilder, needing_gradients, store_fingerprint, store_problem
+from actors.factors import (
+    FactorStore,
+    StoreBuilder,
+    needing_gradients,
+    needing_spreads,
+    refuse_idle_patterns,
+    store_fingerprint,
+    store_problem,
+)
 from actors.models import list_targets, load_model
 from actors.moments import Moments
 from actors.types import FactorSpec, ModelSource, RankfrontError, TargetSpec
 
 PARTS = {"model": "m", "tokenizer": "t", "calibration": "c", "search": "s", "test": "e"}
 SPEC = FactorSpec("feature")
+MANY = [
+    TargetSpec(f"layers.{block}.{module}", 8, 8, False, block, module)
+    for block in range(4)
+    for module in ("q_proj", "up_proj", "down_proj")
+]
 
 Setting = tuple[nn.Module, tuple[TargetSpec, ...], dict[str, Moments]]
 
@@ -183,6 +196,15 @@ def test_gradients_are_needed_where_some_method_is_curvature(setting: Setting) -
     assert {*needing_gradients(MIXED, targets)} == gated
     assert needing_gradients(SPEC, targets) == ()
     assert {*needing_gradients(replace(SPEC, choices=("curvature",)), targets)} == everywhere
+
+
+def test_spreads_are_needed_where_some_method_is_feature(setting: Setting) -> None:
+    targets = setting[1]
+    everywhere = {target.name for target in targets}
+    assert {*needing_spreads(SPEC, targets)} == everywhere
+    assert needing_spreads(replace(SPEC, method="curvature"), targets) == ()
+    assert {*needing_spreads(replace(SPEC, method="weight", choices=("feature",)), targets)} == everywhere
+    assert {*needing_spreads(MIXED, targets)} < everywhere
 
 
 def test_the_manifest_says_what_is_there(setting: Setting, tmp_path: Path) -> None:
@@ -393,3 +415,27 @@ def test_fingerprint_is_of_nothing_else(setting: Setting) -> None:
     # labels decide nothing where no gradient is used
     plain = [store_fingerprint(PARTS, SPEC, labels, targets) for labels in ("sampled", "data")]
     assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        ([], []),
+        (["*.q_proj", "layers.0.*", "*"], []),
+        (["*.q_porj"], ["'*.q_porj' fits no target of this model (layers.0.q_proj, "]),
+        (["*.q_proj", "*.K_PROJ", "k_proj"], ["'*.K_PROJ' fits no target", "'k_proj' fits no target"]),
+        (["*", "*.q_proj"], ["patterns before '*.q_proj' fit all of its targets"]),
+        (["layers.0.*", "layers.[1-3].*", "*.up_proj"], ["patterns before '*.up_proj' fit"]),
+        (["layers.0.*", "layers.[12].*", "*.up_proj"], []),  # layers.3.up_proj is left to it
+        (["*.x", "*", "*.y", "*.q_proj"], ["'*.x'", "'*.y'", "'*.q_proj'"]),
+    ],
+)
+def test_patterns_that_decide_nothing_are_refused(patterns: list[str], says: list[str]) -> None:
+    if not says:
+        refuse_idle_patterns(patterns, MANY)
+        return
+    with pytest.raises(RankfrontError) as caught:
+        refuse_idle_patterns(patterns, MANY)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(says)
+    assert all(word in line for word, line in zip(says, lines, strict=True)), lines

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from actors.moments import Moments, Scatter, merge
+from actors.moments import Moments, Scatter, Spread, merge
 
 Floats = NDArray[np.float64]
 
@@ -30,10 +33,17 @@ def scattered(batches: list[torch.Tensor], centred: bool = True) -> Scatter:
 
 def measured(batches: list[torch.Tensor]) -> Moments:
     """Moments of a target that read these inputs; their gradients stand for its gradients too."""
-    scatter = scattered(batches)
-    mean, tokens = scatter.mean(), scatter.tokens
+    scatter, weighted = scattered(batches), Scatter(full=True)
+    for batch in batches:
+        weighted.add(batch, batch.square().sum(-1))
     gradient = scattered(batches, centred=False).take_second()
-    return Moments("input", scatter.take_second(), mean, mean, tokens, gradient)
+    spread = scatter.take_spread()
+    return Moments(spread.mean, scatter.tokens, "input", spread, gradient, weighted.take_spread())
+
+
+def weighted_spread(rows: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Mean and covariance by numpy's own weights."""
+    return np.average(rows, axis=0, weights=weights), np.cov(rows.T, bias=True, aweights=weights)
 
 
 def close(found: torch.Tensor, expected: Floats, tolerance: float) -> None:
@@ -107,13 +117,14 @@ def test_merged_shards_are_one_pass_over_all(sizes: list[int], step: float) -> N
     found = merge([measured([shard]) for shard in shards])
     reference = torch.cat(shards).double().numpy()
     assert found.tokens == sum(sizes)
-    close(found.mean, reference.mean(0), 1e-6)
     close(found.input_mean, reference.mean(0), 1e-6)
-    if sum(sizes) > 1:
-        expected = np.cov(reference.T, bias=True)
-        np.testing.assert_allclose(
-            found.covariance.numpy(), expected, rtol=0, atol=1e-6 * max(np.abs(expected).max(), 1e-3)
-        )
+    for spread, weights in ((found.spread, np.ones(len(reference))), (found.weighted, (reference**2).sum(1))):
+        assert spread is not None
+        if sum(sizes) > 1:
+            mean, covariance = weighted_spread(reference, weights)
+            close(spread.mean, mean, 1e-6)
+            tolerance = 1e-6 * max(np.abs(covariance).max(), 1e-3)
+            np.testing.assert_allclose(spread.covariance.numpy(), covariance, rtol=0, atol=tolerance)
     assert found.gradient is not None
     close(found.gradient, reference.T @ reference / len(reference), 1e-6)
 
@@ -125,23 +136,58 @@ def test_merging_outputs_keeps_their_mean_apart_from_the_inputs() -> None:
     for shard in inputs.double().split([10, 50, 30]):
         outputs = shard @ weight.T
         covariance = torch.from_numpy(np.cov(outputs.numpy().T, bias=True))
-        parts.append(Moments("output", covariance, outputs.mean(0), shard.mean(0), len(shard)))
+        spread = Spread(outputs.mean(0), covariance, len(shard))
+        parts.append(Moments(shard.mean(0), len(shard), "output", spread))
     found = merge(parts)
     outputs = (inputs.double() @ weight.T).numpy()
     assert found.side == "output"
     assert found.gradient is None
-    close(found.mean, outputs.mean(0), 1e-12)
+    assert found.weighted is None
+    assert found.spread is not None
+    close(found.spread.mean, outputs.mean(0), 1e-12)
     close(found.input_mean, inputs.double().numpy().mean(0), 1e-12)
-    close(found.covariance, np.cov(outputs.T, bias=True), 1e-12)
+    close(found.spread.covariance, np.cov(outputs.T, bias=True), 1e-12)
 
 
 def test_merging_leaves_its_parts_alone() -> None:
     """Targets that read one input share its tensors: merging one must not change the others."""
     parts = [measured([rows_of(seed, 20, 3, mean=seed)]) for seed in range(3)]
-    before = [part.covariance.clone() for part in parts]
+    before = copy.deepcopy(parts)
     merge(parts)
-    for part, covariance in zip(parts, before, strict=True):
-        assert torch.equal(part.covariance, covariance)
+    for part, kept in zip(parts, before, strict=True):
+        assert torch.equal(part.spread.covariance, kept.spread.covariance)
+        assert torch.equal(part.weighted.covariance, kept.weighted.covariance)
+        assert torch.equal(part.gradient, kept.gradient)
+
+
+def test_texts_without_gradients_have_no_weight() -> None:
+    """Neither alone nor beside a text that has some; two of them are as good as any average."""
+    rows = [rows_of(seed, 20, 3, mean=seed) for seed in range(2)]
+    silent = Scatter(full=True)
+    silent.add(rows[0], torch.zeros(20))
+    nothing = replace(measured(rows[:1]), gradient=torch.zeros(3, 3).double(), weighted=silent.take_spread())
+    loud = measured(rows[1:])
+    for parts in ([nothing, loud], [loud, nothing]):
+        found = merge(parts)
+        torch.testing.assert_close(found.weighted.covariance, loud.weighted.covariance)
+        torch.testing.assert_close(found.gradient, loud.gradient / 2)
+    assert torch.equal(merge([nothing, nothing]).weighted.covariance, torch.zeros(3, 3).double())
+
+
+@pytest.mark.parametrize("size", [1, 7, 200])
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_weights_are_those_of_numpy(mean: float, size: int) -> None:
+    """Weights over six orders of magnitude, some of them zero."""
+    rows = rows_of(9, 200, 5, mean)
+    chance = np.random.default_rng(10)
+    weights = torch.from_numpy(10 ** chance.uniform(-6, 0, size=200) * (chance.random(200) > 0.1))
+    scatter = Scatter(full=True)
+    for batch, share in zip(rows.split(size), weights.split(size), strict=True):
+        scatter.add(batch, share)
+    found = scatter.take_spread()
+    average, covariance = weighted_spread(rows.double().numpy(), weights.numpy())
+    np.testing.assert_allclose(found.mean.numpy(), average, rtol=0, atol=1e-5)
+    close(found.covariance, covariance, 1e-5)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(3, 5), (5, 3), (4, 4)])
@@ -153,4 +199,7 @@ def test_the_small_side_is_that_of_the_fewer_dimensions(rows: int, cols: int, bi
     small = reading @ weight.T if rows <= cols else reading
     if bias == "mean":
         small = small - small.mean(0)
-    close(measured([inputs]).small(torch.from_numpy(weight), bias), small.T @ small / 80, 1e-5)
+    moments = measured([inputs])
+    close(moments.second(torch.from_numpy(weight), bias), small.T @ small / 80, 1e-5)
+    alone = replace(moments, weighted=None)
+    close(alone.weighted_second(torch.from_numpy(weight), bias), small.T @ small / 80, 1e-5)

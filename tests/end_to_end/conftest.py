@@ -13,7 +13,7 @@ def cluster() -> Iterator[str]:
     import ray
 
     context = ray.init(
-        num_cpus=4,
+        num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",

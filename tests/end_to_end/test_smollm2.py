@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.scoring import load_split
 from actors.types import PreparationSpec
-from search.session import StudyFolder
+from search.folder import StudyFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow

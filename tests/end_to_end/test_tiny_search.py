@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from studies import PATIENCE_SECONDS, Ended, Study, complete, search_windows
 
+import search.opening
 import search.session
 from actors.preparation import prepare
 from actors.types import Prepared, RankfrontError
@@ -294,8 +295,8 @@ def prepare_here(monkeypatch: pytest.MonkeyPatch) -> None:
                 check(item)
         raise AssertionError("nothing was prepared")
 
-    monkeypatch.setattr(search.session, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
-    monkeypatch.setattr(search.session, "prepare", prepared)
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
+    monkeypatch.setattr(search.opening, "prepare", prepared)
 
 
 def test_another_text_is_refused_by_name(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 from safetensors.numpy import save_file
 
 from actors.types import Allocation, FactorSpec, Score, TargetSpec, TaskScore, TextScore
@@ -18,7 +19,7 @@ from search.records import Objective
 from search.samplers import make_sampler
 from search.sections import SamplerSection
 from search.space import Space
-from search.study import SearchStudy, open_storage_study
+from search.study import Planned, SearchStudy, open_storage_study
 
 SHAPES = {"q_proj": (24, 24), "up_proj": (48, 24), "down_proj": (24, 48)}
 TARGETS = tuple(
@@ -127,3 +128,21 @@ def write_store(
             files[file.name] = {"bytes": file.stat().st_size, "sha256": "", "target": name, "method": method}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
     return folder
+
+
+def stored(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    """The trials as any Optuna program sees them, read anew from disk."""
+    return plain(folder).get_trials()
+
+
+def plain(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name="made-up", storage=open_journal(folder))
+
+
+def propose_and_complete(study: SearchStudy, count: int) -> list[Planned]:
+    done = []
+    for _ in range(count):
+        planned = study.propose("sampler")
+        study.complete(planned, score_of(planned.allocation))
+        done.append(planned)
+    return done

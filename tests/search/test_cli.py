@@ -17,13 +17,13 @@ import yaml
 from fakes import MODEL_PARAMETERS, TARGETS, score_of
 from rich.console import Console
 
-from actors.types import Allocation, Prepared, RankfrontError
+from actors.types import Allocation, Prepared
 from search.cli import app, main
 from search.config import parse_config
+from search.folder import CONFIG, PREPARED, StudyFolder, summarise
 from search.journal import JOURNAL, driver_lock, open_journal, repair
-from search.pool import Machine
 from search.runner import Stop
-from search.session import CONFIG, PREPARED, StudyFolder, search, stop_on_signals, summarise
+from search.signals import stop_on_signals
 
 
 @pytest.fixture
@@ -151,20 +151,6 @@ def test_the_report_says_how_targets_are_decomposed(folder: StudyFolder, choosin
         "curvature, bias mean, float32",
         "curvature, *.q_proj by weight, the search chooses among weight/curvature, bias mean, float32",
     ]
-
-
-def test_a_pattern_that_fits_no_target_leaves_nothing_behind(
-    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The targets are known when the model is loaded: before the study is made."""
-    changed = folder.config.model_dump(mode="json") | {"study": "other"}
-    changed["factors"]["methods"] = {"*.q_proj": "weight", "*.q_porj": "feature"}
-    config = parse_config(changed)
-    monkeypatch.setattr("search.session.connect", lambda: Machine(cores=1, gpus=0, memory=1))
-    monkeypatch.setattr("search.session.prepare", lambda *arguments: folder.prepared)
-    with pytest.raises(RankfrontError, match=r"factors\.methods: '\*\.q_porj' fits no target"):
-        search(config, Console(file=io.StringIO()))
-    assert not config.folder.exists()
 
 
 def test_enqueue_lists_every_mistake_of_a_file_and_adds_nothing(

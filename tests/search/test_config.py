@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from fakes import TARGETS
 
 from actors.types import METHOD_NAMES, FactorSpec, RankfrontError
 from search.config import Config, ConfigError, load_config, parse_config
 from search.records import Objective
-from search.rules import refuse_idle_patterns
 
 
 @pytest.fixture
@@ -180,30 +178,6 @@ def test_patterns_keep_their_order_in_the_saved_config(raw: dict[str, Any]) -> N
     patterns = {"z*": "weight", "a*": "feature", "*": "curvature"}
     saved = parse_config(yaml.safe_load(parse_config(put(raw, "factors.methods", patterns)).to_yaml()))
     assert saved.factor_spec.methods == tuple(patterns.items())
-
-
-@pytest.mark.parametrize(
-    ("patterns", "says"),
-    [
-        ([], []),
-        (["*.q_proj", "layers.0.*", "*"], []),
-        (["*.q_porj"], ["'*.q_porj' fits no target of this model (layers.0.q_proj, "]),
-        (["*.q_proj", "*.K_PROJ", "k_proj"], ["'*.K_PROJ' fits no target", "'k_proj' fits no target"]),
-        (["*", "*.q_proj"], ["patterns before '*.q_proj' fit all of its targets"]),
-        (["layers.0.*", "layers.[1-3].*", "*.up_proj"], ["patterns before '*.up_proj' fit"]),
-        (["layers.0.*", "layers.[12].*", "*.up_proj"], []),  # layers.3.up_proj is left to it
-        (["*.x", "*", "*.y", "*.q_proj"], ["'*.x'", "'*.y'", "'*.q_proj'"]),
-    ],
-)
-def test_patterns_that_decide_nothing_are_refused(patterns: list[str], says: list[str]) -> None:
-    if not says:
-        refuse_idle_patterns(patterns, TARGETS)
-        return
-    with pytest.raises(RankfrontError) as caught:
-        refuse_idle_patterns(patterns, TARGETS)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(says)
-    assert all(word in line for word, line in zip(says, lines, strict=True)), lines
 
 
 REFUSE_RAY = """

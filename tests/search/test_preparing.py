@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from actors.replica import Preparer
 from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
 from search.config import parse_config
 from search.pool import Machine, thread_environment
-from search.preparing import prepare
+from search.preparing import builder_count, places, prepare
 
 MACHINE = Machine(cores=2, gpus=0, memory=1 << 30)
 
@@ -98,9 +99,6 @@ def test_two_builders_make_what_one_makes(root: Path, by_one: Prepared, tmp_path
     same_store(prepared, by_one)
     assert watched.shown[-1] == Progress("decomposing", 21, 21)
     assert [progress.total for progress in watched.shown if progress.step == "calibrating"][-1] == 8
-    again = Watched(spec_of(root, tmp_path), builders=2)
-    assert again.run().reused
-    assert again.shown == []
 
 
 def test_moments_that_travel_between_actors_add_up(root: Path, tmp_path: Path) -> None:
@@ -112,22 +110,30 @@ def test_moments_that_travel_between_actors_add_up(root: Path, tmp_path: Path) -
     [*_] = own.collect(made, 0, 0, 1)
     options = {"num_cpus": 1, "runtime_env": thread_environment(1)}
     actors = [ray.remote(Preparer).options(**options).remote(spec, 1) for _ in range(2)]
-    streams = [
-        actor.collect.options(num_returns="streaming").remote(made, 0, shard, 2)
-        for shard, actor in enumerate(actors)
-    ]
-    for stream in streams:
-        assert len([ray.get(reference) for reference in stream]) >= 1
-    for target in own.targets:
-        found = merge(ray.get([actor.part.remote(target.name) for actor in actors]))
-        expected = own.part(target.name)
-        assert (found.side, found.tokens) == (expected.side, expected.tokens)
-        for field in ("covariance", "mean", "input_mean", "gradient"):
-            one, other = getattr(found, field), getattr(expected, field)
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * other.abs().max().item())
-    own.close()
-    for actor in actors:
-        ray.kill(actor)
+    try:
+        streams = [
+            actor.collect.options(num_returns="streaming").remote(made, 0, shard, 2)
+            for shard, actor in enumerate(actors)
+        ]
+        for stream in streams:
+            assert len([ray.get(reference) for reference in stream]) >= 1
+        for target in own.targets:
+            found = merge(ray.get([actor.part.remote(target.name) for actor in actors]))
+            expected = own.part(target.name)
+            assert (found.side, found.tokens) == (expected.side, expected.tokens)
+            assert found.weighted is not None
+            assert expected.weighted is not None
+            for one, other in (
+                (found.weighted.covariance, expected.weighted.covariance),
+                (found.weighted.mean, expected.weighted.mean),
+                (found.input_mean, expected.input_mean),
+                (found.gradient, expected.gradient),
+            ):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * other.abs().max().item())
+    finally:  # a failure here must not leave the next test without a core
+        own.close()
+        for actor in actors:
+            ray.kill(actor)
 
 
 def dying(folder: Path, method: str, after: int, times: int) -> type:
@@ -229,10 +235,64 @@ def test_a_check_that_refuses_stops_before_anything_is_measured(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_workers_mistakes_are_told_as_they_are(root: Path, tmp_path: Path) -> None:
-    spec = spec_of(root, tmp_path, targets={"include": ["*.q_project"]})
-    with pytest.raises(RankfrontError, match="leaves none of 21 linear layers"):
-        Watched(spec, builders=1).run()
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ({"targets": {"include": ["*.q_project"]}}, r"^targets: .*leaves none of 21 linear layers"),
+        ({"factors": {"methods": {"*.x": "weight"}}}, r"^factors\.methods: '\*\.x' fits no target"),
+    ],
+    ids=["targets", "methods"],
+)
+def test_the_workers_mistakes_are_told_as_they_are(
+    mistake: dict[str, Any], says: str, root: Path, tmp_path: Path
+) -> None:
+    """Those of a constructor too: the process is gone then, but of its own will."""
+    with pytest.raises(RankfrontError, match=says):
+        Watched(spec_of(root, tmp_path, **mistake), builders=1).run()
+
+
+def test_more_builders_than_run_at_once_are_refused_before_anything_is_measured(
+    root: Path, by_one: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for each other for ever. A store that is there needs only one."""
+    again = Watched(spec_of(root, root / "one"), builders=3)
+    assert again.run().reused
+    assert again.shown == []
+    monkeypatch.setattr(search.preparing, "Preparer", dying(tmp_path, "collect", after=0, times=99))
+    watched = Watched(spec_of(root, tmp_path / "runs"), builders=3)
+    with pytest.raises(RankfrontError, match=r"^calibration\.builders: 3 .* a CPU .* 2 CPUs; 2 at most"):
+        watched.run()
+    assert watched.shown == []
+    assert deaths(tmp_path) == 0
+
+
+def test_builders_wait_aloud_for_a_cluster_that_may_grow(root: Path, tmp_path: Path) -> None:
+    class HeardError(Exception):
+        pass
+
+    def say(line: str) -> None:
+        if "waiting for the cluster to grow" in line:
+            raise HeardError(line)
+
+    growing, ignore = replace(MACHINE, grows=True), lambda _: None
+    with pytest.raises(HeardError, match=r"^calibration\.builders: 3 need a CPU each"):
+        prepare(spec_of(root, tmp_path), growing, 3, say, ignore, ignore)
+
+
+@pytest.mark.parametrize(
+    ("machine", "room", "auto"),
+    [
+        (Machine(cores=4, gpus=0, memory=1), 4, 1),
+        (Machine(cores=16, gpus=8, memory=1), 8, 8),
+        (Machine(cores=2, gpus=8, memory=1), 2, 2),
+        (Machine(cores=0, gpus=0, memory=1, grows=True), 0, 1),
+    ],
+    ids=str,
+)
+def test_a_builder_takes_a_cpu_and_a_gpu_where_there_are_any(machine: Machine, room: int, auto: int) -> None:
+    assert places(machine) == room
+    assert builder_count("auto", machine) == auto
+    assert builder_count(3, machine) == 3
 
 
 def test_no_more_builders_than_windows(root: Path, by_one: Prepared, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def some_params(space: Space, data: st.DataObject) -> dict[str, int | str]:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(spaces(), st.data())
 def test_parameters_of_an_allocation_of_the_space_give_it_back(
     made: tuple[Space, FactorSpec], data: st.DataObject
@@ -70,7 +70,7 @@ def test_parameters_of_an_allocation_of_the_space_give_it_back(
     space.check(params)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(spaces(), st.data())
 def test_a_target_names_its_method_where_it_differs_from_the_configured_one(
     made: tuple[Space, FactorSpec], data: st.DataObject

@@ -1,0 +1,49 @@
+"""How a pass goes through a model: entered at a block, its activations kept or computed again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+Tensor = torch.Tensor
+
+
+@contextlib.contextmanager
+def entered(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While open, `change` is applied to the hidden states that enter `block`."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, autograd keeps only the blocks' inputs and computes the rest again on the way back."""
+
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
+
+    for block in blocks:
+        block.forward = wrap(block.forward)  # type: ignore[method-assign]
+    try:
+        with set_checkpoint_early_stop(False):  # hooks at a block's end are waited for
+            yield
+    finally:
+        for block in blocks:
+            del block.forward

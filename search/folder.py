@@ -1,0 +1,143 @@
+"""A study's folder: its config, what was prepared for it, and what its reports show."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import yaml
+
+from actors.storage import ITEMSIZE
+from actors.types import FactorSpec, Prepared, RankfrontError
+from search.config import Config, parse_config
+from search.cost import CostModel
+from search.evaluations import Evaluations
+from search.journal import JOURNAL, driver_lock, open_journal, repair
+from search.pareto import front
+from search.records import StudySummary
+from search.report import write_report
+from search.runner import hypervolumes, minimised, reference_point
+from search.samplers import make_sampler
+from search.sections import SamplerSection
+from search.space import Space
+from search.study import SearchStudy, open_storage_study
+
+CONFIG, PREPARED = "config.yaml", "prepared.json"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study on disk: its config and what was prepared for it."""
+
+    path: Path
+    config: Config
+    prepared: Prepared
+
+    @classmethod
+    def open(cls, path: Path) -> StudyFolder:
+        """Raises RankfrontError where there is no study, or it never got as far as its first trial."""
+        if not (path / CONFIG).exists() or not (path / PREPARED).exists():
+            raise RankfrontError(f"{path} holds no study: no {CONFIG} and {PREPARED} in it")
+        config = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
+        return cls(path, config, Prepared.from_dict(json.loads((path / PREPARED).read_text())))
+
+    def open_study(self, sampler: SamplerSection | None = None) -> SearchStudy:
+        """The study behind the folder, ready to be read and written."""
+        config, cost = self.config, self.cost
+        section = sampler or config.sampler
+        objectives = config.named_objectives
+        study = open_storage_study(open_journal(self.path), config.study, objectives)
+        space = Space(cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
+        return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives)
+
+    @property
+    def cost(self) -> CostModel:
+        return CostModel(
+            self.prepared.targets,
+            self.prepared.model_parameters,
+            self.config.storage,
+            self.config.factors.bias,
+            ITEMSIZE[self.config.model.dtype],
+        )
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What was prepared, for people."""
+        prepared, config = self.prepared, self.config
+        return {
+            "model": config.model.source,
+            "parameters": f"{prepared.model_parameters:,} ({len(prepared.targets)} targets hold "
+            f"{self.cost.linear_parameters:,})",
+            "factors": _factor_fact(config.factor_spec),
+            "storage of a compressed target": config.storage,
+            "calibration": f"{prepared.tokens['calibration']:,} tokens",
+            "search split": _split_fact(prepared, "search"),
+            "test split": _split_fact(prepared, "test"),
+            "factor store": prepared.factor_store,
+        }
+
+
+def repair_if_idle(folder: Path) -> None:
+    """Before something is written beside a possible driver: a torn tail may stay only where one runs."""
+    with contextlib.suppress(RankfrontError), driver_lock(folder):
+        repair(folder / JOURNAL)
+
+
+def find_study(name: str, runs: Path) -> StudyFolder:
+    """A study by the path of its folder, or by its name in `runs`."""
+    path = Path(name)
+    return StudyFolder.open(path if (path / CONFIG).exists() else runs / name)
+
+
+def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
+    """Everything the reports show."""
+    values, numbers = minimised(study)
+    rows = study.rows()
+    chosen = sorted(numbers[front(values)].tolist(), key=lambda number: -rows[number].budget_model)
+    volumes = hypervolumes(study)
+    config = folder.config
+    scored = sum(row.score.forward_tokens for row in rows if row.score and row.copied_from is None)
+    facts = {
+        **folder.facts,
+        "space": f"{config.space.group}, {config.space.levels} levels above {config.space.floor:.0%}",
+        "sampler": f"{config.sampler.name}, seed {config.sampler.seed}",
+        "trials": f"{len(rows)}, {scored:,} tokens scored",
+        "optuna": optuna.__version__,
+    }
+    return StudySummary(
+        study=config.study,
+        model=short_name(config.model.source),
+        objectives=study.objectives,
+        rows=rows,
+        front=tuple(chosen),
+        hypervolume=float(volumes[-1]) if len(volumes) else 0.0,
+        reference=reference_point(study) or (),
+        evaluations=Evaluations(folder.path).rows,
+        facts=facts,
+    )
+
+
+def short_name(source: str) -> str:
+    """A hub id as it is; of a path or a packaged file its last part."""
+    return source.rsplit("/", 1)[-1] if source.startswith(("/", "package:")) else source
+
+
+def _factor_fact(factors: FactorSpec) -> str:
+    own = "".join(f", {pattern} by {method}" for pattern, method in factors.methods)
+    chosen = f", the search chooses among {'/'.join(factors.choices)}" if factors.choices else ""
+    return f"{factors.method}{own}{chosen}, bias {factors.bias}, {factors.dtype}"
+
+
+def _split_fact(prepared: Prepared, split: str) -> str:
+    tasks = ", ".join(f"{count} of {name}" for name, count in prepared.examples[split].items())
+    return f"{prepared.tokens[split]:,} tokens of text" + (f"; {tasks}" if tasks else "")
+
+
+def report(folder: StudyFolder, study: SearchStudy) -> StudySummary:
+    """Write the tables, the plots and the page; returns what they show."""
+    summary = summarise(folder, study)
+    write_report(summary, folder.path, folder.prepared.targets)
+    return summary

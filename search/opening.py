@@ -1,0 +1,99 @@
+"""Open a study to drive it: lock it, hold it against what it was, start Ray, prepare it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from search.config import Config, parse_config
+from search.files import write_atomic
+from search.folder import CONFIG, PREPARED, StudyFolder
+from search.identity import config_differences, fingerprint_differences, refuse
+from search.journal import JOURNAL, LOCK, driver_lock, repair
+from search.pool import Machine, connect
+from search.preparing import builder_count, prepare
+from search.screen import ProgressBar
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study that this process drives: prepared and in its folder, with the machine it runs on."""
+
+    folder: StudyFolder
+    machine: Machine
+    say: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def opened(config: Config, console: Console) -> Iterator[Session]:
+    """Lock the study of a config, hold the config against what the study was, prepare it, save both.
+
+    A folder without a journal has no trial yet (its targets may have been scored alone, see
+    `search.sensitivity`): nothing binds the config then.
+
+    Raises:
+        RankfrontError: another driver holds the study, it is another study, or it cannot start.
+    """
+    path = config.folder
+    say = _sayer(console)
+    with _study_folder(path):
+        begun = (path / JOURNAL).exists()
+        if begun and (path / CONFIG).exists():
+            saved = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
+            refuse(config.study, config_differences(saved, config))
+        repaired = repair(path / JOURNAL)
+        if repaired:
+            say(f"journal: {repaired}")
+        machine = connect()
+        check = _fingerprint_check(config.study, path if begun else None)
+        count = builder_count(config.calibration.builders, machine)
+        with ProgressBar(console) as bar:
+            prepared = prepare(config.preparation(), machine, count, say, bar.progress, check)
+        write_atomic(path / CONFIG, config.to_yaml())
+        write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
+        yield Session(StudyFolder(path, config, prepared), machine, say)
+
+
+@contextlib.contextmanager
+def _study_folder(path: Path) -> Iterator[None]:
+    """The folder, locked; a folder that nothing came of is taken away again."""
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with driver_lock(path):
+            yield
+    finally:
+        if new and {file.name for file in path.iterdir()} <= {LOCK}:
+            shutil.rmtree(path)
+
+
+def _fingerprint_check(study: str, path: Path | None) -> Callable[[Mapping[str, str]], None]:
+    """Refuses fingerprints other than those the study at `path` was prepared with, if it was."""
+    known = None
+    if path is not None and (path / PREPARED).exists():
+        known = json.loads((path / PREPARED).read_text())["fingerprints"]
+
+    def check(found: Mapping[str, str]) -> None:
+        if known is not None:
+            refuse(study, fingerprint_differences(known, found))
+
+    return check
+
+
+def _sayer(console: Console) -> Callable[[str], None]:
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        clock = f"[dim]{time.monotonic() - start:6.1f} s[/]"
+        console.print(f"{clock}  {escape(line)}", highlight=False, soft_wrap=True)
+
+    return say

@@ -1,0 +1,54 @@
+"""The replicas of a study: how many, with how many threads, and from when to when."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from actors.storage import ITEMSIZE
+from actors.types import Prepared, ReplicaSpec
+from search.config import Config
+from search.opening import Session
+from search.pool import Machine, Pool
+
+# Bytes of a replica beyond its weights: torch, a batch of logits, activations.
+REPLICA_BYTES = 700 * 2**20
+# Weights are there twice (dense and product) and the node's factors are shared: see actors.low_rank.
+WEIGHT_COPIES = 2.5
+
+
+@contextlib.contextmanager
+def replicas(session: Session) -> Iterator[Pool]:
+    """The replicas of a study, gone at the end."""
+    pool = _start_pool(session.folder.config, session.folder.prepared, session.machine, session.say)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _start_pool(config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None]) -> Pool:
+    count, threads = replica_plan(config, prepared, machine)
+    say(f"replicas: {count}, {threads} threads each" + (", one GPU each" if machine.gpus else ""))
+    specs = [
+        ReplicaSpec(f"replica-{index}", config.preparation(), prepared, threads) for index in range(count)
+    ]
+    section = config.replicas
+    return Pool(specs, 1 if machine.gpus else 0, section.attempts, section.trial_seconds)
+
+
+def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[int, int]:
+    """How many replicas, with how many threads each: a GPU each, or what cores and memory allow."""
+    section = config.replicas
+    wanted_threads = 1 if section.threads == "auto" else section.threads
+    if section.count != "auto":
+        count = section.count
+    elif machine.gpus:
+        count = machine.gpus
+    else:
+        weights = prepared.model_parameters * ITEMSIZE[config.model.dtype]
+        each = REPLICA_BYTES + WEIGHT_COPIES * weights
+        count = max(1, min(machine.cores // wanted_threads, int(0.8 * machine.memory / each)))
+    if section.threads == "auto":
+        return count, max(1, machine.cores // count)
+    return count, section.threads
