@@ -82,7 +82,7 @@ def test_compression_costs_and_calibrated_factors_hold(study: Path):
     dense, uniform, *_ = rows(study)
     assert uniform["origin"] == "uniform"
     assert 0.9 < uniform["value.budget.model"] < 0.95
-    # Weight-space SVD ends above e^11 here; feature factors at 90% of the targets stay within 1.5 nats.
+    # Weight-space SVD ends above e^11 here; curvature factors at 90% of the targets stay within 1.5 nats.
     assert 0.05 < uniform["value.nll"] - dense["value.nll"] < 1.5
 
 
