@@ -199,7 +199,11 @@ class FactorSpec:
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """What a score is made of: perplexity text and reasoning tasks, per split, with caps."""
+    """What a score is made of: perplexity text and reasoning tasks, per split, with caps.
+
+    `kl_top_k` asks for the divergence from the dense model, over that many of its most likely tokens and
+    the tail; what is kept of it takes at most `kl_memory_mb` (10^6 bytes) a split and replica.
+    """
 
     text: TextSource
     window: int
@@ -209,6 +213,26 @@ class ScoringSpec:
     search_fraction: float = 0.2
     seed: int = 0
     batch_tokens: int = 1024
+    kl_top_k: int | None = None
+    kl_memory_mb: float = 512.0
+
+    def kl_problem(self, split: str) -> str | None:
+        """Why the dense log-probabilities of a split do not fit `kl_memory_mb`, None where they do.
+
+        Each token of whole windows keeps k ids of 4 bytes and k + 1 log-probabilities of 4 bytes.
+        """
+        if self.kl_top_k is None:
+            return None
+        tokens = self.tokens[split] // self.window * self.window
+        needed, allowed = tokens * (8 * self.kl_top_k + 4), self.kl_memory_mb * 1e6
+        if needed <= allowed:
+            return None
+        most = int(allowed // tokens - 4) // 8
+        fits = f"at most {most} fits" if most > 0 else f"none fits {tokens:,} tokens"
+        return (
+            f"kl_top_k: {self.kl_top_k} over the {tokens:,} tokens of the {split} split takes "
+            f"{needed / 1e6:,.2f} MB, kl_memory_mb is {self.kl_memory_mb:g}; {fits}"
+        )
 
 
 @dataclass(frozen=True)
@@ -281,13 +305,14 @@ class Prepared:
 class TextScore:
     """Loss over one text: `nats` summed over `tokens` predicted tokens.
 
-    `stderr` is the standard error of nats/token, over windows.
+    `stderr` is the standard error of nats/token, over windows; `windows` packs the nats/token of each.
     """
 
     name: str
     nats: float
     tokens: int
     stderr: float
+    windows: str = ""
 
     @property
     def nll(self) -> float:
@@ -297,6 +322,26 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         return math.exp(self.nll)
+
+
+@dataclass(frozen=True)
+class KlScore:
+    """KL(dense || trial) over the tokens of the text: `nats` summed over `tokens` predicted tokens.
+
+    Over the dense model's `top_k` most likely tokens and the tail (see `actors.divergence`); `stderr` and
+    `windows` as in `TextScore`.
+    """
+
+    top_k: int
+    nats: float
+    tokens: int
+    stderr: float
+    windows: str = ""
+
+    @property
+    def mean(self) -> float:
+        """nats/token."""
+        return self.nats / self.tokens
 
 
 @dataclass(frozen=True)
@@ -328,11 +373,14 @@ class Score:
     forward_tokens: int
     seconds: float
     replica: str
+    kl: KlScore | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
         """Every metric by the name an objective uses; means over tasks weigh tasks equally."""
         values = {"nll": self.text.nll}
+        if self.kl is not None:
+            values["kl"] = self.kl.mean
         for kind in ("acc", "acc_norm", "margin"):
             found = {name: getattr(task, kind) for name, task in self.tasks.items()}
             found = {name: value for name, value in found.items() if value is not None}
@@ -359,15 +407,18 @@ class Score:
                 raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
         if self.text.nll < 0:
             raise ScoringError(f"nll is {self.text.nll} nats/token, below 0")
+        if self.kl is not None and self.kl.nats < 0:
+            raise ScoringError(f"kl is {self.kl.mean} nats/token, below 0")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        rest = {key: value for key, value in data.items() if key not in ("text", "tasks")}
+        rest = {key: value for key, value in data.items() if key not in ("text", "tasks", "kl")}
         tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
-        return cls(text=TextScore(**data["text"]), tasks=tasks, **rest)
+        kl = data.get("kl")
+        return cls(text=TextScore(**data["text"]), tasks=tasks, kl=kl and KlScore(**kl), **rest)
 
 
 @dataclass(frozen=True)

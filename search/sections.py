@@ -133,6 +133,8 @@ class PerSplit(Section):
 
 
 class ScoringSection(Section):
+    """What a score is made of. `kl_top_k` and `kl_memory_mb` are those of `ScoringSpec`."""
+
     window: Annotated[int, Field(ge=2)] = 512
     tokens: PerSplit = PerSplit(search=8_192, test=32_768)
     tasks: tuple[TaskSection, ...] = ()
@@ -140,6 +142,8 @@ class ScoringSection(Section):
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: int = 0
     batch_tokens: Positive = 1_024
+    kl_top_k: Positive | None = None
+    kl_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from actors.types import (
     Allocation,
     PreparationSpec,
     Prepared,
+    RankfrontError,
     ReplicaSpec,
     ScoringError,
 )
@@ -141,3 +143,44 @@ def test_a_broken_model_fails_and_the_scorer_lives_on(replica: ReplicaSpec) -> N
         scorer.score(dense)
     norm.copy_(kept)
     assert scorer.score(dense).metrics == before
+
+
+def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:
+    scoring = replace(replica.preparation.scoring, **changes)
+    return replace(replica, preparation=replace(replica.preparation, scoring=scoring))
+
+
+def test_divergence_is_recorded_when_asked(replica: ReplicaSpec) -> None:
+    """Zero for dense, and for a trial the same whatever was scored before, on either split."""
+    targets = replica.prepared.targets
+    cost = CostModel(targets, replica.prepared.model_parameters, "pivoted", "mean")
+    half, dense = cost.uniform(0.5), Allocation.dense(targets)
+    plain = Scorer(replica)
+    assert plain.score(half).kl is None
+    asking = Scorer(asking_for_kl(replica, kl_top_k=16))
+    found = asking.score(half)
+    assert found.metrics == {**plain.score(half).metrics, "kl": found.kl.mean}
+    assert found.kl.mean > 0.001
+    assert found.kl.top_k == 16
+    assert asking.score(dense).kl.nats == 0
+    assert asking.score(half, "test").kl.mean > 0.001
+    assert asking.score(half).kl == found.kl
+
+
+def test_divergence_within_its_memory(replica: ReplicaSpec) -> None:
+    """The two fingerprints differ: what was scored without a divergence does not answer for one."""
+    spec = asking_for_kl(replica, kl_top_k=16, tokens={"search": 128, "test": 128}).preparation
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    needed = 128 * (16 * 8 + 4) / 1e6
+    with pytest.raises(RankfrontError) as caught:
+        load_split(
+            replace(spec, scoring=replace(spec.scoring, kl_memory_mb=needed * 0.99)), "search", tokenizer, 256
+        )
+    assert str(caught.value) == (
+        f"scoring.kl_top_k: 16 over the 128 tokens of the search split takes 0.02 MB, "
+        f"kl_memory_mb is {needed * 0.99:g}; at most 15 fits"
+    )
+    fitting = replace(spec, scoring=replace(spec.scoring, kl_memory_mb=needed))
+    asked = load_split(fitting, "search", tokenizer, 256)
+    plain = replace(fitting, scoring=replace(fitting.scoring, kl_top_k=None))
+    assert load_split(plain, "search", tokenizer, 256).fingerprint != asked.fingerprint
