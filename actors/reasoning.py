@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.samples import pack_bits, pack_floats
 from actors.tasks import Example
 from actors.types import RankfrontError, ScoringError, TaskScore
 
@@ -184,8 +185,7 @@ def score_task(model: nn.Module, task: PackedTask) -> TaskScore:
     log-likelihood per character. Ties go to the first choice, as numpy's argmax does there.
     """
     sums = log_likelihoods(model, task).tolist()
-    hits = normalised = 0
-    margin = 0.0
+    hits, normalised, margins = [], [], []
     slot = 0
     for example in task.examples:
         values = sums[slot : slot + len(example.continuations)]
@@ -193,13 +193,16 @@ def score_task(model: nn.Module, task: PackedTask) -> TaskScore:
         per_character = [
             value / max(length, 1) for value, length in zip(values, example.lengths, strict=True)
         ]
-        hits += values.index(max(values)) == example.gold
-        normalised += per_character.index(max(per_character)) == example.gold
-        margin += values[example.gold] - max(v for i, v in enumerate(values) if i != example.gold)
+        hits.append(values.index(max(values)) == example.gold)
+        normalised.append(per_character.index(max(per_character)) == example.gold)
+        margins.append(values[example.gold] - max(v for i, v in enumerate(values) if i != example.gold))
     count = len(task.examples)
     return TaskScore(
         examples=count,
-        acc=hits / count,
-        acc_norm=normalised / count if task.normalised else None,
-        margin=margin / count,
+        acc=sum(hits) / count,
+        acc_norm=sum(normalised) / count if task.normalised else None,
+        margin=sum(margins) / count,
+        hits=pack_bits(hits),
+        hits_norm=pack_bits(normalised) if task.normalised else "",
+        margins=pack_floats(margins),
     )

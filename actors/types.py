@@ -1,6 +1,7 @@
 """Values that travel between driver and replicas. Standard library only, so both sides may import it.
 
-Everything here is frozen and serialises to JSON: what is on the wire is what is in the record.
+Everything here is frozen and serialises to JSON: what is on the wire is what is in the record. What goes out
+is below; what comes back, a score, is defined in `actors.scores`, and imported from here like the rest.
 """
 
 from __future__ import annotations
@@ -8,21 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from actors.errors import RankfrontError as RankfrontError
+from actors.errors import ScoringError as ScoringError
+from actors.scores import KlScore as KlScore
+from actors.scores import Score as Score
+from actors.scores import TaskScore as TaskScore
+from actors.scores import TextScore as TextScore
+
 SPLITS = ("search", "test")
-
-
-class RankfrontError(Exception):
-    """A mistake or a condition the user can act on; shown without a traceback."""
-
-
-class ScoringError(RankfrontError):
-    """A trial has no valid score (non-finite loss, value out of range); its text is the reason."""
 
 
 def digest(value: Any) -> str:
@@ -299,126 +298,6 @@ class Prepared:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prepared:
         return cls(**{**data, "targets": tuple(TargetSpec(**target) for target in data["targets"])})
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Loss over one text: `nats` summed over `tokens` predicted tokens.
-
-    `stderr` is the standard error of nats/token, over windows; `windows` packs the nats/token of each.
-    """
-
-    name: str
-    nats: float
-    tokens: int
-    stderr: float
-    windows: str = ""
-
-    @property
-    def nll(self) -> float:
-        """nats/token."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nll)
-
-
-@dataclass(frozen=True)
-class KlScore:
-    """KL(dense || trial) over the tokens of the text: `nats` summed over `tokens` predicted tokens.
-
-    Over the dense model's `top_k` most likely tokens and the tail (see `actors.divergence`); `stderr` and
-    `windows` as in `TextScore`.
-    """
-
-    top_k: int
-    nats: float
-    tokens: int
-    stderr: float
-    windows: str = ""
-
-    @property
-    def mean(self) -> float:
-        """nats/token."""
-        return self.nats / self.tokens
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Zero-shot multiple choice. `acc` and `acc_norm` as lm-evaluation-harness defines them.
-
-    `margin` is the mean of log p(gold) - max log p(wrong), in nats; `acc_norm` is None for the
-    tasks where the harness does not define it.
-    """
-
-    examples: int
-    acc: float
-    acc_norm: float | None
-    margin: float
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of `acc` (binomial, n - 1 as in lm-evaluation-harness)."""
-        return math.sqrt(self.acc * (1 - self.acc) / (self.examples - 1)) if self.examples > 1 else math.nan
-
-
-@dataclass(frozen=True)
-class Score:
-    """The answer of a replica for one allocation on one split."""
-
-    split: str
-    text: TextScore
-    tasks: Mapping[str, TaskScore]
-    forward_tokens: int
-    seconds: float
-    replica: str
-    kl: KlScore | None = None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Every metric by the name an objective uses; means over tasks weigh tasks equally."""
-        values = {"nll": self.text.nll}
-        if self.kl is not None:
-            values["kl"] = self.kl.mean
-        for kind in ("acc", "acc_norm", "margin"):
-            found = {name: getattr(task, kind) for name, task in self.tasks.items()}
-            found = {name: value for name, value in found.items() if value is not None}
-            values.update({f"reasoning.{name}.{kind}": value for name, value in found.items()})
-            if found:
-                values[f"reasoning.{kind}"] = sum(found.values()) / len(found)
-        return values
-
-    @property
-    def reasoning_stderr(self) -> float:
-        """Standard error of `reasoning.acc`, the tasks being independent samples."""
-        count = len(self.tasks)
-        return math.sqrt(sum(task.stderr**2 for task in self.tasks.values())) / count if count else math.nan
-
-    def check(self) -> None:
-        """Raise `ScoringError` naming the first value that cannot be a score."""
-        if self.text.tokens < 1:
-            raise ScoringError(f"{self.text.name}: no token was scored")
-        named = {"nll": self.text.nll, **self.metrics}
-        for name, value in named.items():
-            if not math.isfinite(value):
-                raise ScoringError(f"{name} is {value} on the {self.split} split")
-            if name.endswith((".acc", ".acc_norm")) and not 0 <= value <= 1:
-                raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
-        if self.text.nll < 0:
-            raise ScoringError(f"nll is {self.text.nll} nats/token, below 0")
-        if self.kl is not None and self.kl.nats < 0:
-            raise ScoringError(f"kl is {self.kl.mean} nats/token, below 0")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        rest = {key: value for key, value in data.items() if key not in ("text", "tasks", "kl")}
-        tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
-        kl = data.get("kl")
-        return cls(text=TextScore(**data["text"]), tasks=tasks, kl=kl and KlScore(**kl), **rest)
 
 
 @dataclass(frozen=True)
