@@ -83,7 +83,8 @@ def pack(
         encoded = [encode_pair(tokenizer, context, continuation) for context, continuation in pairs]
         longest = max(len(ids) for ids, _ in encoded)
         if limit is not None and longest > limit:
-            raise RankfrontError(f"{name}: example {number} has {longest} tokens, the model reads {limit}")
+            where = example.origin or f"{name}: example {number}"
+            raise RankfrontError(f"{where} has {longest} tokens, the model reads {limit}")
         trees.append(_Tree(encoded, slot))
         slot += len(encoded)
     rows: list[list[_Tree]] = []

@@ -16,7 +16,7 @@ from actors.low_rank import TrialModel
 from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.reasoning import PackedTask, pack, score_task
-from actors.tasks import TASKS, load_examples
+from actors.tasks import load_examples, task_of
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import (
     Allocation,
@@ -50,13 +50,15 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     """The text and the tasks of one split; `limit` is the model's context length, if it has one.
 
     Raises:
-        RankfrontError: text too short, a task's table unreadable, an example too long, more dense
+        RankfrontError: text too short, a task's table unreadable, a window or an example too long, more dense
             log-probabilities asked for than their memory holds.
     """
     scoring = spec.scoring
     problem = scoring.kl_problem(split)
     if problem is not None:
         raise RankfrontError(f"scoring.{problem}")
+    if limit is not None and scoring.window > limit:
+        raise RankfrontError(f"scoring.window: {scoring.window} tokens, the model reads {limit}")
     parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
     ids = windows(parts[split], scoring.text.join, tokenizer, scoring.window, scoring.tokens[split])
     tasks = tuple(_load_task(scoring, source, split, tokenizer, limit) for source in scoring.tasks)
@@ -86,7 +88,8 @@ def _load_task(
     if not chosen:
         raise RankfrontError(f"{source.source}: {source.name} leaves no example for the {split} split")
     chosen = chosen[: scoring.examples[split]]
-    return pack(source.name, TASKS[source.name].normalised, [examples[i] for i in chosen], tokenizer, limit)
+    normalised = task_of(source.name, source.format).normalised
+    return pack(source.name, normalised, [examples[i] for i in chosen], tokenizer, limit)
 
 
 def score_split(

@@ -137,12 +137,16 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A reasoning task by its lm-evaluation-harness name, and where its examples come from."""
+    """A reasoning task by its lm-evaluation-harness name, and where its examples come from.
+
+    With `format`, the task is one's own: `name` is free, and the rows are of that format (`actors.tasks`).
+    """
 
     name: str
     source: str
     subset: str | None = None
     split: str | None = None
+    format: str | None = None
 
 
 @dataclass(frozen=True)

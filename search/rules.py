@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from actors.sources import Source
-from actors.tasks import TASKS
+from actors.tasks import task_of
 from actors.text import text_parts
 from actors.types import (
     METHOD_NAMES,
@@ -57,7 +57,9 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
         elif name.startswith("reasoning.") and not tasks:
             found.append(f"objectives[{index}]: {name!r} needs scoring.tasks, which is empty")
         elif name.endswith(".acc_norm") and not any(
-            TASKS[task].normalised for task in ([match["task"]] if match else tasks)
+            task_of(task.name, task.format).normalised
+            for task in scoring.tasks
+            if task.name in ([match["task"]] if match else tasks)
         ):
             found.append(f"objectives[{index}]: {name!r} is not defined for {', '.join(tasks)}")
         if name in objectives[:index]:
@@ -69,7 +71,12 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
 
 def _task_mistakes(scoring: ScoringSection) -> list[str]:
     names = [task.name for task in scoring.tasks]
-    return [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+    found = [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+    return found + [
+        f"scoring.tasks[{i}].source: missing; {task.name!r} is a task of your own (format: {task.format})"
+        for i, task in enumerate(scoring.tasks)
+        if task.format is not None and task.source is None
+    ]
 
 
 def _kl_mistakes(scoring: ScoringSection, text: TextSection) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from actors.models import load_tokenizer
 from actors.preparation import prepare
-from actors.scoring import Scorer, load_split
+from actors.scoring import Scorer, load_split, score_split
 from actors.types import (
     Allocation,
     PreparationSpec,
@@ -21,6 +23,7 @@ from actors.types import (
     RankfrontError,
     ReplicaSpec,
     ScoringError,
+    TaskSource,
 )
 from search.config import Config, parse_config
 from search.cost import CostModel
@@ -143,6 +146,38 @@ def test_a_broken_model_fails_and_the_scorer_lives_on(replica: ReplicaSpec) -> N
         scorer.score(dense)
     norm.copy_(kept)
     assert scorer.score(dense).metrics == before
+
+
+def test_text_longer_than_the_models_context_is_refused_with_the_rule(config: Config) -> None:
+    spec = config.preparation()
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    with pytest.raises(RankfrontError, match=r"scoring\.window: 32 tokens, the model reads 31"):
+        load_split(spec, "search", tokenizer, 31)
+    source = spec.scoring.tasks[0].source
+    with pytest.raises(
+        RankfrontError, match=rf"{source}: row \d+ of arc_easy has \d+ tokens, the model reads 32"
+    ):
+        load_split(spec, "search", tokenizer, 32)
+
+
+def test_a_task_of_ones_own_is_scored(config: Config, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"Which is {number}?", "choices": ["this", "that one"], "answer": number % 2}
+        for number in range(20)
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    task = TaskSource("mine", str(tmp_path / "mine.json"), format="choices")
+    spec = config.preparation()
+    spec = replace(spec, scoring=replace(spec.scoring, tasks=(task,)))
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    model = LlamaForCausalLM.from_pretrained(spec.model.source, dtype=torch.float32).eval()
+    splits = [load_split(spec, split, tokenizer, 256) for split in ("search", "test")]
+    scores = [score_split(model, data, 1024, "r").tasks["mine"] for data in splits]
+    assert [score.examples for score in scores] == [4, 16]
+    assert all(score.acc_norm is not None for score in scores)
+    (tmp_path / "mine.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(RankfrontError, match="mine leaves no example for the test split"):
+        load_split(spec, "test", tokenizer, 256)
 
 
 def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:

@@ -35,6 +35,9 @@ def raw(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+OWN = {"name": "mine", "format": "choices", "source": "/tmp"}
+
+
 def put(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of `raw` with the dotted `key` set."""
     changed = copy.deepcopy(raw)
@@ -85,6 +88,11 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.tasks", ["arc_easy", "arc_esay"], "scoring.tasks[1].name", ["'arc_esay'", "arc_easy"]),
         ("scoring.tasks", ["arc_easy", "arc_easy"], "scoring.tasks[1]", ["'arc_easy'", "twice"]),
         ("scoring.tasks", [{"name": "piqa", "source": "/no/piqa"}], "scoring.tasks[0].source", ["/no/piqa"]),
+        ("scoring.tasks", [{"name": "mine", "source": "/tmp"}], "scoring.tasks[0].name", ["format: choices"]),
+        ("scoring.tasks", [OWN | {"name": "piqa"}], "scoring.tasks[0].name", ["'piqa'", "another name"]),
+        ("scoring.tasks", [OWN | {"name": "my-own"}], "scoring.tasks[0].name", ["'my-own'", "letters"]),
+        ("scoring.tasks", [OWN | {"source": None}], "scoring.tasks[0].source", ["missing", "'mine'"]),
+        ("scoring.tasks", [OWN | {"format": "csv"}], "scoring.tasks[0].format", ["'csv'", "'choices'"]),
         ("stop.trials", None, "stop", ["trials", "tokens", "hours", "plateau"]),
         ("calibration.window", 5_000, "calibration.window", ["too short", "5000"]),
         ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),
@@ -306,6 +314,14 @@ def test_objectives_know_their_direction(raw: dict[str, Any]) -> None:
         Objective("nll", minimize=True),
         Objective("reasoning.arc_easy.acc_norm", minimize=False),
     )
+
+
+def test_a_task_of_ones_own_can_be_an_objective(raw: dict[str, Any]) -> None:
+    names = ["budget.model", "reasoning.mine.acc_norm", "reasoning.mine.margin"]
+    config = parse_config(put(put(raw, "scoring.tasks", [OWN, "boolq"]), "objectives", names))
+    [own, boolq] = config.preparation().scoring.tasks
+    assert (own.name, own.source, own.split, own.format) == ("mine", "/tmp", None, "choices")
+    assert boolq.format is None
 
 
 def test_a_task_of_its_own_source_keeps_the_split_it_names(raw: dict[str, Any], tmp_path: Path) -> None:
