@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.samples import pack_bits, pack_floats
 from actors.tasks import Example
 from actors.types import RankfrontError, ScoringError, TaskScore
 
@@ -82,7 +83,8 @@ def pack(
         encoded = [encode_pair(tokenizer, context, continuation) for context, continuation in pairs]
         longest = max(len(ids) for ids, _ in encoded)
         if limit is not None and longest > limit:
-            raise RankfrontError(f"{name}: example {number} has {longest} tokens, the model reads {limit}")
+            where = example.origin or f"{name}: example {number}"
+            raise RankfrontError(f"{where} has {longest} tokens, the model reads {limit}")
         trees.append(_Tree(encoded, slot))
         slot += len(encoded)
     rows: list[list[_Tree]] = []
@@ -184,8 +186,7 @@ def score_task(model: nn.Module, task: PackedTask) -> TaskScore:
     log-likelihood per character. Ties go to the first choice, as numpy's argmax does there.
     """
     sums = log_likelihoods(model, task).tolist()
-    hits = normalised = 0
-    margin = 0.0
+    hits, normalised, margins = [], [], []
     slot = 0
     for example in task.examples:
         values = sums[slot : slot + len(example.continuations)]
@@ -193,13 +194,16 @@ def score_task(model: nn.Module, task: PackedTask) -> TaskScore:
         per_character = [
             value / max(length, 1) for value, length in zip(values, example.lengths, strict=True)
         ]
-        hits += values.index(max(values)) == example.gold
-        normalised += per_character.index(max(per_character)) == example.gold
-        margin += values[example.gold] - max(v for i, v in enumerate(values) if i != example.gold)
+        hits.append(values.index(max(values)) == example.gold)
+        normalised.append(per_character.index(max(per_character)) == example.gold)
+        margins.append(values[example.gold] - max(v for i, v in enumerate(values) if i != example.gold))
     count = len(task.examples)
     return TaskScore(
         examples=count,
-        acc=hits / count,
-        acc_norm=normalised / count if task.normalised else None,
-        margin=margin / count,
+        acc=sum(hits) / count,
+        acc_norm=sum(normalised) / count if task.normalised else None,
+        margin=sum(margins) / count,
+        hits=pack_bits(hits),
+        hits_norm=pack_bits(normalised) if task.normalised else "",
+        margins=pack_floats(margins),
     )

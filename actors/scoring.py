@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import load_model, load_tokenizer
-from actors.perplexity import score_text
+from actors.perplexity import kl_score, text_score, window_losses
 from actors.reasoning import PackedTask, pack, score_task
-from actors.tasks import TASKS, load_examples
+from actors.tasks import load_examples, task_of
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import (
     Allocation,
@@ -49,13 +50,23 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     """The text and the tasks of one split; `limit` is the model's context length, if it has one.
 
     Raises:
-        RankfrontError: text too short, a task's table unreadable, an example too long.
+        RankfrontError: text too short, a task's table unreadable, a window or an example too long, more dense
+            log-probabilities asked for than their memory holds.
     """
     scoring = spec.scoring
+    problem = scoring.kl_problem(split)
+    if problem is not None:
+        raise RankfrontError(f"scoring.{problem}")
+    if limit is not None and scoring.window > limit:
+        raise RankfrontError(f"scoring.window: {scoring.window} tokens, the model reads {limit}")
     parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
     ids = windows(parts[split], scoring.text.join, tokenizer, scoring.window, scoring.tokens[split])
     tasks = tuple(_load_task(scoring, source, split, tokenizer, limit) for source in scoring.tasks)
-    asked = [[task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks]
+    asked: list[Any] = [
+        [task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks
+    ]
+    if scoring.kl_top_k is not None:
+        asked.append(["kl", scoring.kl_top_k])
     return SplitData(
         split=split,
         name=f"{scoring.text.source.rsplit('/', 1)[-1]}@{scoring.window}",
@@ -77,20 +88,36 @@ def _load_task(
     if not chosen:
         raise RankfrontError(f"{source.source}: {source.name} leaves no example for the {split} split")
     chosen = chosen[: scoring.examples[split]]
-    return pack(source.name, TASKS[source.name].normalised, [examples[i] for i in chosen], tokenizer, limit)
+    normalised = task_of(source.name, source.format).normalised
+    return pack(source.name, normalised, [examples[i] for i in chosen], tokenizer, limit)
 
 
-def score_split(model: nn.Module, data: SplitData, batch_tokens: int, replica: str) -> Score:
+def score_split(
+    model: nn.Module, data: SplitData, batch_tokens: int, replica: str, dense: DenseTop | None = None
+) -> Score:
     """Score the model as it stands; the values are checked before anyone sees them.
+
+    `dense` is what is kept of the dense model on the split's windows; without it there is no divergence.
 
     Raises:
         ScoringError: a value that cannot be a score, naming it.
     """
     start = time.perf_counter()
-    text = score_text(model, data.windows, batch_tokens, data.name)
+    losses = window_losses(model, data.windows, batch_tokens, data.name, dense)
+    predicted = data.windows.shape[1] - 1
     tasks = {task.name: score_task(model, task) for task in data.tasks}
     seconds = time.perf_counter() - start
-    score = Score(data.split, text, tasks, forward_tokens=data.tokens, seconds=seconds, replica=replica)
+    score = Score(
+        data.split,
+        text_score(losses.nats, predicted, data.name),
+        tasks,
+        forward_tokens=data.tokens,
+        seconds=seconds,
+        replica=replica,
+        kl=kl_score(losses.kl, predicted, dense.top_k)
+        if dense is not None and losses.kl is not None
+        else None,
+    )
     score.check()
     return score
 
@@ -111,7 +138,8 @@ class Scorer:
             self.model, prepared.targets, FactorStore(prepared.factor_store, device)
         )
         self._splits: dict[str, SplitData] = {}
-        self.split("search")
+        self._dense: dict[str, DenseTop] = {}
+        self._dense_top("search")
 
     def split(self, name: str) -> SplitData:
         """The data of a split, loaded at its first use."""
@@ -119,16 +147,28 @@ class Scorer:
             self._splits[name] = load_split(self._spec.preparation, name, self.tokenizer, self.limit)
         return self._splits[name]
 
+    def _dense_top(self, split: str) -> DenseTop | None:
+        """What is kept of the dense model on a split, from one pass at its first use; None if not asked."""
+        data, scoring = self.split(split), self._spec.preparation.scoring
+        if scoring.kl_top_k is None:
+            return None
+        if split not in self._dense:
+            self.trial_model.install(Allocation.dense(self._spec.prepared.targets), data.tokens)
+            self._dense[split] = dense_top(
+                self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.name
+            )
+        return self._dense[split]
+
     def score(self, allocation: Allocation, split: str = "search") -> Score:
         """Install the allocation and score it.
 
         Raises:
             ScoringError: no valid score.
         """
+        data, dense = self.split(split), self._dense_top(split)
         start = time.perf_counter()
-        data = self.split(split)
         self.trial_model.install(allocation, data.tokens)
         installed = time.perf_counter() - start
         batch = self._spec.preparation.scoring.batch_tokens
-        score = score_split(self.model, data, batch, self._spec.name)
+        score = score_split(self.model, data, batch, self._spec.name, dense)
         return Score(**{**score.__dict__, "seconds": score.seconds + installed})

@@ -1,32 +1,41 @@
 """The reasoning tasks: rows of a public data set -> zero-shot multiple choice, as the field asks it.
 
-Prompts, choices and metrics are those of lm-evaluation-harness 0.4 (names and versions as there).
+Prompts, choices and metrics are those of lm-evaluation-harness 0.4 (names and versions as there). A task of
+one's own is a table of the format `choices`:
+
+    field       what
+    question    asked as ARC's are: "Question: ...\nAnswer:", a choice follows after a space
+    context     before the question, on lines of its own; alone, the text that a choice continues
+    choices     two or more texts
+    answer      the index of the right one, 0 the first
+
+A row has a question, a context or both; other fields are left alone. `acc_norm` is defined for it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors.text import load_table
+from actors.rows import Row, load_rows
 from actors.types import RankfrontError, TaskSource
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Example:
     """One question: choice i is scored as log p(continuations[i] | contexts[i]).
 
-    `lengths` are the characters of each choice, by which `acc_norm` divides.
+    `lengths` are the characters of each choice, by which `acc_norm` divides; `origin` says, for errors,
+    where the question is from.
     """
 
     contexts: tuple[str, ...]
     continuations: tuple[str, ...]
     lengths: tuple[int, ...]
     gold: int
+    origin: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -109,23 +118,73 @@ TASKS: dict[str, Task] = {
 }
 
 
+def _own(row: Row) -> Example:
+    """A row of the format `choices`."""
+    choices, gold = row["choices"], row["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError(f"choices must be a list of two or more texts, not {choices!r}")
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ValueError(f"choices must be texts, none of them empty, not {choices!r}")
+    if isinstance(gold, bool) or not isinstance(gold, int):
+        raise ValueError(f"answer must be the index of a choice, 0 the first, not {gold!r}")
+    said = {key: row[key] for key in ("context", "question") if key in row}
+    for key, text in said.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{key} must be text, not {text!r}")
+    if not said:
+        raise ValueError("a row needs a question, a context or both")
+    if "question" in said:
+        before = f"{said['context']}\n" if "context" in said else ""
+        return _choices(f"{before}Question: {said['question']}\nAnswer:", choices, gold)
+    return _choices(said["context"], choices, gold)
+
+
+FORMATS = {"choices": Task(_own, True, hub="")}
+"""How tasks of one's own may be written."""
+
+
+def task_of(name: str, form: str | None) -> Task:
+    """How a task asks, by its name or by the format that it is written in."""
+    return TASKS[name] if form is None else FORMATS[form]
+
+
+class _Fields(Mapping[str, Any]):
+    """A row in which null is a mistake, as it would end up in a prompt as `None`."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._row[key]
+        if value is None:
+            raise ValueError(f"the field {key!r} is null")
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return self._row.get(str(key)) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+
 def load_examples(source: TaskSource) -> list[Example]:
     """Every example of a task, in the data set's order.
 
     Raises:
         RankfrontError: an empty table, or a row that is no question: the source, the row, the rule.
     """
-    task = TASKS[source.name]
-    table = load_table(source.source, source.subset, source.split)
-    if len(table) == 0:
-        raise RankfrontError(f"{source.source}: {source.name} has no examples")
-    return [_checked(source, task, number, row) for number, row in enumerate(table)]
+    task = task_of(source.name, source.format)
+    rows = load_rows(source.source, source.subset, source.split)
+    return [_checked(source, task, number, _Fields(row)) for number, row in enumerate(rows)]
 
 
 def _checked(source: TaskSource, task: Task, number: int, row: Row) -> Example:
     where = f"{source.source}: row {number} of {source.name}"
     try:
-        example = task.ask(row)
+        example = replace(task.ask(row), origin=where)
     except KeyError as error:
         raise RankfrontError(f"{where} has no field {error}; there are {', '.join(row)}") from error
     except (ValueError, TypeError, AttributeError) as error:

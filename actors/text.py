@@ -3,82 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.sources import Source
+from actors.rows import columns_of, load_rows
 from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
-    import datasets
     import torch
-
-
-def load_table(source: str, subset: str | None = None, split: str | None = None) -> datasets.Dataset:
-    """A table of rows: a hub id, a folder saved by `datasets`, a parquet, JSON lines, CSV or text file.
-
-    Raises:
-        RankfrontError: the source has no such split, or is of no known kind.
-    """
-    import datasets
-
-    place = Source.parse(source)
-    if place.hub_id is not None:
-        return datasets.load_dataset(
-            place.hub_id, subset, split=split or "validation", revision=place.revision
-        )
-    assert place.path is not None
-    if place.path.is_dir():
-        return _load_folder(place.path, split)
-    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-    kind = kinds.get(place.path.suffix)
-    if kind is None:
-        raise RankfrontError(f"{source}: a data file ends in one of {', '.join(kinds)}")
-    if kind == "text":
-        return datasets.Dataset.from_dict({"text": place.path.read_text(encoding="utf-8").splitlines()})
-    if kind == "json":
-        with place.path.open(encoding="utf-8") as lines:
-            return datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])
-    table = datasets.load_dataset(kind, data_files=str(place.path), split="train")
-    assert isinstance(table, datasets.Dataset)
-    return table
-
-
-def _load_folder(path: Path, split: str | None) -> datasets.Dataset:
-    import datasets
-
-    if split is not None and not (path / "state.json").exists():
-        path = path / split
-    if not (path / "state.json").exists():
-        inside = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
-        raise RankfrontError(f"{path} holds no saved data set; beside it: {', '.join(inside) or 'nothing'}")
-    loaded = datasets.load_from_disk(str(path))
-    assert isinstance(loaded, datasets.Dataset)
-    return loaded
 
 
 def load_documents(text: TextSource) -> list[str]:
     """The documents of one column, in order; empty ones dropped, exact repeats too if asked.
 
     Raises:
-        RankfrontError: no such column, or not a column of strings.
+        RankfrontError: a row without the column, or with something other than text in it.
     """
-    table = load_table(text.source, text.subset, text.split)
-    if text.column not in table.column_names:
-        raise RankfrontError(
-            f"{text.source}: no column {text.column!r}; there are {', '.join(table.column_names)}"
-        )
-    column: Sequence[Any] = table[text.column][:]
-    if any(not isinstance(document, str) for document in column):
-        raise RankfrontError(f"{text.source}: column {text.column!r} holds something other than text")
+    column = _column(text)
+    for number, document in enumerate(column):
+        if not isinstance(document, str):
+            raise RankfrontError(
+                f"{text.source}: column {text.column!r} holds something other than text in row {number}: "
+                f"{str(document)[:40]}"
+            )
     if not text.deduplicate:
         return [document for document in column if document.strip()]
     first: dict[str, str] = {}
     for document in column:
         first.setdefault(" ".join(document.split()).casefold(), document)
     return [document for key, document in first.items() if key]
+
+
+def _column(text: TextSource) -> Sequence[Any]:
+    rows = load_rows(text.source, text.subset, text.split)
+    columns = columns_of(rows)
+    if columns is not None:
+        if text.column not in columns:
+            raise RankfrontError(f"{text.source}: no column {text.column!r}; there are {', '.join(columns)}")
+        return rows[text.column][:]  # type: ignore[call-overload,no-any-return]
+    for number, row in enumerate(rows):
+        if text.column not in row:
+            raise RankfrontError(
+                f"{text.source}: no column {text.column!r} in row {number}; there are {', '.join(row)}"
+            )
+    return [row[text.column] for row in rows]
 
 
 def divide(documents: Sequence[str], fractions: Sequence[float]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Values that travel between driver and replicas. Standard library only, so both sides may import it.
 
-Everything here is frozen and serialises to JSON: what is on the wire is what is in the record.
+Everything here is frozen and serialises to JSON: what is on the wire is what is in the record. What goes out
+is below; what comes back, a score, is defined in `actors.scores`, and imported from here like the rest.
 """
 
 from __future__ import annotations
@@ -8,21 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from actors.errors import RankfrontError as RankfrontError
+from actors.errors import ScoringError as ScoringError
+from actors.scores import KlScore as KlScore
+from actors.scores import Score as Score
+from actors.scores import TaskScore as TaskScore
+from actors.scores import TextScore as TextScore
+
 SPLITS = ("search", "test")
-
-
-class RankfrontError(Exception):
-    """A mistake or a condition the user can act on; shown without a traceback."""
-
-
-class ScoringError(RankfrontError):
-    """A trial has no valid score (non-finite loss, value out of range); its text is the reason."""
 
 
 def digest(value: Any) -> str:
@@ -138,12 +137,16 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A reasoning task by its lm-evaluation-harness name, and where its examples come from."""
+    """A reasoning task by its lm-evaluation-harness name, and where its examples come from.
+
+    With `format`, the task is one's own: `name` is free, and the rows are of that format (`actors.tasks`).
+    """
 
     name: str
     source: str
     subset: str | None = None
     split: str | None = None
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,11 @@ class FactorSpec:
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """What a score is made of: perplexity text and reasoning tasks, per split, with caps."""
+    """What a score is made of: perplexity text and reasoning tasks, per split, with caps.
+
+    `kl_top_k` asks for the divergence from the dense model, over that many of its most likely tokens and
+    the tail; what is kept of it takes at most `kl_memory_mb` (10^6 bytes) a split and replica.
+    """
 
     text: TextSource
     window: int
@@ -209,6 +216,26 @@ class ScoringSpec:
     search_fraction: float = 0.2
     seed: int = 0
     batch_tokens: int = 1024
+    kl_top_k: int | None = None
+    kl_memory_mb: float = 512.0
+
+    def kl_problem(self, split: str) -> str | None:
+        """Why the dense log-probabilities of a split do not fit `kl_memory_mb`, None where they do.
+
+        Each token of whole windows keeps k ids of 4 bytes and k + 1 log-probabilities of 4 bytes.
+        """
+        if self.kl_top_k is None:
+            return None
+        tokens = self.tokens[split] // self.window * self.window
+        needed, allowed = tokens * (8 * self.kl_top_k + 4), self.kl_memory_mb * 1e6
+        if needed <= allowed:
+            return None
+        most = int(allowed // tokens - 4) // 8
+        fits = f"at most {most} fits" if most > 0 else f"none fits {tokens:,} tokens"
+        return (
+            f"kl_top_k: {self.kl_top_k} over the {tokens:,} tokens of the {split} split takes "
+            f"{needed / 1e6:,.2f} MB, kl_memory_mb is {self.kl_memory_mb:g}; {fits}"
+        )
 
 
 @dataclass(frozen=True)
@@ -275,99 +302,6 @@ class Prepared:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prepared:
         return cls(**{**data, "targets": tuple(TargetSpec(**target) for target in data["targets"])})
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Loss over one text: `nats` summed over `tokens` predicted tokens.
-
-    `stderr` is the standard error of nats/token, over windows.
-    """
-
-    name: str
-    nats: float
-    tokens: int
-    stderr: float
-
-    @property
-    def nll(self) -> float:
-        """nats/token."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nll)
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Zero-shot multiple choice. `acc` and `acc_norm` as lm-evaluation-harness defines them.
-
-    `margin` is the mean of log p(gold) - max log p(wrong), in nats; `acc_norm` is None for the
-    tasks where the harness does not define it.
-    """
-
-    examples: int
-    acc: float
-    acc_norm: float | None
-    margin: float
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of `acc` (binomial, n - 1 as in lm-evaluation-harness)."""
-        return math.sqrt(self.acc * (1 - self.acc) / (self.examples - 1)) if self.examples > 1 else math.nan
-
-
-@dataclass(frozen=True)
-class Score:
-    """The answer of a replica for one allocation on one split."""
-
-    split: str
-    text: TextScore
-    tasks: Mapping[str, TaskScore]
-    forward_tokens: int
-    seconds: float
-    replica: str
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Every metric by the name an objective uses; means over tasks weigh tasks equally."""
-        values = {"nll": self.text.nll}
-        for kind in ("acc", "acc_norm", "margin"):
-            found = {name: getattr(task, kind) for name, task in self.tasks.items()}
-            found = {name: value for name, value in found.items() if value is not None}
-            values.update({f"reasoning.{name}.{kind}": value for name, value in found.items()})
-            if found:
-                values[f"reasoning.{kind}"] = sum(found.values()) / len(found)
-        return values
-
-    @property
-    def reasoning_stderr(self) -> float:
-        """Standard error of `reasoning.acc`, the tasks being independent samples."""
-        count = len(self.tasks)
-        return math.sqrt(sum(task.stderr**2 for task in self.tasks.values())) / count if count else math.nan
-
-    def check(self) -> None:
-        """Raise `ScoringError` naming the first value that cannot be a score."""
-        if self.text.tokens < 1:
-            raise ScoringError(f"{self.text.name}: no token was scored")
-        named = {"nll": self.text.nll, **self.metrics}
-        for name, value in named.items():
-            if not math.isfinite(value):
-                raise ScoringError(f"{name} is {value} on the {self.split} split")
-            if name.endswith((".acc", ".acc_norm")) and not 0 <= value <= 1:
-                raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
-        if self.text.nll < 0:
-            raise ScoringError(f"nll is {self.text.nll} nats/token, below 0")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        rest = {key: value for key, value in data.items() if key not in ("text", "tasks")}
-        tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
-        return cls(text=TextScore(**data["text"]), tasks=tasks, **rest)
 
 
 @dataclass(frozen=True)

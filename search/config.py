@@ -116,6 +116,8 @@ class Config(Section):
                 search_fraction=scoring.search_fraction,
                 seed=scoring.seed,
                 batch_tokens=scoring.batch_tokens,
+                kl_top_k=scoring.kl_top_k,
+                kl_memory_mb=scoring.kl_memory_mb,
             ),
             calibration_fraction=calibration.fraction,
             include=self.targets.include,

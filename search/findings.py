@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from actors.types import Score
+from actors.types import RankfrontError, Score
 from search.panels import dense_row, front_rows
 from search.records import StudySummary, TrialRow
 
@@ -21,7 +21,7 @@ LARGEST_WRITTEN = math.log(1e5)
 """nats/token from which a perplexity is written as a power of e: digits mean nothing there, exp overflows."""
 
 SAME = "≈"
-SAME_NOTE = "≈ within two combined standard errors of the row above (both taken as independent)"
+SAME_NOTE = "≈ within two standard errors of the row above, of the differences window by window where known"
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,12 @@ def _cells(
 
 
 def _indistinct(one: Score, other: Score) -> bool:
-    error = math.hypot(one.text.stderr, other.text.stderr)
-    return abs(one.text.nll - other.text.nll) < 2 * error
+    """Of losses on the same windows by their paired differences; else as if they were independent."""
+    try:
+        return not one.minus(other, "nll").beyond(2)
+    except RankfrontError:
+        error = math.hypot(one.text.stderr, other.text.stderr)
+        return abs(one.text.nll - other.text.nll) < 2 * error
 
 
 def _loss(score: Score | None) -> str:

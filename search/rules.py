@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from actors.sources import Source
-from actors.tasks import TASKS
+from actors.tasks import task_of
 from actors.text import text_parts
-from actors.types import METHOD_NAMES, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
     from search.sections import (
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
         TextSection,
     )
 
-# Metrics a score always holds, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
+# Metrics that can be objectives, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
 METRICS: dict[str, bool] = {
     "budget.model": True,
     "budget.linear": True,
     "budget.bytes": True,
     "nll": True,
+    "kl": True,
     "reasoning.acc": False,
     "reasoning.acc_norm": False,
     "reasoning.margin": False,
@@ -42,10 +43,14 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
         if name not in METRICS and not (match and match["task"] in tasks):
             offered = [*METRICS, *(f"reasoning.{task}.acc" for task in tasks)]
             found.append(f"objectives[{index}]: {name!r} is unknown; one of {', '.join(offered)}")
+        elif name == "kl" and scoring.kl_top_k is None:
+            found.append(f"objectives[{index}]: 'kl' needs scoring.kl_top_k, which is not set")
         elif name.startswith("reasoning.") and not tasks:
             found.append(f"objectives[{index}]: {name!r} needs scoring.tasks, which is empty")
         elif name.endswith(".acc_norm") and not any(
-            TASKS[task].normalised for task in ([match["task"]] if match else tasks)
+            task_of(task.name, task.format).normalised
+            for task in scoring.tasks
+            if task.name in ([match["task"]] if match else tasks)
         ):
             found.append(f"objectives[{index}]: {name!r} is not defined for {', '.join(tasks)}")
         if name in objectives[:index]:
@@ -57,7 +62,23 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
 
 def _task_mistakes(scoring: ScoringSection) -> list[str]:
     names = [task.name for task in scoring.tasks]
-    return [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+    found = [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+    return found + [
+        f"scoring.tasks[{i}].source: missing; {task.name!r} is a task of your own (format: {task.format})"
+        for i, task in enumerate(scoring.tasks)
+        if task.format is not None and task.source is None
+    ]
+
+
+def _kl_mistakes(scoring: ScoringSection, text: TextSection) -> list[str]:
+    spec = ScoringSpec(
+        TextSource(**text.model_dump()),
+        scoring.window,
+        scoring.tokens.model_dump(),
+        kl_top_k=scoring.kl_top_k,
+        kl_memory_mb=scoring.kl_memory_mb,
+    )
+    return [f"scoring.{problem}" for problem in map(spec.kl_problem, SPLITS) if problem is not None]
 
 
 def _stop_mistakes(stop: StopSection) -> list[str]:
@@ -141,6 +162,7 @@ def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: 
 RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
     (("scoring",), _task_mistakes),
+    (("scoring", "text"), _kl_mistakes),
     (("stop",), _stop_mistakes),
     (("space",), _space_mistakes),
     (("factors",), _factor_mistakes),

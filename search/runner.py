@@ -25,8 +25,9 @@ KNOWN_PER_LOOK = 16
 EXHAUSTED = 500
 
 # Room the hypervolume leaves beyond the dense model, by metric: a front point outside adds nothing.
-# Ten times the dense perplexity is a broken model; so is accuracy at zero.
+# Ten times the dense perplexity is a broken model; so is accuracy at zero. A divergence as large is as bad.
 NLL_ROOM = math.log(10)
+KL_ROOM = NLL_ROOM
 MARGIN_ROOM = 10.0
 
 
@@ -46,7 +47,8 @@ class Progress:
 
 def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
     """Where the hypervolume is measured from, in the objectives' own units: budget 1, ten times the
-    dense perplexity, accuracy 0, the dense margin less 10 nats. None until dense is scored."""
+    dense perplexity, log 10 nats of divergence, accuracy 0, the dense margin less 10 nats. None until dense
+    is scored."""
     dense = next((row.score for row in study.rows() if row.finished and row.allocation.is_dense), None)
     if dense is None:
         return None
@@ -56,6 +58,8 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
             point.append(1.0)
         elif objective.name == "nll":
             point.append(dense.text.nll + NLL_ROOM)
+        elif objective.name == "kl":
+            point.append(KL_ROOM)  # the dense model's own is 0
         elif objective.name.endswith(".margin"):
             point.append(dense.metrics[objective.name] - MARGIN_ROOM)
         else:

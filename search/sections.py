@@ -5,9 +5,10 @@ What one key alone must be is checked here; what keys must agree on is in `searc
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 
 from actors.sources import Source
 from actors.tasks import TASKS
@@ -54,8 +55,12 @@ class TextSection(Section):
 
 
 class TaskSection(Section):
-    """A reasoning task by its lm-evaluation-harness name; without a source, from the hub."""
+    """A reasoning task by its lm-evaluation-harness name; without a source, from the hub.
 
+    With a `format` it is one's own, of any other name, and needs a source (see `actors.tasks`).
+    """
+
+    format: Literal["choices"] | None = None  # first, as what a name may be depends on it
     name: str
     source: str | None = None
     subset: str | None = None
@@ -63,9 +68,15 @@ class TaskSection(Section):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in TASKS:
-            raise ValueError(f"{name!r} is no task; one of {', '.join(TASKS)}")
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        if info.data.get("format") is None:
+            if name not in TASKS:
+                own = "; your own needs format: choices"
+                raise ValueError(f"{name!r} is no task; one of {', '.join(TASKS)}{own}")
+        elif name in TASKS:
+            raise ValueError(f"{name!r} is lm-evaluation-harness's; give your own another name")
+        elif not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise ValueError(f"{name!r}: a name is letters, digits and _, and begins with a letter")
         return name
 
     @field_validator("source")
@@ -74,6 +85,9 @@ class TaskSection(Section):
         return None if name is None else _known_source(name)
 
     def resolved(self) -> TaskSource:
+        if self.format is not None:
+            assert self.source is not None, "see search.rules"
+            return TaskSource(self.name, self.source, self.subset, self.split, self.format)
         task = TASKS[self.name]
         if self.source is None:
             return TaskSource(self.name, task.hub, task.subset, self.split or "validation")
@@ -134,6 +148,8 @@ class PerSplit(Section):
 
 
 class ScoringSection(Section):
+    """What a score is made of. `kl_top_k` and `kl_memory_mb` are those of `ScoringSpec`."""
+
     window: Annotated[int, Field(ge=2)] = 512
     tokens: PerSplit = PerSplit(search=8_192, test=32_768)
     tasks: tuple[TaskSection, ...] = ()
@@ -141,6 +157,8 @@ class ScoringSection(Section):
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: int = 0
     batch_tokens: Positive = 1_024
+    kl_top_k: Positive | None = None
+    kl_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
 
     @field_validator("tasks", mode="before")
     @classmethod

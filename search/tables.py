@@ -47,9 +47,9 @@ def score_values(score: Score) -> dict[str, float | int | None]:
 
     Whatever is not finite (the standard error of a single example, say) is None.
     """
-    errors = {"nll_stderr": score.text.stderr, "reasoning.acc_stderr": score.reasoning_stderr}
-    errors.update({f"reasoning.{name}.acc_stderr": task.stderr for name, task in score.tasks.items()})
-    floats = {name: finite(value) for name, value in {**score.metrics, **errors}.items()}
+    errors = {f"{name}_stderr": value for name, value in score.stderrs.items()}
+    values = {**score.metrics, "reasoning.acc_stderr": math.nan, **errors}
+    floats = {name: finite(value) for name, value in values.items()}
     return {**floats, "tokens": score.text.tokens, "forward_tokens": score.forward_tokens}
 
 

@@ -196,6 +196,9 @@ def test_accuracies_and_margin_are_numpys(kind: str, model: LlamaForCausalLM, to
         assert found.examples == len(examples)
         assert found.acc == pytest.approx(np.mean(hits), abs=1e-12)
         assert found.margin == pytest.approx(np.mean(margins), abs=1e-4)
+        assert found.samples("acc") == tuple(map(float, hits))
+        assert found.samples("margin") == pytest.approx(margins, abs=1e-4)
+        assert found.samples("acc_norm") == (tuple(map(float, normalised)) if defined else ())
         if defined:
             assert found.acc_norm == pytest.approx(np.mean(normalised), abs=1e-12)
         else:

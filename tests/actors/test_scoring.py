@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -12,13 +15,15 @@ from transformers import LlamaForCausalLM
 
 from actors.models import load_tokenizer
 from actors.preparation import prepare
-from actors.scoring import Scorer, load_split
+from actors.scoring import Scorer, load_split, score_split
 from actors.types import (
     Allocation,
     PreparationSpec,
     Prepared,
+    RankfrontError,
     ReplicaSpec,
     ScoringError,
+    TaskSource,
 )
 from search.config import Config, parse_config
 from search.cost import CostModel
@@ -141,3 +146,76 @@ def test_a_broken_model_fails_and_the_scorer_lives_on(replica: ReplicaSpec) -> N
         scorer.score(dense)
     norm.copy_(kept)
     assert scorer.score(dense).metrics == before
+
+
+def test_text_longer_than_the_models_context_is_refused_with_the_rule(config: Config) -> None:
+    spec = config.preparation()
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    with pytest.raises(RankfrontError, match=r"scoring\.window: 32 tokens, the model reads 31"):
+        load_split(spec, "search", tokenizer, 31)
+    source = spec.scoring.tasks[0].source
+    with pytest.raises(
+        RankfrontError, match=rf"{source}: row \d+ of arc_easy has \d+ tokens, the model reads 32"
+    ):
+        load_split(spec, "search", tokenizer, 32)
+
+
+def test_a_task_of_ones_own_is_scored(config: Config, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"Which is {number}?", "choices": ["this", "that one"], "answer": number % 2}
+        for number in range(20)
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    task = TaskSource("mine", str(tmp_path / "mine.json"), format="choices")
+    spec = config.preparation()
+    spec = replace(spec, scoring=replace(spec.scoring, tasks=(task,)))
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    model = LlamaForCausalLM.from_pretrained(spec.model.source, dtype=torch.float32).eval()
+    splits = [load_split(spec, split, tokenizer, 256) for split in ("search", "test")]
+    scores = [score_split(model, data, 1024, "r").tasks["mine"] for data in splits]
+    assert [score.examples for score in scores] == [4, 16]
+    assert all(score.acc_norm is not None for score in scores)
+    (tmp_path / "mine.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(RankfrontError, match="mine leaves no example for the test split"):
+        load_split(spec, "test", tokenizer, 256)
+
+
+def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:
+    scoring = replace(replica.preparation.scoring, **changes)
+    return replace(replica, preparation=replace(replica.preparation, scoring=scoring))
+
+
+def test_divergence_is_recorded_when_asked(replica: ReplicaSpec) -> None:
+    """Zero for dense, and for a trial the same whatever was scored before, on either split."""
+    targets = replica.prepared.targets
+    cost = CostModel(targets, replica.prepared.model_parameters, "pivoted", "mean")
+    half, dense = cost.uniform(0.5), Allocation.dense(targets)
+    plain = Scorer(replica)
+    assert plain.score(half).kl is None
+    asking = Scorer(asking_for_kl(replica, kl_top_k=16))
+    found = asking.score(half)
+    assert found.metrics == {**plain.score(half).metrics, "kl": found.kl.mean}
+    assert found.kl.mean > 0.001
+    assert found.kl.top_k == 16
+    assert asking.score(dense).kl.nats == 0
+    assert asking.score(half, "test").kl.mean > 0.001
+    assert asking.score(half).kl == found.kl
+
+
+def test_divergence_within_its_memory(replica: ReplicaSpec) -> None:
+    """The two fingerprints differ: what was scored without a divergence does not answer for one."""
+    spec = asking_for_kl(replica, kl_top_k=16, tokens={"search": 128, "test": 128}).preparation
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    needed = 128 * (16 * 8 + 4) / 1e6
+    with pytest.raises(RankfrontError) as caught:
+        load_split(
+            replace(spec, scoring=replace(spec.scoring, kl_memory_mb=needed * 0.99)), "search", tokenizer, 256
+        )
+    assert str(caught.value) == (
+        f"scoring.kl_top_k: 16 over the 128 tokens of the search split takes 0.02 MB, "
+        f"kl_memory_mb is {needed * 0.99:g}; at most 15 fits"
+    )
+    fitting = replace(spec, scoring=replace(spec.scoring, kl_memory_mb=needed))
+    asked = load_split(fitting, "search", tokenizer, 256)
+    plain = replace(fitting, scoring=replace(fitting.scoring, kl_top_k=None))
+    assert load_split(plain, "search", tokenizer, 256).fingerprint != asked.fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -192,5 +193,72 @@ def test_a_missing_field_is_named_with_those_there(name: str, field: str, tmp_pa
 
 def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "table.jsonl").write_text("\n")
-    with pytest.raises(RankfrontError, match=r"table\.jsonl: piqa has no examples"):
+    with pytest.raises(RankfrontError, match=r"table\.jsonl: holds no rows"):
         load_examples(TaskSource("piqa", str(tmp_path / "table.jsonl")))
+
+
+OWN = [
+    {"question": "Which is wet?", "choices": ["sand", "water", "air"], "answer": 1, "id": "ignored"},
+    {"context": "It rains. ", "question": "Where?", "choices": ["here", "there"], "answer": 0},
+    {"context": "The sky is", "choices": ["blue", "green"], "answer": 0},
+]
+
+
+def own(folder: Path, rows: list[dict[str, Any]]) -> TaskSource:
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return TaskSource("mine", str(folder / "mine.jsonl"), format="choices")
+
+
+def test_a_task_of_ones_own_is_asked_as_arc_is_or_continued(tmp_path: Path) -> None:
+    found = load_examples(own(tmp_path, OWN))
+    arc = {"question": "Which is wet?", "choices": {"text": OWN[0]["choices"], "label": ["a", "b", "c"]}}
+    assert found[0] == TASKS["arc_easy"].ask({**arc, "answerKey": "b"})
+    assert found[1].contexts[0] == "It rains. \nQuestion: Where?\nAnswer:"
+    assert found[2].contexts == ("The sky is",) * 2
+    assert found[2].continuations == (" blue", " green")
+    assert [example.gold for example in found] == [1, 0, 0]
+    assert [example.lengths for example in found] == [(4, 5, 3), (4, 5), (4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"answer": 3}, "answer 3 of 3 choices"),
+        ({"answer": -1}, "answer -1 of 3 choices"),
+        ({"answer": "1"}, "answer must be the index of a choice, 0 the first, not '1'"),
+        ({"answer": True}, "answer must be the index of a choice, 0 the first, not True"),
+        ({"answer": None}, "the field 'answer' is null"),
+        ({"choices": ["sand"]}, r"choices must be a list of two or more texts, not \['sand'\]"),
+        ({"choices": "sand"}, "choices must be a list of two or more texts, not 'sand'"),
+        ({"choices": ["sand", " "]}, "choices must be texts, none of them empty"),
+        ({"choices": ["sand", 2]}, "choices must be texts, none of them empty"),
+        ({"question": "  "}, "question must be text, not '  '"),
+        ({"question": 5}, "question must be text, not 5"),
+    ],
+)
+def test_a_row_of_ones_own_that_is_no_question_is_named(
+    fields: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    source = own(tmp_path, [OWN[1], {**OWN[0], **fields}])
+    with pytest.raises(RankfrontError, match=rf"{source.source}: row 1 of mine.*{reason}"):
+        load_examples(source)
+
+
+@pytest.mark.parametrize("field", ["choices", "answer", "question"])
+def test_a_field_of_ones_own_that_is_missing_is_named(field: str, tmp_path: Path) -> None:
+    source = own(tmp_path, [OWN[1], {key: value for key, value in OWN[0].items() if key != field}])
+    rule = (
+        "needs a question, a context or both" if field == "question" else f"has no field '{field}'; there are"
+    )
+    with pytest.raises(RankfrontError, match=rf"{source.source}: row 1 of mine.*{rule}"):
+        load_examples(source)
+
+
+def test_a_field_that_only_some_rows_have_is_missing_in_the_others(tmp_path: Path) -> None:
+    """A table would fill it with null, which a prompt would spell out."""
+    rows = [ROWS["piqa"][0], {key: value for key, value in ROWS["piqa"][1].items() if key != "goal"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(RankfrontError, match=r"row 1 of piqa has no field 'goal'"):
+        load_examples(TaskSource("piqa", str(tmp_path / "t.jsonl")))
+    with pytest.raises(RankfrontError, match=r"row 1 of piqa cannot be read: the field 'goal' is null"):
+        load_examples(TaskSource("piqa", saved(tmp_path / "table", [rows[0], {**rows[1], "goal": None}])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import datasets
@@ -12,11 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.text import divide, fingerprint_windows, load_documents, load_table, text_parts, windows
+from actors.text import divide, fingerprint_windows, load_documents, text_parts, windows
 from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
-ROWS = [{"text": "first, „quoted”", "n": 1}, {"text": 'second "line"', "n": 2}, {"text": "third", "n": 3}]
-TEXTS = [row["text"] for row in ROWS]
+TEXTS = ["first, „quoted”", 'second "line"', "third"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,45 +28,6 @@ def saved(folder: Path, column: list, name: str = "text") -> TextSource:
     return TextSource(str(folder))
 
 
-def write(path: Path) -> Path:
-    table = datasets.Dataset.from_list(ROWS)
-    if path.suffix == ".parquet":
-        table.to_parquet(str(path))
-    elif path.suffix == ".csv":
-        table.to_csv(str(path), index=False)
-    elif path.suffix in (".jsonl", ".json"):
-        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8")
-    else:
-        table.save_to_disk(str(path))
-    return path
-
-
-@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl", "t.json", "folder"])
-def test_every_kind_of_table_gives_the_same_rows(name: str, tmp_path: Path) -> None:
-    table = load_table(str(write(tmp_path / name)))
-    assert [dict(row) for row in table] == ROWS
-
-
-def test_a_text_file_is_a_table_of_lines(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    assert load_table(str(tmp_path / "t.txt"))["text"][:] == TEXTS
-
-
-def test_a_split_of_a_saved_dictionary(tmp_path: Path) -> None:
-    whole = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict({"train": whole, "test": whole.select([2])}).save_to_disk(str(tmp_path / "t"))
-    assert load_table(str(tmp_path / "t"), split="test")["text"][:] == ["third"]
-    assert load_table(str(tmp_path / "t" / "train"), split="test")["text"][:] == TEXTS
-    with pytest.raises(RankfrontError, match=r"t/dev holds no saved data set; beside it: test, train"):
-        load_table(str(tmp_path / "t"), split="dev")
-
-
-def test_unknown_kinds_are_refused_with_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "t.pkl").write_bytes(b"")
-    with pytest.raises(RankfrontError, match=r"ends in one of \.parquet, \.jsonl, \.json, \.csv, \.txt"):
-        load_table(str(tmp_path / "t.pkl"))
-
-
 def test_a_missing_column_is_named_with_those_there(tmp_path: Path) -> None:
     saved(tmp_path / "t", TEXTS, "passage")
     with pytest.raises(RankfrontError, match=r"no column 'text'; there are passage"):
@@ -80,6 +39,28 @@ def test_a_column_of_something_else_is_refused(column: list, tmp_path: Path) -> 
     source = saved(tmp_path / "t", column)
     with pytest.raises(RankfrontError, match="column 'text' holds something other than text"):
         load_documents(source)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ('{"text": "a"}\n{"txt": "b"}', r"no column 'text' in row 1; there are txt"),
+        ('{"text": "a"}\n\n{"text": 7}', r"column 'text' holds something other than text in row 1: 7"),
+        ('{"text": "a"}\n{"text": null}', r"column 'text' holds something other than text in row 1: None"),
+        ("", "holds no rows"),
+    ],
+)
+def test_the_row_of_a_file_that_is_no_document_is_named(rows: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(rows)
+    with pytest.raises(RankfrontError, match=rf"{path}: {reason}"):
+        load_documents(TextSource(str(path)))
+
+
+def test_documents_of_json_rows_of_different_fields(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('[{"n": 1, "text": "a"}, {"text": "b", "n": "two"}]')
+    assert load_documents(TextSource(str(path))) == ["a", "b"]
 
 
 def test_empty_documents_are_dropped_and_repeats_kept_unless_asked(tmp_path: Path) -> None:

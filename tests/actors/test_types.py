@@ -7,9 +7,12 @@ import math
 from dataclasses import replace
 
 import pytest
+from scipy.stats import sem
 
+from actors.samples import Difference, pack_bits, pack_floats
 from actors.types import (
     Allocation,
+    KlScore,
     Prepared,
     RankfrontError,
     Score,
@@ -135,9 +138,95 @@ def test_standard_errors_are_of_means() -> None:
     assert math.isnan(replace(SCORE, tasks={}).reasoning_stderr)
 
 
+PAIRED = replace(
+    SCORE,
+    text=TextScore("text@32", nats=6.0, tokens=3, stderr=0.5, windows=pack_floats([1.0, 2.0, 3.0])),
+    tasks={
+        "arc_easy": TaskScore(
+            examples=4,
+            acc=0.75,
+            acc_norm=0.5,
+            margin=0.5,
+            hits=pack_bits([True, True, True, False]),
+            hits_norm=pack_bits([True, False, True, False]),
+            margins=pack_floats([1.0, 0.5, 2.0, -1.5]),
+        ),
+        "boolq": TaskScore(2, 0.5, None, 0.25, pack_bits([True, False]), "", pack_floats([1.0, -0.5])),
+    },
+    kl=KlScore(8, nats=1.5, tokens=3, stderr=0.25, windows=pack_floats([0.25, 0.5, 0.75])),
+)
+
+
+def test_every_metric_has_its_standard_error() -> None:
+    """From the values of each window and example, by scipy; accuracies are values too, of 0 and 1."""
+    arc, boolq = PAIRED.tasks["arc_easy"], PAIRED.tasks["boolq"]
+    assert PAIRED.stderrs.keys() == PAIRED.metrics.keys()
+    wanted = {
+        "nll": 0.5,
+        "kl": 0.25,
+        "reasoning.arc_easy.acc": sem([1, 1, 1, 0]),
+        "reasoning.boolq.acc": sem([1, 0]),
+        "reasoning.arc_easy.acc_norm": sem([1, 0, 1, 0]),
+        "reasoning.acc_norm": sem([1, 0, 1, 0]),
+        "reasoning.arc_easy.margin": sem([1, 0.5, 2, -1.5]),
+        "reasoning.boolq.margin": sem([1, -0.5]),
+    }
+    wanted["reasoning.acc"] = math.hypot(sem([1, 1, 1, 0]), sem([1, 0])) / 2
+    wanted["reasoning.margin"] = math.hypot(sem([1, 0.5, 2, -1.5]), sem([1, -0.5])) / 2
+    assert PAIRED.stderrs == pytest.approx(wanted)
+    assert (arc.samples("acc"), boolq.samples("acc_norm")) == ((1, 1, 1, 0), ())
+    assert all(math.isnan(SCORE.stderrs[f"reasoning.{name}.margin"]) for name in SCORE.tasks)
+
+
+def other_than_paired() -> Score:
+    """Easier on the second window, wrong where the first was right on the first example of each task."""
+    arc = replace(PAIRED.tasks["arc_easy"], hits=pack_bits([False, True, True, False]))
+    boolq = replace(PAIRED.tasks["boolq"], hits=pack_bits([False, False]))
+    text = replace(PAIRED.text, windows=pack_floats([1.0, 1.0, 3.5]))
+    return replace(PAIRED, text=text, tasks={"arc_easy": arc, "boolq": boolq})
+
+
+def test_two_scores_are_compared_pair_by_pair() -> None:
+    other = other_than_paired()
+    assert PAIRED.minus(other, "nll") == Difference(
+        pytest.approx(0.5 / 3), pytest.approx(sem([0, 1, -0.5])), 3
+    )
+    assert PAIRED.minus(other, "reasoning.boolq.acc") == Difference(0.5, pytest.approx(sem([1, 0])), 2)
+    both = math.hypot(sem([1, 0, 0, 0]), sem([1, 0])) / 2
+    mean = (0.25 + 0.5) / 2
+    assert PAIRED.minus(other, "reasoning.acc") == Difference(mean, pytest.approx(both), 6)
+    for metric in ("kl", "reasoning.acc_norm", "reasoning.margin"):
+        assert PAIRED.minus(other, metric).mean == PAIRED.minus(other, metric).stderr == 0
+    assert Score.from_dict(json.loads(json.dumps(PAIRED.to_dict()))) == PAIRED
+
+
+@pytest.mark.parametrize(
+    ("other", "metric"),
+    [
+        (SCORE, "nll"),  # kept no windows
+        (replace(PAIRED, split="test"), "nll"),
+        (replace(PAIRED, text=replace(PAIRED.text, name="other@32")), "nll"),
+        (replace(PAIRED, kl=None), "kl"),
+        (replace(PAIRED, tasks={"boolq": PAIRED.tasks["boolq"]}), "reasoning.acc"),
+        (PAIRED, "reasoning.boolq.acc_norm"),
+        (PAIRED, "reasoning.piqa.acc"),
+        (PAIRED, "budget.model"),
+    ],
+)
+def test_what_is_of_other_text_or_tasks_is_not_paired(other: Score, metric: str) -> None:
+    with pytest.raises(RankfrontError, match=f"{metric} cannot be paired"):
+        PAIRED.minus(other, metric)
+
+
 def test_check_lets_a_score_pass() -> None:
     SCORE.check()
     replace(SCORE, text=replace(SCORE.text, nats=0.0), tasks={}).check()
+
+
+@pytest.mark.parametrize(("nats", "reason"), [(math.nan, "kl is nan on the"), (-1.0, "kl is .*, below 0")])
+def test_check_names_a_divergence_that_is_none(nats: float, reason: str) -> None:
+    with pytest.raises(ScoringError, match=reason):
+        replace(SCORE, kl=KlScore(8, nats=nats, tokens=10, stderr=0.1)).check()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ def raw(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+OWN = {"name": "mine", "format": "choices", "source": "/tmp"}
+
+
 def put(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of `raw` with the dotted `key` set."""
     changed = copy.deepcopy(raw)
@@ -67,6 +70,9 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("objectives", ["budget.model"], "objectives", ["at least 2"]),
         ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
         ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
+        ("objectives", ["budget.model", "kl"], "objectives[1]", ["'kl'", "scoring.kl_top_k"]),
+        ("scoring.kl_top_k", 0, "scoring.kl_top_k", ["0", "greater than or equal to 1"]),
+        ("scoring.kl_top_k", 10**7, "scoring.kl_top_k", ["search split", "kl_memory_mb is 512", "at most"]),
         ("model.source", "/no/such/model", "model.source", ["/no/such/model", "no file or folder"]),
         ("text.source", "./no/such/text", "text.source", ["./no/such/text", "no file or folder"]),
         ("model.source", "package:no_such_package/x", "model.source", ["no_such_package"]),
@@ -80,6 +86,11 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.tasks", ["arc_easy", "arc_esay"], "scoring.tasks[1].name", ["'arc_esay'", "arc_easy"]),
         ("scoring.tasks", ["arc_easy", "arc_easy"], "scoring.tasks[1]", ["'arc_easy'", "twice"]),
         ("scoring.tasks", [{"name": "piqa", "source": "/no/piqa"}], "scoring.tasks[0].source", ["/no/piqa"]),
+        ("scoring.tasks", [{"name": "mine", "source": "/tmp"}], "scoring.tasks[0].name", ["format: choices"]),
+        ("scoring.tasks", [OWN | {"name": "piqa"}], "scoring.tasks[0].name", ["'piqa'", "another name"]),
+        ("scoring.tasks", [OWN | {"name": "my-own"}], "scoring.tasks[0].name", ["'my-own'", "letters"]),
+        ("scoring.tasks", [OWN | {"source": None}], "scoring.tasks[0].source", ["missing", "'mine'"]),
+        ("scoring.tasks", [OWN | {"format": "csv"}], "scoring.tasks[0].format", ["'csv'", "'choices'"]),
         ("stop.trials", None, "stop", ["trials", "tokens", "hours", "plateau"]),
         ("calibration.window", 5_000, "calibration.window", ["too short", "5000"]),
         ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),
@@ -277,6 +288,14 @@ def test_objectives_know_their_direction(raw: dict[str, Any]) -> None:
         Objective("nll", minimize=True),
         Objective("reasoning.arc_easy.acc_norm", minimize=False),
     )
+
+
+def test_a_task_of_ones_own_can_be_an_objective(raw: dict[str, Any]) -> None:
+    names = ["budget.model", "reasoning.mine.acc_norm", "reasoning.mine.margin"]
+    config = parse_config(put(put(raw, "scoring.tasks", [OWN, "boolq"]), "objectives", names))
+    [own, boolq] = config.preparation().scoring.tasks
+    assert (own.name, own.source, own.split, own.format) == ("mine", "/tmp", None, "choices")
+    assert boolq.format is None
 
 
 def test_a_task_of_its_own_source_keeps_the_split_it_names(raw: dict[str, Any], tmp_path: Path) -> None:

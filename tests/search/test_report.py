@@ -19,6 +19,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from actors.samples import pack_floats
 from actors.types import Allocation, Score, TargetSpec, TaskScore, TextScore
 from search.figures import hypervolume_figure, panel_figure, rank_figure
 from search.files import write_atomic
@@ -417,6 +418,23 @@ def test_table_marks_only_what_cannot_be_told_apart() -> None:
     assert [row[0] for row in cells.rows] == ["0", "1", "2", "3"]  # dense leads though it is off the front
     assert [row[2].startswith("≈") for row in cells.rows] == [False, False, False, True]
     assert cells.rows[1][4] == "+0.250"
+
+
+def test_losses_of_the_same_windows_are_told_apart_by_their_differences() -> None:
+    """0.03 nats on each of 16 windows is no noise, though it is within two combined standard errors."""
+
+    def on_windows(row: TrialRow, gap: list[float]) -> TrialRow:
+        assert row.score is not None
+        packed = pack_floats([3 + index / 9 + gap[index % 2] for index in range(16)])
+        text = dataclasses.replace(row.score.text, windows=packed)
+        return dataclasses.replace(row, score=dataclasses.replace(row.score, text=text))
+
+    close = [trial(3, 0.64, 4.03, tasks=False), trial(4, 0.63, 4.04, tasks=False)]
+    gaps = ([0.0, 0.0], [0.029, 0.031], [0.2, -0.1])
+    paired = [on_windows(row, gap) for row, gap in zip([three().rows[2], *close], gaps, strict=True)]
+    rows = (*three().rows[:2], *paired)
+    cells = front_cells(dataclasses.replace(three(), rows=rows, front=(1, 2, 3, 4)))
+    assert [row[2].startswith("≈") for row in cells.rows] == [False, False, False, False, True]
 
 
 def test_extreme_losses_are_written_not_raised() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from fakes import DENSE_NLL, TARGETS, MadeUpPool, loss, open_study, score_of
 
-from actors.types import Allocation
+from actors.types import Allocation, KlScore
 from search.journal import open_journal
 from search.pool import Job, Outcome
+from search.records import Objective
 from search.runner import Runner, Stop, hypervolumes, minimised, reference_point
 from search.sections import PlateauSection, StopSection
 from search.study import SearchStudy
@@ -309,9 +311,21 @@ def test_the_hypervolume_is_measured_from_ten_times_the_dense_perplexity(tmp_pat
     assert math.exp(nll) == pytest.approx(10 * math.exp(DENSE_NLL))
 
 
-def test_maximised_objectives_have_their_sign_turned(tmp_path: Path) -> None:
-    from search.records import Objective
+def test_the_hypervolume_is_measured_from_log_ten_nats_of_divergence(tmp_path: Path) -> None:
+    """The dense model's own divergence is 0."""
 
+    def diverging(job: Job) -> Outcome:
+        score = score_of(job.allocation)
+        return Outcome(job, replace(score, kl=KlScore(8, nats=0.0, tokens=score.text.tokens, stderr=0.0)))
+
+    study = open_study(tmp_path, objectives=(Objective("budget.model", True), Objective("kl", True)))
+    study.enqueue([(Allocation.dense(TARGETS), "dense")])
+    runner(study, MadeUpPool(diverging), trials=1).run()
+    assert [row.values for row in study.rows()] == [(1.0, 0.0)]
+    assert reference_point(study) == (1.0, pytest.approx(math.log(10)))
+
+
+def test_maximised_objectives_have_their_sign_turned(tmp_path: Path) -> None:
     objectives = (Objective("budget.model", True), Objective("reasoning.margin", False))
     study = open_study(tmp_path, objectives=objectives)
     runner(study, MadeUpPool(), trials=3).run()

@@ -1,0 +1,211 @@
+"""What a replica answers: the scores of one allocation, their standard errors, and the values behind them.
+
+Frozen, JSON, standard library only, as everything on the wire (`actors.types`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from actors.errors import RankfrontError, ScoringError
+from actors.samples import (
+    Difference,
+    mean_difference,
+    paired_difference,
+    standard_error,
+    unpack_bits,
+    unpack_floats,
+)
+
+KINDS = ("acc", "acc_norm", "margin")
+"""The metrics of a reasoning task."""
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Loss over one text: `nats` summed over `tokens` predicted tokens.
+
+    `stderr` is the standard error of nats/token, over windows; `windows` packs the nats/token of each.
+    """
+
+    name: str
+    nats: float
+    tokens: int
+    stderr: float
+    windows: str = ""
+
+    @property
+    def nll(self) -> float:
+        """nats/token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+
+@dataclass(frozen=True)
+class KlScore:
+    """KL(dense || trial) over the tokens of the text: `nats` summed over `tokens` predicted tokens.
+
+    Over the dense model's `top_k` most likely tokens and the tail (see `actors.divergence`); `stderr` and
+    `windows` as in `TextScore`.
+    """
+
+    top_k: int
+    nats: float
+    tokens: int
+    stderr: float
+    windows: str = ""
+
+    @property
+    def mean(self) -> float:
+        """nats/token."""
+        return self.nats / self.tokens
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Zero-shot multiple choice. `acc` and `acc_norm` as lm-evaluation-harness defines them.
+
+    `margin` is the mean of log p(gold) - max log p(wrong), in nats; `acc_norm` is None for the
+    tasks where the harness does not define it. `hits`, `hits_norm` (bits) and `margins` (nats) pack
+    the same of each example, in the order of the split.
+    """
+
+    examples: int
+    acc: float
+    acc_norm: float | None
+    margin: float
+    hits: str = ""
+    hits_norm: str = ""
+    margins: str = ""
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `acc`."""
+        return self.error("acc")
+
+    def error(self, kind: str) -> float:
+        """Standard error of `acc`, `acc_norm` (binomial, n - 1 as in lm-evaluation-harness) or `margin`.
+
+        nan where it cannot be told: one example, no `acc_norm`, margins that were not kept.
+        """
+        if kind == "margin":
+            return standard_error(unpack_floats(self.margins))
+        share = self.acc if kind == "acc" else self.acc_norm
+        if share is None or self.examples < 2:
+            return math.nan
+        return math.sqrt(share * (1 - share) / (self.examples - 1))
+
+    def samples(self, kind: str) -> tuple[float, ...]:
+        """`acc`, `acc_norm` or `margin` of each example; empty where they were not kept."""
+        if kind == "margin":
+            return unpack_floats(self.margins)
+        packed = {"acc": self.hits, "acc_norm": self.hits_norm}[kind]
+        return unpack_bits(packed, self.examples) if packed else ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """The answer of a replica for one allocation on one split."""
+
+    split: str
+    text: TextScore
+    tasks: Mapping[str, TaskScore]
+    forward_tokens: int
+    seconds: float
+    replica: str
+    kl: KlScore | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every metric by the name an objective uses; means over tasks weigh tasks equally."""
+        values = {"nll": self.text.nll}
+        if self.kl is not None:
+            values["kl"] = self.kl.mean
+        for kind in KINDS:
+            found = {name: getattr(task, kind) for name, task in self.tasks.items()}
+            found = {name: value for name, value in found.items() if value is not None}
+            values.update({f"reasoning.{name}.{kind}": value for name, value in found.items()})
+            if found:
+                values[f"reasoning.{kind}"] = sum(found.values()) / len(found)
+        return values
+
+    @property
+    def stderrs(self) -> dict[str, float]:
+        """The standard error of every metric by its name; the tasks are independent samples."""
+        found = {"nll": self.text.stderr}
+        if self.kl is not None:
+            found["kl"] = self.kl.stderr
+        for kind in KINDS:
+            defined = {name: t for name, t in self.tasks.items() if getattr(t, kind) is not None}
+            errors = {name: task.error(kind) for name, task in defined.items()}
+            found.update({f"reasoning.{name}.{kind}": value for name, value in errors.items()})
+            if errors:
+                squares = math.fsum(value**2 for value in errors.values())
+                found[f"reasoning.{kind}"] = math.sqrt(squares) / len(errors)
+        return found
+
+    @property
+    def reasoning_stderr(self) -> float:
+        """Standard error of `reasoning.acc`; nan without a task."""
+        return self.stderrs.get("reasoning.acc", math.nan)
+
+    def minus(self, other: Score, metric: str) -> Difference:
+        """This score's metric less the other's, paired over the same windows or examples.
+
+        Raises:
+            RankfrontError: other text or tasks, or values that were not kept.
+        """
+        mine, theirs = self._samples(metric), other._samples(metric)
+        counts, others = ({name: len(v) for name, v in found.items()} for found in (mine, theirs))
+        alike = (self.split, self.text.name) == (other.split, other.text.name) and counts == others
+        if not (alike and counts and all(counts.values())):
+            raise RankfrontError(
+                f"{metric} cannot be paired: {counts or 'nothing'} of {self.text.name} ({self.split}) with "
+                f"{others or 'nothing'} of {other.text.name} ({other.split})"
+            )
+        return mean_difference([paired_difference(mine[name], theirs[name]) for name in mine])
+
+    def _samples(self, metric: str) -> dict[str, tuple[float, ...]]:
+        """The values a metric is the mean of, by where they are from; a mean over tasks has those of each."""
+        if metric == "nll":
+            return {"windows": unpack_floats(self.text.windows)}
+        if metric == "kl":
+            return {"windows": unpack_floats(self.kl.windows)} if self.kl is not None else {}
+        _, _, path = metric.partition("reasoning.")
+        task, _, kind = path.rpartition(".")
+        if kind not in KINDS:
+            return {}
+        chosen = {name: one for name, one in self.tasks.items() if task in ("", name)}
+        return {name: one.samples(kind) for name, one in chosen.items() if getattr(one, kind) is not None}
+
+    def check(self) -> None:
+        """Raise `ScoringError` naming the first value that cannot be a score."""
+        if self.text.tokens < 1:
+            raise ScoringError(f"{self.text.name}: no token was scored")
+        named = {"nll": self.text.nll, **self.metrics}
+        for name, value in named.items():
+            if not math.isfinite(value):
+                raise ScoringError(f"{name} is {value} on the {self.split} split")
+            if name.endswith((".acc", ".acc_norm")) and not 0 <= value <= 1:
+                raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
+        if self.text.nll < 0:
+            raise ScoringError(f"nll is {self.text.nll} nats/token, below 0")
+        if self.kl is not None and self.kl.nats < 0:
+            raise ScoringError(f"kl is {self.kl.mean} nats/token, below 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Score:
+        rest = {key: value for key, value in data.items() if key not in ("text", "tasks", "kl")}
+        tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
+        kl = data.get("kl")
+        return cls(text=TextScore(**data["text"]), tasks=tasks, kl=kl and KlScore(**kl), **rest)
