@@ -14,9 +14,9 @@ import time
 import torch
 from _common import PeakMemory, machine, table
 
-from actors.calibration import ITEMSIZE
 from actors.decompose import decompose
 from actors.moments import Moments, Spread
+from actors.planning import ITEMSIZE
 
 HIDDEN, INNER, BLOCKS = 4096, 11008, 32
 BLOCK = {
