@@ -86,8 +86,7 @@ def log_buckets(logits: Tensor, ids: Tensor) -> Tensor:
     """
     ids = ids.long()
     tail = logits.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-    buckets = torch.cat([logits.gather(1, ids), tail], 1)
-    return buckets - buckets.logsumexp(1, keepdim=True)
+    return torch.cat([logits.gather(1, ids), tail], 1).log_softmax(1)
 
 
 def divergence(dense: Tensor, trial: Tensor) -> Tensor:

@@ -104,8 +104,10 @@ def test_it_is_never_below_zero(logits: np.ndarray, k: int, near: float) -> None
         found = divergence(log_buckets(dense, ids), log_buckets(trial, ids))
         assert found.dtype == torch.float64
         assert (found >= 0).all()
-        p, q = (np.exp(log_softmax(x.double().numpy(), axis=-1)) for x in (dense, trial))
-        assert (found.numpy() <= rel_entr(p, q).sum(-1) + 1e-4).all()
+        log_p, log_q = (log_softmax(x.double().numpy(), axis=-1) for x in (dense, trial))
+        # float32 logits of up to 60 carry 4e-6 of rounding each: it counts by the largest |log q|
+        rounding = 1e-5 * (1 + np.abs(log_q).max(-1))
+        assert (found.numpy() <= rel_entr(np.exp(log_p), np.exp(log_q)).sum(-1) + rounding).all()
 
 
 def test_a_tail_of_almost_nothing_keeps_its_digits() -> None:

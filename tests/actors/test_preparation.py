@@ -230,7 +230,7 @@ def break_targets(root: Path) -> dict[str, Any]:
     ("break_it", "reason"),
     [
         (break_text, r"text too short: .* a window needs 2048"),
-        (break_example, r"piqa: example 0 has \d+ tokens, the model reads 256"),
+        (break_example, r"long\.jsonl: row 0 of piqa has \d+ tokens, the model reads 256"),
         # found before the search, not by its last step, which scores the test split
         (break_single, r"piqa.* no example.* test"),
         (break_targets, r"leaves none of 21 linear layers"),
