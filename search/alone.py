@@ -71,12 +71,12 @@ class Log:
     The file may hold those of other preparations. The caller holds the study's lock.
     """
 
-    def __init__(self, folder: Path, fingerprints: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, fingerprints: Mapping[str, str], file: str = FILE) -> None:
         """Raises RankfrontError where the file is damaged other than by a torn last line.
 
         `repaired` says what was cut off the end, None if nothing was.
         """
-        self._path = folder / FILE
+        self._path = folder / file
         self._identity = {key: fingerprints[key] for key in FINGERPRINTS}
         self.repaired = repair(self._path)
         self._records = {

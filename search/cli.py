@@ -23,6 +23,7 @@ from search.sections import SamplerSection
 from search.sensitivity import sensitivity
 from search.sensitivity_table import Sensitivity, found, module_cells, target_cells
 from search.session import search
+from search.surgical_run import surgical
 
 app = typer.Typer(
     help="Search which rank each linear layer of a language model should keep.",
@@ -51,8 +52,17 @@ def search_command(
     if trials is not None:
         overrides["stop.trials"] = trials
     folder, summary, reason = search(load_config(config, overrides), console)
-    again = " ".join([str(config), *(f"--set {shlex.quote(text)}" for text in set_ or [])])
-    _print_end(folder, summary, reason, again)
+    _print_end(folder, summary, reason, "search", _again(config, set_))
+    _exit_if_stopped(reason)
+
+
+def _again(config: Path, set_: list[str] | None) -> str:
+    """The config and its overrides, as they were given."""
+    return " ".join([str(config), *(f"--set {shlex.quote(text)}" for text in set_ or [])])
+
+
+def _exit_if_stopped(reason: str) -> None:
+    """With the exit code of the signal that ended a command, if one did."""
     if reason.startswith("SIG"):
         raise typer.Exit(130 if reason == "SIGINT" else 143)
 
@@ -67,7 +77,7 @@ def _override(text: str) -> tuple[str, Any]:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 
-def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: str) -> None:
+def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command: str, config: str) -> None:
     finished = sum(row.finished for row in summary.rows)
     failed = sum(row.state == "FAIL" for row in summary.rows)
     running = sum(row.state == "RUNNING" for row in summary.rows)
@@ -87,7 +97,7 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: 
     me = _program()
     console.print("\nNext:", style="bold")
     if reason.startswith("SIG"):
-        console.print(f"  {me} search {config}   # goes on where it stopped", soft_wrap=True)
+        console.print(f"  {me} {command} {config}   # goes on where it stopped", soft_wrap=True)
     console.print(f"  {me} search {config} --trials {more}   # search further", soft_wrap=True)
     console.print(
         f"  {me} export {folder.path} --budget 0.9   # write the best model at <= 90%", soft_wrap=True
@@ -101,6 +111,19 @@ def _program() -> str:
     if found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve():
         return "rankfront"
     return os.path.relpath(sys.argv[0])
+
+
+@app.command("surgical")
+def surgical_command(
+    config: Annotated[Path, typer.Argument(help="The study's YAML config.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any config key.")
+    ] = None,
+) -> None:
+    """Search target by target, last block to first, as arXiv 2405.13039 does; or continue doing so."""
+    folder, summary, reason = surgical(load_config(config, dict(map(_override, set_ or []))), console)
+    _print_end(folder, summary, reason, "surgical", _again(config, set_))
+    _exit_if_stopped(reason)
 
 
 @app.command("sensitivity")
@@ -118,10 +141,10 @@ def sensitivity_command(
         console.print("  sensitivity.html, sensitivity.png   the maps, to look at")
         console.print("  sensitivity.parquet   the same, to compute with")
     if reason.startswith("SIG"):
-        again = " ".join([str(config), *(f"--set {shlex.quote(text)}" for text in set_ or [])])
         console.print("\nNext:", style="bold")
-        console.print(f"  {_program()} sensitivity {again}   # goes on where it stopped", soft_wrap=True)
-        raise typer.Exit(130 if reason == "SIGINT" else 143)
+        again = f"{_program()} sensitivity {_again(config, set_)}"
+        console.print(f"  {again}   # goes on where it stopped", soft_wrap=True)
+    _exit_if_stopped(reason)
 
 
 def _print_sensitivity(folder: Path, table: Sensitivity | None) -> None:

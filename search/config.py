@@ -37,6 +37,7 @@ from search.sections import (
     SensitivitySection,
     SpaceSection,
     StopSection,
+    SurgicalSection,
     TargetSection,
     TextSection,
 )
@@ -68,6 +69,7 @@ class Config(Section):
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
     sensitivity: SensitivitySection = SensitivitySection()
+    surgical: SurgicalSection = SurgicalSection()
     stop: StopSection = StopSection()
     replicas: ReplicaSection = ReplicaSection()
 

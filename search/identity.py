@@ -50,6 +50,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("sampler", "free", "samplers learn from whatever trials there are"),
     Rule("references", "free", "missing ones are added"),
     Rule("sensitivity", "free", "missing scores are added"),
+    Rule("surgical", "free", "another walk over scores that are kept"),
     Rule("stop", "free", "how far to go"),
     Rule("replicas", "free", "how fast to go"),
 )

@@ -10,6 +10,7 @@ from actors.sources import Source
 from actors.tasks import task_of
 from actors.text import text_parts
 from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+from search.surgical import CHUNKS
 
 if TYPE_CHECKING:
     from search.sections import (
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         ScoringSection,
         SpaceSection,
         StopSection,
+        SurgicalSection,
         TextSection,
     )
 
@@ -158,6 +160,20 @@ def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: 
     ]
 
 
+def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> list[str]:
+    tasks = [task.name for task in scoring.tasks]
+    found = []
+    if surgical.task is not None and surgical.task not in tasks:
+        offered = f"one of {', '.join(tasks)}" if tasks else "scoring.tasks is empty"
+        found.append(f"surgical.task: {surgical.task!r} is not scored; {offered}")
+    if surgical.mode == "task" and not tasks:
+        found.append("surgical.mode: 'task' needs scoring.tasks, which is empty")
+    if surgical.mode == "task" and scoring.examples.search < CHUNKS:
+        few = f"{scoring.examples.search} are too few for the {CHUNKS} parts of surgical.mode: task"
+        found.append(f"scoring.examples.search: {few}")
+    return found
+
+
 # The sections each rule needs; it is asked where all of them could be read.
 RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
@@ -167,5 +183,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("space",), _space_mistakes),
     (("factors",), _factor_mistakes),
     (("factors", "space"), _choice_mistakes),
+    (("surgical", "scoring"), _surgical_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
 )

@@ -211,6 +211,22 @@ class SensitivitySection(Section):
         return shares
 
 
+class SurgicalSection(Section):
+    """`rankfront surgical`, the search of arXiv 2405.13039: see `search.surgical` for what the words mean.
+
+    `task` is the first of `scoring.tasks` where it is not named. The paper leaves the first four blocks of a
+    7B model as they are.
+    """
+
+    mode: Literal["perplexity", "task"] = "perplexity"
+    growth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.005
+    task: str | None = None
+    delta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.03
+    skip_blocks: Annotated[int, Field(ge=0)] = 4
+    ladder: Literal["paper", "shares"] = "paper"
+    ranks: Literal["scan", "bisect"] = "scan"
+
+
 class PlateauSection(Section):
     """Stop when the hypervolume grew by no more than `tolerance` (relative) over `trials` trials."""
 

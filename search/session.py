@@ -38,7 +38,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         with replicas(session) as pool, stop_on_signals(stop, console):
             reason = _run(config, study, pool, stop, console)
             if not stop.reason:
-                _score_test(folder, study, pool, stop, session.say)
+                score_test(folder, study, pool, stop, session.say)
         return folder, report(folder, study), stop.reason or reason
 
 
@@ -49,7 +49,7 @@ def _run(config: Config, study: SearchStudy, pool: Pool, stop: Stop, console: Co
         return runner.run()
 
 
-def _score_test(
+def score_test(
     folder: StudyFolder, study: SearchStudy, pool: Pool, stop: Stop, say: Callable[[str], None]
 ) -> None:
     """Score the front and the references once on the test split; known scores are not repeated."""

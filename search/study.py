@@ -161,6 +161,13 @@ class SearchStudy:
         """The number of the finished trial that scored this allocation, if there is one."""
         return self._scored.get(allocation.key)
 
+    def score(self, allocation: Allocation) -> Score:
+        """The score of the finished trial of this allocation. Raises KeyError where there is none."""
+        return self._score(self._scored[allocation.key])
+
+    def _score(self, number: int) -> Score:
+        return Score.from_dict(self._trials()[number].user_attrs[RESULT]["score"])
+
     # -- writing ------------------------------------------------------------------------------
 
     def enqueue(self, allocations: Iterable[tuple[Allocation, str]]) -> list[int]:
@@ -269,8 +276,25 @@ class SearchStudy:
 
     def copy_score(self, planned: Planned, source: int) -> tuple[float, ...]:
         """Answer a trial from the record of an equal allocation."""
-        result = self._mirror.get_trials(deepcopy=False)[source].user_attrs[RESULT]
-        return self.complete(planned, Score.from_dict(result["score"]), copied_from=source)
+        return self.complete(planned, self._score(source), copied_from=source)
+
+    def add(self, allocation: Allocation, origin: str, score: Score) -> int | None:
+        """Record an allocation that was scored already, RUNNING first as every trial; returns its number.
+
+        None, and nothing is recorded, where the study has its score.
+        """
+        if self.scored_as(allocation) is not None:
+            return None
+        trial = create_trial(
+            state=TrialState.RUNNING,
+            params=self._space.params(allocation),
+            distributions=self._space.distributions,
+            user_attrs={PLAN: self._plan(allocation, origin)},
+        )
+        number = self._storage.get_trial(self._storage.create_new_trial(self._study._study_id, trial)).number
+        self.sync()
+        self.complete(Planned(number, allocation), score)
+        return number
 
     def fail(self, number: int, reason: str) -> None:
         """Record a trial as failed, with its reason. It gets no values."""

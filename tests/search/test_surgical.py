@@ -1,0 +1,285 @@
+"""The surgical search against a plain re-implementation of the paper's loops, and what survives a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakes import (
+    DENSE_NLL,
+    LINEAR_PARAMETERS,
+    MODEL_PARAMETERS,
+    TARGETS,
+    MadeUpPool,
+    loss,
+    open_study,
+    score_of,
+)
+from optuna.trial import TrialState
+
+from actors.samples import pack_bits
+from actors.types import Allocation, RankfrontError, Score, TargetSpec, TaskScore
+from search.alone import Log
+from search.config import ConfigError, parse_config
+from search.cost import CostModel
+from search.pool import Job, Outcome
+from search.runner import Stop
+from search.sections import SurgicalSection
+from search.surgical import Walk, ladder, make_rule, order
+from search.surgical_run import FILE, Answers, accept
+
+PRINTS = {"search": "s" * 64, "factors": "f" * 64}
+COST = CostModel(TARGETS, MODEL_PARAMETERS, "factored", "none")
+EXAMPLES = 36
+
+Answer = Callable[[Allocation], Score | None]
+
+
+def by_text(allocation: Allocation) -> Score:
+    return score_of(allocation)
+
+
+def with_hits(allocation: Allocation, hits: list[bool]) -> Score:
+    task = TaskScore(len(hits), sum(hits) / len(hits), None, 0.0, hits=pack_bits(hits))
+    return dataclasses.replace(score_of(allocation), tasks={"arc": task})
+
+
+def by_task(allocation: Allocation) -> Score:
+    """Example n is lost once the loss has grown by what it bears."""
+    grown = loss(allocation) - DENSE_NLL
+    return with_hits(allocation, [grown <= 0.05 * (1 + (7 * n) % EXAMPLES) for n in range(EXAMPLES)])
+
+
+def by_chance(allocation: Allocation) -> Score:
+    """Ranks in no order: what passes in each part may fail over the whole split."""
+    chance = random.Random(allocation.key)
+    return with_hits(allocation, [allocation.is_dense or chance.random() < 0.6 for n in range(EXAMPLES)])
+
+
+class Run:
+    """A walk on a made-up pool, in a folder: what it accepted, and what it had scored."""
+
+    def __init__(
+        self, folder: Path, section: SurgicalSection, score: Answer, size: int = 1, stop_after: int = 10**6
+    ) -> None:
+        self.study = open_study(folder)
+        self.study.enqueue([(Allocation.dense(TARGETS), "dense")])
+        if self.study.waiting:
+            dense = score(Allocation.dense(TARGETS))
+            assert dense is not None
+            self.study.complete(self.study.propose("dense"), dense)
+        answers = Answers(self.study, Log(folder, PRINTS, FILE))
+        self.walk = Walk(COST, section, make_rule(section, ["arc"]), answers)
+        stop = Stop()
+
+        def answer(job: Job) -> Outcome:
+            if len(self.pool.submitted) >= stop_after:
+                stop.reason = "SIGINT"
+            found = score(job.allocation)
+            return Outcome(job, found, None if found else "nll is nan")
+
+        self.pool = MadeUpPool(answer, size)
+        accept(self.walk, answers, self.pool, stop)  # type: ignore[arg-type]
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        return {step.target.name: step.rank for step in self.walk.steps}
+
+    @property
+    def scored(self) -> list[str]:
+        return [job.allocation.key for job in self.pool.submitted]
+
+
+def paper(
+    score: Answer, task: bool = False, growth: float = 0.005, delta: float = 0.1, skip: int = 1
+) -> dict[str, int | None]:
+    """The paper's procedure, straight: one target after another, ranks in order, every score made anew."""
+    dense = score(Allocation.dense(TARGETS))
+    assert dense is not None
+    third = EXAMPLES // 3
+    kept: dict[str, int | None] = {}
+    limit = dense.text.perplexity
+    for target in reversed(TARGETS):
+        if target.block < skip:
+            continue
+        limit *= 1 + growth
+        most = int(target.rows * target.cols / (target.rows + target.cols))
+        ranks = sorted({r for r in [1, *(int(most * k / 10) for k in range(1, 10))] if r})
+        chosen: list[int | None] = []
+        for chunk in range(3 if task else 1):
+            found = None
+            for rank in ranks:
+                trial = score(Allocation.of({**kept, target.name: rank}, TARGETS))
+                if trial is None:
+                    continue
+                if task:
+                    part = slice(chunk * third, (chunk + 1) * third)
+                    mine, theirs = (sum(s.tasks["arc"].samples("acc")[part]) / third for s in (trial, dense))
+                    good = mine >= theirs - delta
+                else:
+                    good = trial.text.perplexity <= limit * (1 + 1e-12)
+                if good:
+                    found = rank
+                    break
+            chosen.append(found)
+        final = None if None in chosen else max(r for r in chosen if r is not None)
+        if task and final is not None:
+            whole = score(Allocation.of({**kept, target.name: final}, TARGETS))
+            assert whole is not None
+            if whole.tasks["arc"].acc < dense.tasks["arc"].acc - delta:
+                final = None
+        kept[target.name] = final
+    return kept
+
+
+TEXT_MODE = SurgicalSection(skip_blocks=1, growth=0.02)
+TASK_MODE = SurgicalSection(skip_blocks=1, mode="task", task="arc", delta=0.2)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("growth", [0.0, 0.005, 0.02, 0.1])
+def test_perplexity_mode_is_the_papers(tmp_path: Path, growth: float, size: int) -> None:
+    section = TEXT_MODE.model_copy(update={"growth": growth})
+    assert Run(tmp_path, section, by_text, size).ranks == paper(by_text, growth=growth)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("delta", [0.0, 0.2, 0.35])
+@pytest.mark.parametrize("score", [by_task, by_chance])
+def test_task_mode_is_the_papers(tmp_path: Path, score: Answer, delta: float, size: int) -> None:
+    section = TASK_MODE.model_copy(update={"delta": delta})
+    expected = paper(score, task=True, delta=delta)
+    assert Run(tmp_path, section, score, size).ranks == expected
+    assert delta == 0.0 or any(rank is not None for rank in expected.values())
+
+
+def test_a_rank_that_all_parts_agree_on_is_taken_back(tmp_path: Path) -> None:
+    """The first part passes at rank 1 only, the others at the next rank only: there the whole has lost."""
+    target, third = TARGETS[-1], EXAMPLES // 3
+    first, second = ladder("paper", COST, target)[:2]
+
+    def score(allocation: Allocation) -> Score:
+        rank = allocation.to_dict()[target.name]
+        parts = {first: [True, False, False], second: [False, True, True]}.get(rank or 0, [rank is None] * 3)
+        return with_hits(allocation, [good for good in parts for _ in range(third)])
+
+    run = Run(tmp_path, TASK_MODE, score)
+    assert run.ranks[target.name] is None
+    assert second in {job.allocation.to_dict()[target.name] for job in run.pool.submitted}
+    assert run.ranks == paper(score, task=True, delta=0.2)
+
+
+def test_a_candidate_without_a_score_is_not_accepted(tmp_path: Path) -> None:
+    """Rank 1 of one target breaks the model, in a mode of one part and in one of three."""
+    broken = TARGETS[-1].name
+
+    def breaking(score: Answer) -> Answer:
+        return lambda allocation: None if allocation.to_dict()[broken] == 1 else score(allocation)
+
+    for name, section, score in (("text", TEXT_MODE, by_text), ("task", TASK_MODE, by_task)):
+        (tmp_path / name).mkdir()
+        found = Run(tmp_path / name, section, breaking(score)).ranks
+        expected = paper(breaking(score), task=name == "task", growth=0.02, delta=0.2)
+        assert found == expected
+        assert found[broken] != 1
+
+
+def test_one_replica_scores_nothing_beyond_the_accepted_rank(tmp_path: Path) -> None:
+    """A scan ends at the first rank that passes; with more replicas, at most one more on each."""
+    alone = Run(tmp_path, TEXT_MODE, by_text)
+    expected = 0
+    for step in alone.walk.steps:
+        ranks = ladder("paper", COST, step.target)
+        expected += len(ranks) if step.rank is None else ranks.index(step.rank) + 1
+    assert len(alone.scored) == len(set(alone.scored)) == expected
+
+
+def test_bisection_finds_the_same_ranks_with_fewer_scores(tmp_path: Path) -> None:
+    for name in ("scan", "bisect"):
+        (tmp_path / name).mkdir()
+    section = SurgicalSection(skip_blocks=0, growth=0.02, ladder="shares")
+    scan = Run(tmp_path / "scan", section, by_text)
+    halves = Run(tmp_path / "bisect", section.model_copy(update={"ranks": "bisect"}), by_text)
+    assert halves.ranks == scan.ranks
+    assert len(halves.scored) <= len(TARGETS) * math.ceil(math.log2(10))
+    assert len(halves.scored) < len(scan.scored)
+
+
+def test_every_accepted_step_is_a_trial(tmp_path: Path) -> None:
+    run = Run(tmp_path, TEXT_MODE, by_text)
+    rows = run.study.rows()
+    accepted = [step.allocation for step in run.walk.steps if step.rank is not None]
+    assert [row.allocation for row in rows] == [Allocation.dense(TARGETS), *accepted]
+    assert {row.state for row in rows} == {"COMPLETE"}
+    assert [row.origin for row in rows] == ["dense", *["surgical"] * len(accepted)]
+    assert [row.values[1] for row in rows if row.values] == [loss(row.allocation) for row in rows]
+    budgets = [row.budget_model for row in rows]
+    assert budgets == sorted(budgets, reverse=True)
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 20])
+def test_a_stopped_walk_goes_on_where_it_was(tmp_path: Path, stop_after: int) -> None:
+    for name in ("whole", "halted"):
+        (tmp_path / name).mkdir()
+    whole = Run(tmp_path / "whole", TEXT_MODE, by_text)
+    halted = Run(tmp_path / "halted", TEXT_MODE, by_text, stop_after=stop_after)
+    assert not halted.walk.done
+    resumed = Run(tmp_path / "halted", TEXT_MODE, by_text)
+    assert resumed.ranks == whole.ranks
+    assert halted.scored + resumed.scored == whole.scored
+    assert [row.allocation for row in resumed.study.rows()] == [row.allocation for row in whole.study.rows()]
+
+
+def test_a_trial_that_was_cut_off_is_known_when_it_is_recorded_again(tmp_path: Path) -> None:
+    """Recorded RUNNING, then killed: the study's own driver ends it, and it is not added a second time."""
+    study = open_study(tmp_path)
+    allocation = COST.uniform(0.8)
+    number = study.add(allocation, "surgical", score_of(allocation))
+    assert number == 0
+    assert study.add(allocation, "surgical", score_of(allocation)) is None
+    assert [row.state for row in open_study(tmp_path).rows()] == [TrialState.COMPLETE.name]
+
+
+def test_the_papers_ladder_and_order() -> None:
+    target = TargetSpec("x", 100, 60, False, 0, "x")  # mn/(m+n) = 37.5
+    assert ladder("paper", COST, target) == [1, 3, 7, 11, 14, 18, 22, 25, 29, 33]
+    found = order(TARGETS, 2)
+    assert [t.name for t in found] == [t.name for t in TARGETS[:5:-1]]
+    with pytest.raises(RankfrontError, match=r"surgical\.skip_blocks: 4 of 4 blocks leave no target"):
+        order(TARGETS, 4)
+
+
+def test_shares_are_of_stored_parameters() -> None:
+    cost = CostModel(TARGETS, LINEAR_PARAMETERS, "pivoted", "none")
+    for target in TARGETS[:3]:
+        for share, rank in zip(range(1, 10), ladder("shares", cost, target), strict=True):
+            assert cost.compressed(target, rank) <= share / 10 * target.parameters
+            assert cost.compressed(target, rank + 1) > share / 10 * target.parameters
+
+
+def test_the_dense_model_must_have_a_score(tmp_path: Path) -> None:
+    walk = Walk(COST, TEXT_MODE, make_rule(TEXT_MODE, ()), lambda allocation: None)
+    with pytest.raises(RankfrontError, match="the dense model has no score on the search split"):
+        next(walk.advance())
+
+
+def test_a_config_that_cannot_be_walked_is_refused() -> None:
+    raw = {
+        "study": "made-up",
+        "model": {"source": "org/model"},
+        "text": {"source": "org/text"},
+        "scoring": {"tasks": ["arc_easy", "piqa"], "examples": {"search": 2, "test": 2}},
+        "surgical": {"mode": "task", "task": "boolq"},
+    }
+    with pytest.raises(ConfigError) as error:
+        parse_config(raw)
+    assert error.value.mistakes == [
+        "surgical.task: 'boolq' is not scored; one of arc_easy, piqa",
+        "scoring.examples.search: 2 are too few for the 3 parts of surgical.mode: task",
+    ]
+    with pytest.raises(ConfigError, match=r"surgical\.mode: 'task' needs scoring\.tasks, which is empty"):
+        parse_config({**raw, "scoring": {}, "surgical": {"mode": "task"}})
