@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from actors.divergence import LOGIT_ROWS, DenseTop, batches, divergence, log_buckets
+from actors.nonfinite import all_finite, culprit
 from actors.samples import pack_floats
 from actors.types import KlScore, ScoringError, TextScore
 
@@ -29,7 +31,7 @@ def score_text(model: nn.Module, windows: Tensor, batch_tokens: int, name: str) 
     """The loss over `windows` (windows, window).
 
     Raises:
-        ScoringError: a non-finite loss, naming the windows.
+        ScoringError: non-finite logits or loss, naming the windows and the layer it began in.
     """
     return text_score(window_losses(model, windows, batch_tokens, name).nats, windows.shape[1] - 1, name)
 
@@ -44,22 +46,28 @@ def window_losses(
     Exclusions: none.
 
     Raises:
-        ScoringError: a non-finite loss or divergence, naming the windows.
+        ScoringError: non-finite logits, loss or divergence, naming the windows and the layer it began in.
     """
     device = next(model.parameters()).device
     nats, kl = [], []
     for start, batch in batches(windows, batch_tokens):
         batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits
+        forward = partial(model, batch, use_cache=False)
+        logits = forward().logits
         nats.append(_window_nats(logits, batch).cpu())
         where = f"windows {start}..{start + len(batch) - 1}"
-        if not torch.isfinite(nats[-1]).all():
-            raise ScoringError(f"{name}: non-finite loss in {where}")
+        lost = torch.isfinite(nats[-1]).all()
+        if not (lost and all_finite(logits)):
+            what = "logits" if lost else "loss"
+            raise ScoringError(f"{name}: non-finite {what} in {where}, {culprit(model, forward)}")
         if dense is not None:
             kept = slice(start, start + len(batch))
             kl.append(_window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept])).cpu())
             if not torch.isfinite(kl[-1]).all():
-                raise ScoringError(f"{name}: non-finite divergence from the dense model in {where}")
+                raise ScoringError(
+                    f"{name}: non-finite divergence from the dense model in {where}, "
+                    f"{culprit(model, forward)}"
+                )
     return WindowLosses(torch.cat(nats), torch.cat(kl) if kl else None)
 
 
