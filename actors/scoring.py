@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
+from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
 from actors.tasks import load_examples, task_of
 from actors.text import fingerprint_windows, text_parts, windows
@@ -139,6 +141,15 @@ class Scorer:
         )
         self._splits: dict[str, SplitData] = {}
         self._dense: dict[str, DenseTop] = {}
+        scoring, dense = preparation.scoring, Allocation.dense(prepared.targets)
+        self.prefix = PrefixCache(
+            self.model,
+            prepared.targets,
+            dense,
+            self.split("search").tokens,
+            scoring.prefix_memory_mb,
+            scoring.prefix_stride,
+        )
         self._dense_top("search")
 
     def split(self, name: str) -> SplitData:
@@ -153,11 +164,19 @@ class Scorer:
         if scoring.kl_top_k is None:
             return None
         if split not in self._dense:
-            self.trial_model.install(Allocation.dense(self._spec.prepared.targets), data.tokens)
-            self._dense[split] = dense_top(
-                self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.name
-            )
+            allocation = Allocation.dense(self._spec.prepared.targets)
+            self.trial_model.install(allocation, data.tokens)
+            with self._reusing(allocation, split):
+                self._dense[split] = dense_top(
+                    self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.name
+                )
         return self._dense[split]
+
+    def _reusing(self, allocation: Allocation, split: str) -> contextlib.AbstractContextManager[None]:
+        """Prefix reuse for trials, which see the search split: the test split sees a model once."""
+        if split != "search" or not self._spec.preparation.scoring.prefix_memory_mb:
+            return contextlib.nullcontext()
+        return self.prefix.reused(allocation)
 
     def score(self, allocation: Allocation, split: str = "search") -> Score:
         """Install the allocation and score it.
@@ -170,5 +189,6 @@ class Scorer:
         self.trial_model.install(allocation, data.tokens)
         installed = time.perf_counter() - start
         batch = self._spec.preparation.scoring.batch_tokens
-        score = score_split(self.model, data, batch, self._spec.name, dense)
+        with self._reusing(allocation, split):
+            score = score_split(self.model, data, batch, self._spec.name, dense)
         return Score(**{**score.__dict__, "seconds": score.seconds + installed})

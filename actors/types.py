@@ -206,6 +206,8 @@ class ScoringSpec:
 
     `kl_top_k` asks for the divergence from the dense model, over that many of its most likely tokens and
     the tail; what is kept of it takes at most `kl_memory_mb` (10^6 bytes) a split and replica.
+    `prefix_memory_mb` (10^6 bytes a replica, 0 for none) holds hidden states of the dense model at every
+    `prefix_stride`-th block, or at fewer: see `actors.prefix`.
     """
 
     text: TextSource
@@ -218,6 +220,8 @@ class ScoringSpec:
     batch_tokens: int = 1024
     kl_top_k: int | None = None
     kl_memory_mb: float = 512.0
+    prefix_memory_mb: float = 0.0
+    prefix_stride: int = 1
 
     def kl_problem(self, split: str) -> str | None:
         """Why the dense log-probabilities of a split do not fit `kl_memory_mb`, None where they do.

@@ -118,6 +118,8 @@ class Config(Section):
                 batch_tokens=scoring.batch_tokens,
                 kl_top_k=scoring.kl_top_k,
                 kl_memory_mb=scoring.kl_memory_mb,
+                prefix_memory_mb=scoring.prefix_memory_mb,
+                prefix_stride=scoring.prefix_stride,
             ),
             calibration_fraction=calibration.fraction,
             include=self.targets.include,

@@ -45,6 +45,8 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("scoring.examples.test", "free", "test scores are kept apart, each with its fingerprint"),
     Rule("scoring.batch_tokens", "free", "speed; scores differ by rounding only"),
     Rule("scoring.kl_memory_mb", "free", "a bound, not a setting of the score"),
+    Rule("scoring.prefix_memory_mb", "free", "speed; scores are equal to the bit"),
+    Rule("scoring.prefix_stride", "free", "speed; scores are equal to the bit"),
     Rule("objectives", "fixed", "the values of the study"),
     Rule("space", "fixed", "the parameters of the study"),
     Rule("sampler", "free", "samplers learn from whatever trials there are"),

@@ -219,3 +219,19 @@ def test_divergence_within_its_memory(replica: ReplicaSpec) -> None:
     asked = load_split(fitting, "search", tokenizer, 256)
     plain = replace(fitting, scoring=replace(fitting.scoring, kl_top_k=None))
     assert load_split(plain, "search", tokenizer, 256).fingerprint != asked.fingerprint
+
+
+def test_a_reused_prefix_changes_no_bit(replica: ReplicaSpec) -> None:
+    """Whatever came before: a walk from the last block to the first, changed models, the test split."""
+    targets = replica.prepared.targets
+    cost = CostModel(targets, replica.prepared.model_parameters, "pivoted", "mean")
+    plain = Scorer(asking_for_kl(replica, kl_top_k=8))
+    reusing = Scorer(asking_for_kl(replica, kl_top_k=8, prefix_memory_mb=100.0))
+    walk = [Allocation.of({t.name: 9 for t in targets if t.block >= block}, targets) for block in (2, 1, 0)]
+    for allocation in (*walk, cost.uniform(0.7), *walk, Allocation.dense(targets)):
+        for split in ("search", "test"):
+            found, expected = (scorer.score(allocation, split) for scorer in (reusing, plain))
+            assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
+    data = plain.split("search")
+    assert reusing.prefix.bytes == data.tokens * 32 * 4 * 2, "two boundaries of the search split alone"
+    assert plain.prefix.bytes == 0

@@ -73,6 +73,8 @@ FREE = {
     "scoring.examples.test": 9,
     "scoring.batch_tokens": 64,
     "scoring.kl_memory_mb": 64.0,
+    "scoring.prefix_memory_mb": 64.0,
+    "scoring.prefix_stride": 3,
     "sampler.name": "random",
     "sampler.seed": 5,
     "sampler.population": 12,
