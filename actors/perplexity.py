@@ -12,6 +12,7 @@ from torch import nn
 from actors.divergence import LOGIT_ROWS, DenseTop, batches, divergence, log_buckets
 from actors.nonfinite import all_finite, culprit
 from actors.samples import pack_floats
+from actors.stages import Judge
 from actors.types import KlScore, ScoringError, TextScore
 
 Tensor = torch.Tensor
@@ -38,9 +39,16 @@ def score_text(model: nn.Module, windows: Tensor, batch_tokens: int, name: str) 
 
 @torch.inference_mode()
 def window_losses(
-    model: nn.Module, windows: Tensor, batch_tokens: int, name: str, dense: DenseTop | None = None
+    model: nn.Module,
+    windows: Tensor,
+    batch_tokens: int,
+    name: str,
+    dense: DenseTop | None = None,
+    judge: Judge | None = None,
 ) -> WindowLosses:
     """Losses of `windows` (windows, window), and their divergence from `dense` where it is given.
+
+    A `judge` may stop it at the end of a stage: the losses are then those of the first windows.
 
     Each window predicts window - 1 tokens: every one but its first, given those before it in the window.
     Exclusions: none.
@@ -68,6 +76,11 @@ def window_losses(
                     f"{name}: non-finite divergence from the dense model in {where}, "
                     f"{culprit(model, forward)}"
                 )
+        scored = start + len(batch)
+        if judge is not None and scored < len(windows) and judge.due(scored):
+            values = {"nll": torch.cat(nats), **({"kl": torch.cat(kl)} if kl else {})}
+            if judge.stops({key: (sums / (windows.shape[1] - 1)).tolist() for key, sums in values.items()}):
+                break
     return WindowLosses(torch.cat(nats), torch.cat(kl) if kl else None)
 
 

@@ -18,6 +18,7 @@ from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
+from actors.stages import Judge
 from actors.tasks import load_examples, task_of
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import (
@@ -25,6 +26,7 @@ from actors.types import (
     PreparationSpec,
     RankfrontError,
     ReplicaSpec,
+    Rival,
     Score,
     ScoringSpec,
     TaskSource,
@@ -95,30 +97,39 @@ def _load_task(
 
 
 def score_split(
-    model: nn.Module, data: SplitData, batch_tokens: int, replica: str, dense: DenseTop | None = None
+    model: nn.Module,
+    data: SplitData,
+    batch_tokens: int,
+    replica: str,
+    dense: DenseTop | None = None,
+    judge: Judge | None = None,
 ) -> Score:
     """Score the model as it stands; the values are checked before anyone sees them.
 
     `dense` is what is kept of the dense model on the split's windows; without it there is no divergence.
+    Where a `judge` stops the model, the score is partial and says so.
 
     Raises:
         ScoringError: a value that cannot be a score, naming it.
     """
     start = time.perf_counter()
-    losses = window_losses(model, data.windows, batch_tokens, data.name, dense)
+    losses = window_losses(model, data.windows, batch_tokens, data.name, dense, judge)
+    stopped_by = judge.stopped_by if judge is not None else None
+    whole = stopped_by is None
     predicted = data.windows.shape[1] - 1
-    tasks = {task.name: score_task(model, task) for task in data.tasks}
+    tasks = {task.name: score_task(model, task) for task in data.tasks if whole}
     seconds = time.perf_counter() - start
     score = Score(
         data.split,
         text_score(losses.nats, predicted, data.name),
         tasks,
-        forward_tokens=data.tokens,
+        forward_tokens=data.tokens if whole else len(losses.nats) * data.windows.shape[1],
         seconds=seconds,
         replica=replica,
         kl=kl_score(losses.kl, predicted, dense.top_k)
         if dense is not None and losses.kl is not None
         else None,
+        stopped_by=stopped_by,
     )
     score.check()
     return score
@@ -178,8 +189,8 @@ class Scorer:
             return contextlib.nullcontext()
         return self.prefix.reused(allocation)
 
-    def score(self, allocation: Allocation, split: str = "search") -> Score:
-        """Install the allocation and score it.
+    def score(self, allocation: Allocation, split: str = "search", rivals: tuple[Rival, ...] = ()) -> Score:
+        """Install the allocation and score it, on the search split no further than a rival lets it.
 
         Raises:
             ScoringError: no valid score.
@@ -188,7 +199,8 @@ class Scorer:
         start = time.perf_counter()
         self.trial_model.install(allocation, data.tokens)
         installed = time.perf_counter() - start
-        batch = self._spec.preparation.scoring.batch_tokens
+        scoring = self._spec.preparation.scoring
+        judge = Judge(scoring.stages, scoring.window, rivals) if split == "search" else None
         with self._reusing(allocation, split):
-            score = score_split(self.model, data, batch, self._spec.name, dense)
+            score = score_split(self.model, data, scoring.batch_tokens, self._spec.name, dense, judge)
         return Score(**{**score.__dict__, "seconds": score.seconds + installed})

@@ -120,6 +120,7 @@ class Config(Section):
                 kl_memory_mb=scoring.kl_memory_mb,
                 prefix_memory_mb=scoring.prefix_memory_mb,
                 prefix_stride=scoring.prefix_stride,
+                stages=scoring.stages,
             ),
             calibration_fraction=calibration.fraction,
             include=self.targets.include,

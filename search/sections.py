@@ -148,7 +148,7 @@ class PerSplit(Section):
 
 
 class ScoringSection(Section):
-    """What a score is made of. `kl_top_k`, `kl_memory_mb` and `prefix_...` are those of `ScoringSpec`."""
+    """What a score is made of. `kl_...`, `prefix_...` and `stages` are those of `ScoringSpec`."""
 
     window: Annotated[int, Field(ge=2)] = 512
     tokens: PerSplit = PerSplit(search=8_192, test=32_768)
@@ -161,6 +161,7 @@ class ScoringSection(Section):
     kl_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
     prefix_memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     prefix_stride: Positive = 1
+    stages: tuple[Positive, ...] = ()
 
     @field_validator("tasks", mode="before")
     @classmethod

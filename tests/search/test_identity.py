@@ -75,6 +75,7 @@ FREE = {
     "scoring.kl_memory_mb": 64.0,
     "scoring.prefix_memory_mb": 64.0,
     "scoring.prefix_stride": 3,
+    "scoring.stages": [2_048],
     "sampler.name": "random",
     "sampler.seed": 5,
     "sampler.population": 12,
