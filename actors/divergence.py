@@ -12,10 +12,12 @@ whole vocabulary, equal to it at k = vocabulary, and 0 only where all buckets ag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from actors.nonfinite import culprit
 from actors.types import ScoringError
 
 Tensor = torch.Tensor
@@ -48,13 +50,14 @@ def dense_top(model: nn.Module, windows: Tensor, batch_tokens: int, top_k: int, 
     `top_k` beyond the vocabulary is the whole vocabulary.
 
     Raises:
-        ScoringError: a non-finite logit, naming the windows.
+        ScoringError: a non-finite logit, naming the windows and the layer it began in.
     """
     device = next(model.parameters()).device
     count, window = windows.shape
     ids = logs = torch.empty(0)
     for start, batch in batches(windows, batch_tokens):
-        logits = model(batch.to(device), use_cache=False).logits
+        forward = partial(model, batch.to(device), use_cache=False)
+        logits = forward().logits
         kept = min(top_k, logits.shape[-1])
         if start == 0:
             ids = torch.empty(count, window, kept, dtype=torch.int32, device=device)
@@ -68,7 +71,8 @@ def dense_top(model: nn.Module, windows: Tensor, batch_tokens: int, top_k: int, 
             found.copy_(log_buckets(rows, chosen))
         if not torch.isfinite(logs[start : start + len(batch), :, 0]).all():
             raise ScoringError(
-                f"{name}: non-finite logits of the dense model in windows {start}..{start + len(batch) - 1}"
+                f"{name}: non-finite logits of the dense model in windows {start}..{start + len(batch) - 1}, "
+                f"{culprit(model, forward)}"
             )
     return DenseTop(ids, logs)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from actors.divergence import LOGIT_ROWS, DenseTop, batches, divergence, log_buckets
+from actors.nonfinite import all_finite, culprit
 from actors.samples import pack_floats
+from actors.stages import Judge
 from actors.types import KlScore, ScoringError, TextScore
 
 Tensor = torch.Tensor
@@ -29,37 +32,55 @@ def score_text(model: nn.Module, windows: Tensor, batch_tokens: int, name: str) 
     """The loss over `windows` (windows, window).
 
     Raises:
-        ScoringError: a non-finite loss, naming the windows.
+        ScoringError: non-finite logits or loss, naming the windows and the layer it began in.
     """
     return text_score(window_losses(model, windows, batch_tokens, name).nats, windows.shape[1] - 1, name)
 
 
 @torch.inference_mode()
 def window_losses(
-    model: nn.Module, windows: Tensor, batch_tokens: int, name: str, dense: DenseTop | None = None
+    model: nn.Module,
+    windows: Tensor,
+    batch_tokens: int,
+    name: str,
+    dense: DenseTop | None = None,
+    judge: Judge | None = None,
 ) -> WindowLosses:
     """Losses of `windows` (windows, window), and their divergence from `dense` where it is given.
+
+    A `judge` may stop it at the end of a stage: the losses are then those of the first windows.
 
     Each window predicts window - 1 tokens: every one but its first, given those before it in the window.
     Exclusions: none.
 
     Raises:
-        ScoringError: a non-finite loss or divergence, naming the windows.
+        ScoringError: non-finite logits, loss or divergence, naming the windows and the layer it began in.
     """
     device = next(model.parameters()).device
     nats, kl = [], []
     for start, batch in batches(windows, batch_tokens):
         batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits
+        forward = partial(model, batch, use_cache=False)
+        logits = forward().logits
         nats.append(_window_nats(logits, batch).cpu())
         where = f"windows {start}..{start + len(batch) - 1}"
-        if not torch.isfinite(nats[-1]).all():
-            raise ScoringError(f"{name}: non-finite loss in {where}")
+        lost = torch.isfinite(nats[-1]).all()
+        if not (lost and all_finite(logits)):
+            what = "logits" if lost else "loss"
+            raise ScoringError(f"{name}: non-finite {what} in {where}, {culprit(model, forward)}")
         if dense is not None:
             kept = slice(start, start + len(batch))
             kl.append(_window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept])).cpu())
             if not torch.isfinite(kl[-1]).all():
-                raise ScoringError(f"{name}: non-finite divergence from the dense model in {where}")
+                raise ScoringError(
+                    f"{name}: non-finite divergence from the dense model in {where}, "
+                    f"{culprit(model, forward)}"
+                )
+        scored = start + len(batch)
+        if judge is not None and scored < len(windows) and judge.due(scored):
+            values = {"nll": torch.cat(nats), **({"kl": torch.cat(kl)} if kl else {})}
+            if judge.stops({key: (sums / (windows.shape[1] - 1)).tolist() for key, sums in values.items()}):
+                break
     return WindowLosses(torch.cat(nats), torch.cat(kl) if kl else None)
 
 

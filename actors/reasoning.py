@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from actors.nonfinite import all_finite, culprit
 from actors.samples import pack_bits, pack_floats
 from actors.tasks import Example
 from actors.types import RankfrontError, ScoringError, TaskScore
@@ -156,26 +158,32 @@ def log_likelihoods(model: nn.Module, task: PackedTask) -> Tensor:
     """Summed log-probability of every choice of every example, in order: (slots,) float64, nats.
 
     Raises:
-        ScoringError: a non-finite value, naming the task.
+        ScoringError: a non-finite value, naming the task, the row (from 0) and the layer it began in.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     lowest = torch.finfo(dtype).min
     sums = torch.zeros(task.slots, dtype=torch.float64)
-    for row in task.rows:
+    for number, row in enumerate(task.rows):
         mask = torch.zeros(row.mask.shape, dtype=dtype, device=device)
         mask.masked_fill_(~row.mask.to(device), lowest)
-        logits = model(
+        forward = partial(
+            model,
             row.ids[None].to(device),
             attention_mask=mask[None, None],
             position_ids=row.positions[None].to(device),
             logits_to_keep=row.keep.to(device),
             use_cache=False,
-        ).logits[0]
+        )
+        logits = forward().logits[0]
         scores = logits.float().log_softmax(-1)[row.index.to(device), row.token.to(device)]
-        sums.index_add_(0, row.slot, scores.double().cpu())
-    if not torch.isfinite(sums).all():
-        raise ScoringError(f"{task.name}: non-finite log-likelihood")
+        scores = scores.double().cpu()
+        if not (torch.isfinite(scores).all() and all_finite(logits)):
+            raise ScoringError(
+                f"{task.name}: non-finite log-likelihood in packed row {number} of {len(task.rows)}, "
+                f"{culprit(model, forward)}"
+            )
+        sums.index_add_(0, row.slot, scores)
     return sums
 
 

@@ -9,7 +9,16 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from actors.types import Allocation, BuildPlan, PreparationSpec, Prepared, Progress, ReplicaSpec, Score
+from actors.types import (
+    Allocation,
+    BuildPlan,
+    PreparationSpec,
+    Prepared,
+    Progress,
+    ReplicaSpec,
+    Rival,
+    Score,
+)
 
 if TYPE_CHECKING:
     from actors.moments import Moments
@@ -67,5 +76,5 @@ class Replica:
     def ready(self) -> str:
         return self._name
 
-    def score(self, allocation: Allocation, split: str) -> Score:
-        return self._scorer.score(allocation, split)
+    def score(self, allocation: Allocation, split: str, rivals: tuple[Rival, ...]) -> Score:
+        return self._scorer.score(allocation, split, rivals)

@@ -112,7 +112,11 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Score:
-    """The answer of a replica for one allocation on one split."""
+    """The answer of a replica for one allocation on one split.
+
+    `stopped_by` is the trial that dominated this one at the end of a stage: the score is then partial, of
+    the first windows alone, without tasks.
+    """
 
     split: str
     text: TextScore
@@ -121,6 +125,7 @@ class Score:
     seconds: float
     replica: str
     kl: KlScore | None = None
+    stopped_by: int | None = None
 
     @property
     def metrics(self) -> dict[str, float]:

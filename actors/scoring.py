@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
+from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
+from actors.stages import Judge
 from actors.tasks import load_examples, task_of
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import (
@@ -23,6 +26,7 @@ from actors.types import (
     PreparationSpec,
     RankfrontError,
     ReplicaSpec,
+    Rival,
     Score,
     ScoringSpec,
     TaskSource,
@@ -93,30 +97,39 @@ def _load_task(
 
 
 def score_split(
-    model: nn.Module, data: SplitData, batch_tokens: int, replica: str, dense: DenseTop | None = None
+    model: nn.Module,
+    data: SplitData,
+    batch_tokens: int,
+    replica: str,
+    dense: DenseTop | None = None,
+    judge: Judge | None = None,
 ) -> Score:
     """Score the model as it stands; the values are checked before anyone sees them.
 
     `dense` is what is kept of the dense model on the split's windows; without it there is no divergence.
+    Where a `judge` stops the model, the score is partial and says so.
 
     Raises:
         ScoringError: a value that cannot be a score, naming it.
     """
     start = time.perf_counter()
-    losses = window_losses(model, data.windows, batch_tokens, data.name, dense)
+    losses = window_losses(model, data.windows, batch_tokens, data.name, dense, judge)
+    stopped_by = judge.stopped_by if judge is not None else None
+    whole = stopped_by is None
     predicted = data.windows.shape[1] - 1
-    tasks = {task.name: score_task(model, task) for task in data.tasks}
+    tasks = {task.name: score_task(model, task) for task in data.tasks if whole}
     seconds = time.perf_counter() - start
     score = Score(
         data.split,
         text_score(losses.nats, predicted, data.name),
         tasks,
-        forward_tokens=data.tokens,
+        forward_tokens=data.tokens if whole else len(losses.nats) * data.windows.shape[1],
         seconds=seconds,
         replica=replica,
         kl=kl_score(losses.kl, predicted, dense.top_k)
         if dense is not None and losses.kl is not None
         else None,
+        stopped_by=stopped_by,
     )
     score.check()
     return score
@@ -139,6 +152,15 @@ class Scorer:
         )
         self._splits: dict[str, SplitData] = {}
         self._dense: dict[str, DenseTop] = {}
+        scoring, dense = preparation.scoring, Allocation.dense(prepared.targets)
+        self.prefix = PrefixCache(
+            self.model,
+            prepared.targets,
+            dense,
+            self.split("search").tokens,
+            scoring.prefix_memory_mb,
+            scoring.prefix_stride,
+        )
         self._dense_top("search")
 
     def split(self, name: str) -> SplitData:
@@ -153,14 +175,22 @@ class Scorer:
         if scoring.kl_top_k is None:
             return None
         if split not in self._dense:
-            self.trial_model.install(Allocation.dense(self._spec.prepared.targets), data.tokens)
-            self._dense[split] = dense_top(
-                self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.name
-            )
+            allocation = Allocation.dense(self._spec.prepared.targets)
+            self.trial_model.install(allocation, data.tokens)
+            with self._reusing(allocation, split):
+                self._dense[split] = dense_top(
+                    self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.name
+                )
         return self._dense[split]
 
-    def score(self, allocation: Allocation, split: str = "search") -> Score:
-        """Install the allocation and score it.
+    def _reusing(self, allocation: Allocation, split: str) -> contextlib.AbstractContextManager[None]:
+        """Prefix reuse for trials, which see the search split: the test split sees a model once."""
+        if split != "search" or not self._spec.preparation.scoring.prefix_memory_mb:
+            return contextlib.nullcontext()
+        return self.prefix.reused(allocation)
+
+    def score(self, allocation: Allocation, split: str = "search", rivals: tuple[Rival, ...] = ()) -> Score:
+        """Install the allocation and score it, on the search split no further than a rival lets it.
 
         Raises:
             ScoringError: no valid score.
@@ -169,6 +199,8 @@ class Scorer:
         start = time.perf_counter()
         self.trial_model.install(allocation, data.tokens)
         installed = time.perf_counter() - start
-        batch = self._spec.preparation.scoring.batch_tokens
-        score = score_split(self.model, data, batch, self._spec.name, dense)
+        scoring = self._spec.preparation.scoring
+        judge = Judge(scoring.stages, scoring.window, rivals) if split == "search" else None
+        with self._reusing(allocation, split):
+            score = score_split(self.model, data, scoring.batch_tokens, self._spec.name, dense, judge)
         return Score(**{**score.__dict__, "seconds": score.seconds + installed})

@@ -1,7 +1,8 @@
 """Values that travel between driver and replicas. Standard library only, so both sides may import it.
 
 Everything here is frozen and serialises to JSON: what is on the wire is what is in the record. What goes out
-is below; what comes back, a score, is defined in `actors.scores`, and imported from here like the rest.
+is below, but for the rivals of a trial (`actors.stages`); what comes back, a score, is defined in
+`actors.scores`. All are imported from here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from actors.scores import KlScore as KlScore
 from actors.scores import Score as Score
 from actors.scores import TaskScore as TaskScore
 from actors.scores import TextScore as TextScore
+from actors.stages import Rival as Rival
 
 SPLITS = ("search", "test")
 
@@ -206,6 +208,9 @@ class ScoringSpec:
 
     `kl_top_k` asks for the divergence from the dense model, over that many of its most likely tokens and
     the tail; what is kept of it takes at most `kl_memory_mb` (10^6 bytes) a split and replica.
+    `prefix_memory_mb` (10^6 bytes a replica, 0 for none) holds hidden states of the dense model at every
+    `prefix_stride`-th block, or at fewer: see `actors.prefix`. `stages` are rising numbers of tokens of the
+    search split after which a dominated trial stops: see `actors.stages`.
     """
 
     text: TextSource
@@ -218,6 +223,9 @@ class ScoringSpec:
     batch_tokens: int = 1024
     kl_top_k: int | None = None
     kl_memory_mb: float = 512.0
+    prefix_memory_mb: float = 0.0
+    prefix_stride: int = 1
+    stages: tuple[int, ...] = ()
 
     def kl_problem(self, split: str) -> str | None:
         """Why the dense log-probabilities of a split do not fit `kl_memory_mb`, None where they do.

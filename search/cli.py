@@ -80,6 +80,7 @@ def _override(text: str) -> tuple[str, Any]:
 def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command: str, config: str) -> None:
     finished = sum(row.finished for row in summary.rows)
     failed = sum(row.state == "FAIL" for row in summary.rows)
+    stopped = sum(row.state == "PRUNED" for row in summary.rows)
     running = sum(row.state == "RUNNING" for row in summary.rows)
     console.print()
     if summary.front:
@@ -88,6 +89,8 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command:
         console.print(f"  {sentence}", soft_wrap=True)
     console.print()
     counts = f"{finished} trials scored" + (f", {failed} failed" if failed else "")
+    if stopped:
+        counts += f", {stopped} stopped early"
     if running:
         counts += f", {running} in flight (they will be scored again under their numbers)"
     console.print(f"Stopped: {reason}. {counts}; all saved in [bold]{folder.path}/[/]", soft_wrap=True)

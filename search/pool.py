@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.replica import Replica
-from actors.types import Allocation, RankfrontError, ReplicaSpec, Score
+from actors.types import Allocation, RankfrontError, ReplicaSpec, Rival, Score
 from search.failures import cause_of
 
 # One trial runs and one waits behind it: the driver's work between two trials costs a replica nothing.
@@ -29,12 +29,13 @@ OBJECT_STORE_BYTES = 80 * 2**20
 
 @dataclass(frozen=True)
 class Job:
-    """One allocation to score on one split, under a key of the caller's."""
+    """One allocation to score on one split, under a key of the caller's; `rivals` may stop it early."""
 
     key: int
     allocation: Allocation
     split: str = "search"
     attempt: int = 1
+    rivals: tuple[Rival, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Pool:
             job = self._queue.popleft()
             if not slot.queue:
                 slot.since = time.monotonic()
-            slot.queue.append((slot.actor.score.remote(job.allocation, job.split), job))
+            slot.queue.append((slot.actor.score.remote(job.allocation, job.split, job.rivals), job))
 
     def wait(self, seconds: float) -> Iterator[Outcome]:
         """Outcomes that are ready within `seconds`; jobs of dead replicas are tried elsewhere.

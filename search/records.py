@@ -14,7 +14,8 @@ class TrialRow:
     """One trial of the study as the reports see it.
 
     `origin` says who proposed it: `dense`, `uniform`, `enqueued` or the sampler's name.
-    `values` follow the study's objectives and are None unless the state is COMPLETE.
+    `values` follow the study's objectives and are None unless the state is COMPLETE; the `score` of a PRUNED
+    trial is partial.
     `copied_from` is the trial whose score answered this one, where its allocation was known.
     """
 
@@ -31,6 +32,11 @@ class TrialRow:
     replica: str | None
     reason: str | None
     copied_from: int | None
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The trial that dominated this one at the end of a stage; its score is then partial."""
+        return self.score.stopped_by if self.score else None
 
     @property
     def finished(self) -> bool:

@@ -47,7 +47,7 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
         count = machine.gpus
     else:
         weights = prepared.model_parameters * ITEMSIZE[config.model.dtype]
-        each = REPLICA_BYTES + WEIGHT_COPIES * weights
+        each = REPLICA_BYTES + WEIGHT_COPIES * weights + config.scoring.prefix_memory_mb * 1e6
         count = max(1, min(machine.cores // wanted_threads, int(0.8 * machine.memory / each)))
     if section.threads == "auto":
         return count, max(1, machine.cores // count)

@@ -49,7 +49,7 @@ def report_html(summary: StudySummary, targets: Sequence[TargetSpec] = ()) -> st
         _ranks(summary, targets),
         _progress(summary),
     ]
-    sections += [_failures(summary), _facts(summary)]
+    sections += [_stopped(summary), _failures(summary), _facts(summary)]
     title = f"{summary.study}: {summary.model}"
     return page(title, summary.model, f"study {summary.study} · {_count(summary)}", sections)
 
@@ -114,6 +114,22 @@ def _progress(summary: StudySummary) -> str:
     against = escape(", ".join(f"{objective.name} = {value:g}" for objective, value in named))
     note = f'<p class="note">Volume the front dominates, up to the reference point {against}.</p>'
     return f"<section><h2>Progress of the search</h2>{chart(figure, 'progress')}{note}</section>"
+
+
+def _stopped(summary: StudySummary) -> str:
+    """Trials that a rival dominated before they were scored to the end; they are in no chart."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row in summary.rows:
+        if row.state == "PRUNED" and row.score is not None and row.stopped_by is not None:
+            groups[row.score.forward_tokens, row.stopped_by].append(row.number)
+    if not groups:
+        return ""
+    rows = [
+        (f"{tokens:,}", str(rival), str(len(numbers)), _few(numbers))
+        for (tokens, rival), numbers in sorted(groups.items())
+    ]
+    columns = ("tokens scored", "dominated by trial", "count", "trials")
+    return f"<section><h2>Trials stopped early</h2>{table(columns, rows, 'stopped')}</section>"
 
 
 def _failures(summary: StudySummary) -> str:

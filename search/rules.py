@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from actors.sources import Source
+from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
 from actors.text import text_parts
 from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
@@ -81,6 +82,26 @@ def _kl_mistakes(scoring: ScoringSection, text: TextSection) -> list[str]:
         kl_memory_mb=scoring.kl_memory_mb,
     )
     return [f"scoring.{problem}" for problem in map(spec.kl_problem, SPLITS) if problem is not None]
+
+
+def _stage_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> list[str]:
+    """Stages that no trial would stop after, or that cannot tell whether it is dominated."""
+    stages, whole, least = scoring.stages, scoring.tokens.search, 2 * scoring.window
+    found = []
+    for index, tokens in enumerate(stages):
+        if index and tokens <= stages[index - 1]:
+            found.append(
+                f"scoring.stages[{index}]: {tokens} is not above {stages[index - 1]}, the stage before"
+            )
+        if tokens >= whole:
+            found.append(f"scoring.stages[{index}]: {tokens} is not below scoring.tokens.search, {whole}")
+        if tokens < least:
+            found.append(f"scoring.stages[{index}]: {tokens} is below two windows, {least}: one has no error")
+    return found + [
+        f"scoring.stages: they compare {' and '.join(STAGED)} alone, objectives[{index}] is {name!r}"
+        for index, name in enumerate(objectives)
+        if stages and not name.startswith("budget.") and name not in STAGED
+    ]
 
 
 def _stop_mistakes(stop: StopSection) -> list[str]:
@@ -179,6 +200,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
     (("scoring",), _task_mistakes),
     (("scoring", "text"), _kl_mistakes),
+    (("objectives", "scoring"), _stage_mistakes),
     (("stop",), _stop_mistakes),
     (("space",), _space_mistakes),
     (("factors",), _factor_mistakes),

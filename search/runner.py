@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from optuna.trial import TrialState
 
-from actors.types import RankfrontError, Score
-from search.pareto import hypervolume_history, plateaued
+from actors.types import RankfrontError, Rival, Score
+from search.pareto import front, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
+from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
 from search.study import Planned, SearchStudy
 
@@ -87,6 +88,7 @@ def hypervolumes(study: SearchStudy) -> np.ndarray:
 class Runner:
     """Runs one study on one pool until a stop rule or `stop` ends it.
 
+    Where it is `staged`, what the sampler proposed is sent along with its rivals, and may be stopped by one.
     Invariant: a trial is dispatched only after it is RUNNING in the storage, and leaves `_planned`
     only after its end is in the storage.
     """
@@ -99,9 +101,10 @@ class Runner:
         origin: str,
         stop: Stop,
         redraw: Callable[[Progress], None] = lambda progress: None,
+        staged: bool = False,
     ) -> None:
         self._study, self._pool, self._rules, self._origin = study, pool, rules, origin
-        self._stop, self._redraw = stop, redraw
+        self._stop, self._redraw, self._staged = stop, redraw, staged
         self._planned: dict[int, Planned] = {}
         self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
         self._known_in_a_row = 0
@@ -134,12 +137,30 @@ class Runner:
                 planned = self._study.propose(self._origin)
             except RankfrontError:
                 continue  # another program's trial, recorded as failed with its reason
-            source = self._study.scored_as(planned.allocation)
-            if source is not None:
-                self._study.copy_score(planned, source)
+            if self._answered(planned):
                 self._known_in_a_row += 1
             else:
                 self._dispatch(planned)
+
+    def _answered(self, planned: Planned) -> bool:
+        """Whether the record could answer a trial, and did."""
+        source = self._study.scored_as(planned.allocation)
+        if source is None and self._may_stop(planned):
+            source = self._study.stopped_as(planned.allocation)  # what dominated it still does
+        if source is not None:
+            self._study.copy_score(planned, source)
+        return source is not None
+
+    def _may_stop(self, planned: Planned) -> bool:
+        return self._staged and self._study.origin(planned.number) not in ASKED_FOR
+
+    def _rivals(self, planned: Planned) -> tuple[Rival, ...]:
+        if not self._may_stop(planned):
+            return ()
+        values, numbers = minimised(self._study)
+        rows = self._study.rows()
+        members = [rows[number] for number in numbers[front(values)]]
+        return rivals_of(self._study.budgets(planned.allocation), members, self._study.objectives)
 
     def _dispatch(self, planned: Planned) -> None:
         key = planned.allocation.key
@@ -150,7 +171,7 @@ class Runner:
         self._twins[key] = []
         self._planned[planned.number] = planned
         self._known_in_a_row = 0
-        self._pool.submit(Job(planned.number, planned.allocation))
+        self._pool.submit(Job(planned.number, planned.allocation, rivals=self._rivals(planned)))
 
     def _record(self, outcome: Outcome) -> None:
         planned = self._planned[outcome.job.key]
@@ -160,9 +181,13 @@ class Runner:
             for each in (planned, *twins):
                 self._study.fail(each.number, reason or "no score")
         else:
-            self._study.complete(planned, outcome.score)
+            if outcome.score.stopped_by is None:
+                self._study.complete(planned, outcome.score)
+            else:
+                self._study.prune(planned, outcome.score)
             for twin in twins:
-                self._study.copy_score(twin, planned.number)
+                if not self._answered(twin):  # one that was asked for is not content with a part
+                    self._dispatch(twin)
         del self._planned[planned.number]
 
     def _rule_met(self) -> str | None:
@@ -176,13 +201,13 @@ class Runner:
             return f"{rules.hours} hours"
         if rules.tokens is None and rules.plateau is None:
             return None
-        finished = self._study.count(TrialState.COMPLETE)
+        finished = self._study.count(TrialState.COMPLETE, TrialState.PRUNED)
         if finished != self._judged[0]:
             self._judged = (finished, self._record_rule_met())
         return self._judged[1]
 
     def _record_rule_met(self) -> str | None:
-        """The rules that read every finished trial; looked at only when there is a new one."""
+        """The rules that read every scored trial; looked at only when there is a new one."""
         rules = self._rules
         if rules.tokens is not None:
             rows = self._study.rows()

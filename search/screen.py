@@ -102,6 +102,8 @@ class Screen(Line):
         parts = [f"trials {ended}{goal} done, {counts[TrialState.RUNNING]} running"]
         if counts[TrialState.FAIL]:
             parts.append(f"{counts[TrialState.FAIL]} failed")
+        if counts[TrialState.PRUNED]:
+            parts.append(f"{counts[TrialState.PRUNED]} stopped early")
         parts.append(self._facts)
         if rate > 0:
             parts.append(f"{rate:.1f}/min")

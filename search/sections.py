@@ -148,7 +148,7 @@ class PerSplit(Section):
 
 
 class ScoringSection(Section):
-    """What a score is made of. `kl_top_k` and `kl_memory_mb` are those of `ScoringSpec`."""
+    """What a score is made of. `kl_...`, `prefix_...` and `stages` are those of `ScoringSpec`."""
 
     window: Annotated[int, Field(ge=2)] = 512
     tokens: PerSplit = PerSplit(search=8_192, test=32_768)
@@ -159,6 +159,9 @@ class ScoringSection(Section):
     batch_tokens: Positive = 1_024
     kl_top_k: Positive | None = None
     kl_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
+    prefix_memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    prefix_stride: Positive = 1
+    stages: tuple[Positive, ...] = ()
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -45,7 +45,15 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
 def _run(config: Config, study: SearchStudy, pool: Pool, stop: Stop, console: Console) -> str:
     before = len([row for row in study.rows() if row.state not in ("WAITING", "RUNNING")])
     with Screen(console, study, config.stop.trials, before) as screen:
-        runner = Runner(study, pool, config.stop, config.sampler.name, stop, screen.redraw)
+        runner = Runner(
+            study,
+            pool,
+            config.stop,
+            config.sampler.name,
+            stop,
+            screen.redraw,
+            staged=bool(config.scoring.stages),
+        )
         return runner.run()
 
 

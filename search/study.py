@@ -78,6 +78,7 @@ class SearchStudy:
         self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
         self._ids: list[int] = []  # storage ids by trial number
         self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
+        self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
         self._ended: dict[int, TrialRow] = {}
         self.sync()
 
@@ -93,6 +94,8 @@ class SearchStudy:
             self._mirror._storage.create_new_trial(self._mirror._study_id, trial)
             if trial.state == TrialState.COMPLETE:
                 self._scored.setdefault(self._allocation(trial).key, trial.number)
+            elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
+                self._stopped.setdefault(self._allocation(trial).key, trial.number)
         return len(new)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -157,9 +160,22 @@ class SearchStudy:
             self._ended[trial.number] = row
         return row
 
+    def origin(self, number: int) -> str:
+        """Who proposed a trial; `enqueued` where another program did."""
+        trial = self._mirror.get_trials(deepcopy=False)[number]
+        return str(trial.user_attrs.get(PLAN, {}).get("origin", "enqueued"))
+
     def scored_as(self, allocation: Allocation) -> int | None:
         """The number of the finished trial that scored this allocation, if there is one."""
         return self._scored.get(allocation.key)
+
+    def stopped_as(self, allocation: Allocation) -> int | None:
+        """The number of the trial that scored this allocation in part, if there is one."""
+        return self._stopped.get(allocation.key)
+
+    def budgets(self, allocation: Allocation) -> dict[str, float]:
+        """Its cost objectives, by name."""
+        return self._cost.budgets(allocation)
 
     def score(self, allocation: Allocation) -> Score:
         """The score of the finished trial of this allocation. Raises KeyError where there is none."""
@@ -171,8 +187,15 @@ class SearchStudy:
     # -- writing ------------------------------------------------------------------------------
 
     def enqueue(self, allocations: Iterable[tuple[Allocation, str]]) -> list[int]:
-        """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out."""
-        known = {self._allocation(trial).key for trial in self._trials() if PLAN in trial.user_attrs}
+        """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out.
+
+        What was scored in part is not in it yet.
+        """
+        known = {
+            self._allocation(trial).key
+            for trial in self._trials()
+            if PLAN in trial.user_attrs and trial.state != TrialState.PRUNED
+        }
         numbers = []
         for allocation, origin in allocations:
             if allocation.key in known:
@@ -260,7 +283,7 @@ class SearchStudy:
 
     def _rebuild(self) -> None:
         self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
-        self._ids, self._scored, self._ended = [], {}, {}
+        self._ids, self._scored, self._stopped, self._ended = [], {}, {}, {}
         self.sync()
 
     def complete(self, planned: Planned, score: Score, copied_from: int | None = None) -> tuple[float, ...]:
@@ -274,9 +297,22 @@ class SearchStudy:
         self._scored.setdefault(planned.allocation.key, planned.number)
         return values
 
-    def copy_score(self, planned: Planned, source: int) -> tuple[float, ...]:
-        """Answer a trial from the record of an equal allocation."""
-        return self.complete(planned, self._score(source), copied_from=source)
+    def prune(self, planned: Planned, score: Score, copied_from: int | None = None) -> None:
+        """Record a partial score, in the same order. It gets no values: nothing takes it for a whole one."""
+        reason = f"dominated by trial {score.stopped_by} after {score.forward_tokens:,} tokens"
+        result: dict[str, Any] = {"score": score.to_dict(), "reason": reason}
+        if copied_from is not None:
+            result["copied_from"] = copied_from
+        self._finish(planned.number, TrialState.PRUNED, None, result)
+        self._stopped.setdefault(planned.allocation.key, planned.number)
+
+    def copy_score(self, planned: Planned, source: int) -> tuple[float, ...] | None:
+        """Answer a trial from the record of an equal allocation. Returns the values; a part has none."""
+        score = self._score(source)
+        if score.stopped_by is not None:
+            self.prune(planned, score, copied_from=source)
+            return None
+        return self.complete(planned, score, copied_from=source)
 
     def add(self, allocation: Allocation, origin: str, score: Score) -> int | None:
         """Record an allocation that was scored already, RUNNING first as every trial; returns its number.

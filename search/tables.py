@@ -23,6 +23,7 @@ TRIAL_FIELDS = (
     ("state", pa.string()),
     ("origin", pa.string()),
     ("copied_from", pa.int64()),
+    ("stopped_by", pa.int64()),
     ("reason", pa.string()),
     ("budget_linear", pa.float64()),
     ("budget_model", pa.float64()),

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from actors.linears import bias_of, weight_of
 from actors.low_rank import TrialModel
 from actors.models import count_parameters, list_targets, load_model
 from actors.moments import Moments
+from actors.perplexity import window_losses
+from actors.prefix import PrefixCache
+from actors.reasoning import PackedTask, log_likelihoods, pack
+from actors.tasks import Example
 from actors.types import Allocation, FactorSpec, ModelSource, TargetSpec
 
 FEW, MANY = 1, 10**9  # tokens for which a low rank runs as two factors, and a high one as one product
@@ -149,6 +154,21 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Relative to the largest logit."""
     return ((one - other).abs().max() / other.abs().max()).item()
+
+
+@cache
+def questions() -> PackedTask:
+    rows = [
+        Example((row["goal"],) * 2, (" " + row["sol1"], " " + row["sol2"]), (1, 1), 0)
+        for row in tiny.piqa_rows(6)
+    ]
+    return pack("piqa", True, rows, tiny.tiny_tokenizer())
+
+
+def answers(model: nn.Module, ids: torch.Tensor) -> list[float]:
+    """Losses of windows and log-likelihoods of packed questions, to the bit."""
+    losses = window_losses(model, ids, 5 * ids.shape[1], "text").nats
+    return torch.cat([losses, log_likelihoods(model, questions())]).tolist()
 
 
 def seen(model: nn.Module, targets: tuple[TargetSpec, ...], ids: torch.Tensor) -> dict[str, Any]:
@@ -371,3 +391,27 @@ def test_every_family_is_in_the_suite() -> None:
     types = [model_type for family in FAMILIES for model_type in family.model_types]
     assert len(types) == len(set(types))
     assert set(types) == {case.model_type for case in CASES if not case.generic}
+
+
+def test_a_restart_gives_the_bits_of_a_full_pass(setting: Setting, ids: torch.Tensor) -> None:
+    """From the last block to the first and back, with methods that differ where ranks agree."""
+    ids, dense = ids[:12], Allocation.dense(setting.targets)
+    model, trial = setting.installed(dense, MANY)
+    prefix = PrefixCache(model, setting.targets, dense, 10**4, 100.0, stride=1)
+    first = setting.targets[0].name
+    runs: list[str] = []
+    trial.layer(first).register_forward_hook(lambda *_: runs.append(first))
+    full_passes = []
+    for block in (2, 1, 0, 2, BLOCKS):
+        later = {target.name for target in setting.targets if target.block >= block}
+        for whole in (setting.mixed(), setting.allocation(0.4), setting.allocation(0.4, "feature")):
+            ranks = {name: rank for name, rank in whole if name in later}
+            methods = {name: method for name, method in whole.methods if name in later}
+            trial.install(Allocation.of(ranks, setting.targets, methods=methods), MANY)
+            full = answers(model, ids)
+            runs.clear()
+            with prefix.reused(Allocation.of(ranks, setting.targets, methods=methods)):
+                assert answers(model, ids) == full
+            if runs:
+                full_passes.append(block)
+    assert full_passes == [2, 0, 0, 0], "the very first keeps the states; what changes block 0 uses none"

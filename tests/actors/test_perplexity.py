@@ -48,15 +48,18 @@ def test_a_single_window_has_no_spread(llama: Path, ids: torch.Tensor) -> None:
 class Uniform(nn.Module):
     """Knows nothing: every token of `size` is as likely, so its perplexity is `size`."""
 
-    def __init__(self, size: int, wrong_from: int | None = None) -> None:
+    def __init__(
+        self, size: int, wrong_from: int | None = None, wrong: Any = ((-1, -2, 3), torch.nan)
+    ) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(1))
-        self.size, self.wrong_from, self.calls = size, wrong_from, 0
+        self.size, self.wrong_from, self.wrong, self.calls = size, wrong_from, wrong, 0
 
     def forward(self, ids: torch.Tensor, **_: Any) -> Any:
         logits = torch.full((*ids.shape, self.size), 7.0)
         if self.wrong_from is not None and self.calls >= self.wrong_from:
-            logits[-1, -2, 3] = torch.nan
+            place, value = self.wrong
+            logits[place] = value
         self.calls += 1
         return SimpleNamespace(logits=logits)
 
@@ -76,5 +79,16 @@ def test_one_bad_value_fails_the_score_and_names_the_windows() -> None:
 def test_weights_that_are_no_numbers_fail_the_score(llama: Path, ids: torch.Tensor) -> None:
     model = load_model(llama, ModelSource(str(llama)))
     model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = torch.nan
-    with pytest.raises(ScoringError, match=r"text@32: non-finite loss in windows 0\.\.23"):
+    layer = r"first in model\.layers\.1\.mlp\.up_proj$"
+    with pytest.raises(ScoringError, match=rf"text@32: non-finite loss in windows 0\.\.23, {layer}"):
         score_text(model, ids, 1024, "text@32")
+
+
+def test_one_bad_logit_fails_the_score_though_no_loss_reads_it() -> None:
+    """The last position of a window predicts nothing, and a token of no chance costs no other token."""
+    for place, value in (((-1, -1, 3), torch.nan), ((-1, 0, 3), -torch.inf)):
+        model = Uniform(97, wrong_from=2, wrong=(place, value))
+        with pytest.raises(
+            ScoringError, match=r"text: non-finite logits in windows 4\.\.5, though the output"
+        ):
+            score_text(model, torch.arange(90).view(9, 10), 20, "text")

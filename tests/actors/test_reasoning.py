@@ -229,5 +229,6 @@ def test_weights_that_are_no_numbers_fail_the_task(llama: Path, tokenizer: Any) 
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = torch.nan
     task: PackedTask = pack("piqa", True, asked("piqa", tokenizer), tokenizer)
-    with pytest.raises(ScoringError, match="piqa: non-finite log-likelihood"):
+    where = rf"packed row 0 of {len(task.rows)}, first in model\.layers\.1\.mlp\.up_proj$"
+    with pytest.raises(ScoringError, match=f"piqa: non-finite log-likelihood in {where}"):
         score_task(model, task)

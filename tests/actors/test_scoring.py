@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from actors.models import load_tokenizer
 from actors.preparation import prepare
+from actors.samples import pack_floats, unpack_floats
 from actors.scoring import Scorer, load_split, score_split
 from actors.types import (
     Allocation,
@@ -22,6 +23,8 @@ from actors.types import (
     Prepared,
     RankfrontError,
     ReplicaSpec,
+    Rival,
+    Score,
     ScoringError,
     TaskSource,
 )
@@ -219,3 +222,59 @@ def test_divergence_within_its_memory(replica: ReplicaSpec) -> None:
     asked = load_split(fitting, "search", tokenizer, 256)
     plain = replace(fitting, scoring=replace(fitting.scoring, kl_top_k=None))
     assert load_split(plain, "search", tokenizer, 256).fingerprint != asked.fingerprint
+
+
+def test_a_reused_prefix_changes_no_bit(replica: ReplicaSpec) -> None:
+    """Whatever came before: a walk from the last block to the first, changed models, the test split."""
+    targets = replica.prepared.targets
+    cost = CostModel(targets, replica.prepared.model_parameters, "pivoted", "mean")
+    plain = Scorer(asking_for_kl(replica, kl_top_k=8))
+    reusing = Scorer(asking_for_kl(replica, kl_top_k=8, prefix_memory_mb=100.0))
+    walk = [Allocation.of({t.name: 9 for t in targets if t.block >= block}, targets) for block in (2, 1, 0)]
+    for allocation in (*walk, cost.uniform(0.7), *walk, Allocation.dense(targets)):
+        for split in ("search", "test"):
+            found, expected = (scorer.score(allocation, split) for scorer in (reusing, plain))
+            assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
+    data = plain.split("search")
+    assert reusing.prefix.bytes == data.tokens * 32 * 4 * 2, "two boundaries of the search split alone"
+    assert plain.prefix.bytes == 0
+
+
+def shifted(score: Score, by: float, trial: int = 5) -> Rival:
+    """A rival whose every window differs by as much from a score's."""
+    assert score.kl is not None
+    packed = {"nll": score.text.windows, "kl": score.kl.windows}
+    values = {name: [v + by for v in unpack_floats(windows)] for name, windows in packed.items()}
+    return Rival(trial, {name: pack_floats(found) for name, found in values.items()})
+
+
+def test_a_dominated_trial_stops_after_a_stage(replica: ReplicaSpec) -> None:
+    """With the bits of the first windows; without rivals, on the test split, or undominated it goes on."""
+    staged = asking_for_kl(replica, kl_top_k=8, stages=(64, 200), batch_tokens=96)
+    scorer = Scorer(staged)
+    allocation = CostModel(
+        replica.prepared.targets, replica.prepared.model_parameters, "pivoted", "mean"
+    ).uniform(0.6)
+    whole = scorer.score(allocation)
+    better, worse = shifted(whole, -0.1), shifted(whole, 0.1)
+    part = scorer.score(allocation, rivals=(worse, better))
+    assert part.kl is not None
+    assert whole.kl is not None
+    assert (part.stopped_by, part.tasks, part.forward_tokens) == (5, {}, 96)
+    assert (part.text.tokens, part.kl.tokens) == (3 * 31, 3 * 31)
+    for one, other in ((part.text, whole.text), (part.kl, whole.kl)):
+        assert unpack_floats(one.windows) == unpack_floats(other.windows)[:3]
+    for again in (scorer.score(allocation, rivals=(worse,)), scorer.score(allocation)):
+        assert replace(again, seconds=0.0) == replace(whole, seconds=0.0)
+    assert scorer.score(allocation, "test", rivals=(better,)).stopped_by is None
+    assert Score.from_dict(json.loads(json.dumps(part.to_dict()))) == part
+
+
+def test_a_trial_stops_after_a_later_stage(replica: ReplicaSpec) -> None:
+    """Its first windows are no worse: the rival is known to be better only over more of them."""
+    scorer = Scorer(asking_for_kl(replica, stages=(64, 320), batch_tokens=64))
+    dense = Allocation.dense(replica.prepared.targets)
+    first, second, *rest = unpack_floats(scorer.score(dense).text.windows)
+    rival = Rival(9, {"nll": pack_floats([first, second, *(value - 0.5 for value in rest)])})
+    part = scorer.score(dense, rivals=(rival,))
+    assert (part.stopped_by, part.forward_tokens) == (9, 320)

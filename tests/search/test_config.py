@@ -73,6 +73,12 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("objectives", ["budget.model", "kl"], "objectives[1]", ["'kl'", "scoring.kl_top_k"]),
         ("scoring.kl_top_k", 0, "scoring.kl_top_k", ["0", "greater than or equal to 1"]),
         ("scoring.kl_top_k", 10**7, "scoring.kl_top_k", ["search split", "kl_memory_mb is 512", "at most"]),
+        ("scoring.stages", [64, 0], "scoring.stages[1]", ["0", "greater than or equal to 1"]),
+        ("scoring.stages", [96, 96], "scoring.stages[1]", ["96 is not above 96"]),
+        ("scoring.stages", [8192], "scoring.stages[0]", ["8192 is not below scoring.tokens.search, 8192"]),
+        ("scoring.stages", [63], "scoring.stages[0]", ["63", "two windows, 64"]),
+        ("scoring.prefix_memory_mb", -1, "scoring.prefix_memory_mb", ["-1", "greater than or equal to 0"]),
+        ("scoring.prefix_stride", 0, "scoring.prefix_stride", ["0", "greater than or equal to 1"]),
         ("model.source", "/no/such/model", "model.source", ["/no/such/model", "no file or folder"]),
         ("text.source", "./no/such/text", "text.source", ["./no/such/text", "no file or folder"]),
         ("model.source", "package:no_such_package/x", "model.source", ["no_such_package"]),
@@ -117,6 +123,15 @@ def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:
     raw = put(put(raw, "scoring.tasks", []), "objectives", ["budget.model", "reasoning.acc"])
     [line] = mistakes(raw)
     assert line.startswith("objectives[1]: 'reasoning.acc' needs scoring.tasks")
+
+
+def test_stages_compare_text_alone(raw: dict[str, Any]) -> None:
+    """Named where it is asked for: each objective that is neither a cost nor a loss over windows."""
+    raw = put(raw, "scoring.stages", [64])
+    assert parse_config(raw).preparation().scoring.stages == (64,)
+    assert parse_config(put(put(raw, "scoring.kl_top_k", 8), "objectives", ["budget.bytes", "nll", "kl"]))
+    [line] = mistakes(put(raw, "objectives", ["budget.model", "nll", "reasoning.boolq.acc"]))
+    assert line == "scoring.stages: they compare nll and kl alone, objectives[2] is 'reasoning.boolq.acc'"
 
 
 def test_a_missing_key_is_named(raw: dict[str, Any]) -> None:

@@ -60,3 +60,10 @@ def test_a_gpu_each_or_what_cores_and_memory_allow(
     machine: Machine, section: dict[str, Any], plan: tuple[int, int], tmp_path: Path
 ) -> None:
     assert replica_plan(config_of(tmp_path, replicas=section), PREPARED, machine) == plan
+
+
+def test_what_replicas_keep_counts_as_their_memory(tmp_path: Path) -> None:
+    machine = Machine(cores=8, gpus=0, memory=60 * 10**9)
+    config = config_of(tmp_path, scoring={"prefix_memory_mb": 12_500.0})
+    assert replica_plan(config_of(tmp_path), PREPARED, machine) == (4, 2)
+    assert replica_plan(config, PREPARED, machine) == (2, 4)

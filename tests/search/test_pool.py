@@ -52,7 +52,7 @@ def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = ""
         def ready(self) -> str:
             return self.name
 
-        def score(self, allocation: Any, split: str) -> Any:
+        def score(self, allocation: Any, split: str, rivals: Any) -> Any:
             import os
             import threading
             import time

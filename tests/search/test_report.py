@@ -337,6 +337,27 @@ def test_page_says_what_was_found(written: Path) -> None:
     assert "Where the ranks go" not in report_html(summary)  # ranks without a scale are not drawn
 
 
+def test_trials_stopped_early_are_shown_with_their_part_and_drawn_nowhere(tmp_path: Path) -> None:
+    whole = study()
+    part = dataclasses.replace(score(1.0), stopped_by=7, forward_tokens=2048, tasks={})
+    reason = "dominated by trial 7 after 2,048 tokens"
+    stopped = [
+        trial(len(whole.rows) + n, 0.8, None, state="PRUNED", score=part, reason=reason) for n in range(2)
+    ]
+    summary = dataclasses.replace(whole, rows=(*whole.rows, *stopped))
+    numbers = ", ".join(str(row.number) for row in stopped)
+    page = report_html(summary, TARGETS)
+    assert f"<td>2,048</td><td>7</td><td>2</td><td>{numbers}</td>" in page
+    assert "2 pruned" in page
+    assert "Trials stopped early" not in report_html(whole)
+    assert panels(summary) == panels(whole)
+    assert headline(summary) == headline(whole)
+    write_report(summary, tmp_path, TARGETS)
+    for found in read(tmp_path / "trials.parquet").to_pylist()[-2:]:
+        assert (found["state"], found["stopped_by"], found["reason"]) == ("PRUNED", 7, reason)
+        assert (found["search.nll"], found["search.forward_tokens"], found["value.nll"]) == (1.0, 2048, None)
+
+
 def test_pages_of_young_studies() -> None:
     for summary in (empty_study(), study(tasks=False, trials=2)):
         assert "<h2>Facts</h2>" in report_html(summary, TARGETS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fakes import (
 )
 from optuna.trial import TrialState
 
-from actors.types import Allocation, RankfrontError
+from actors.types import Allocation, RankfrontError, Score
 from search.records import Objective
 from search.study import PLAN, RESULT, Planned
 
@@ -360,3 +361,92 @@ def test_numbers_have_no_gaps_whatever_ends_a_trial(tmp_path: Path) -> None:
     numbers = [trial.number for trial in stored(tmp_path)]
     assert numbers[0] == 0
     assert all(after == before + 1 for before, after in pairwise(numbers))
+
+
+# -- trials scored in part --------------------------------------------------------------------
+
+
+def part_of(planned: Planned, rival: int = 0) -> Score:
+    """The score of a trial that was stopped at the first stage."""
+    return replace(score_of(planned.allocation, tokens=25), stopped_by=rival, tasks={})
+
+
+def test_a_stopped_trial_is_pruned_with_its_part_and_no_values(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    propose_and_complete(study, 1)
+    planned = study.propose("random")
+    study.prune(planned, part_of(planned))
+    trial = stored(tmp_path)[1]
+    assert (trial.state, trial.values) == (TrialState.PRUNED, None)
+    score = Score.from_dict(trial.user_attrs[RESULT]["score"])
+    assert (score, score.stopped_by, score.forward_tokens) == (part_of(planned), 0, 25)
+    for driver in (study, open_study(tmp_path)):
+        row = driver.rows()[1]
+        assert (row.state, row.values, row.score, row.stopped_by) == ("PRUNED", None, score, 0)
+        assert row.reason == "dominated by trial 0 after 25 tokens"
+        assert driver.scored_as(planned.allocation) is None, "a part is no answer"
+        assert driver.stopped_as(planned.allocation) == 1
+        assert driver.in_flight() == []
+
+
+def test_a_part_is_written_before_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = open_study(tmp_path)
+    planned = study.propose("random")
+
+    def crash(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study._storage, "set_trial_state_values", crash)
+    with pytest.raises(KeyboardInterrupt):
+        study.prune(planned, part_of(planned))
+    again = open_study(tmp_path)
+    assert again.in_flight() == [planned], "it is scored again, under its number"
+    assert again.stopped_as(planned.allocation) is None
+    again.complete(planned, score_of(planned.allocation))
+    assert [(row.state, row.stopped_by) for row in again.rows()] == [("COMPLETE", None)]
+
+
+@every_sampler
+def test_samplers_go_on_among_stopped_trials(sampler: str, tmp_path: Path) -> None:
+    """Before, between and after whole ones, over a restart; numbers stay those of the storage."""
+    study = open_study(tmp_path, sampler)
+    for number in range(24):
+        planned = study.propose(sampler)
+        assert planned.number == number
+        if number < 3 or number % 3 == 1:
+            study.prune(planned, part_of(planned))
+        else:
+            study.complete(planned, score_of(planned.allocation))
+        if number == 14:
+            study = open_study(tmp_path, sampler)
+    assert study.count(TrialState.PRUNED) == 10
+    assert [trial.state for trial in stored(tmp_path)] == [TrialState[row.state] for row in study.rows()]
+    assert all(trial.number not in (0, 1, 2) for trial in plain(tmp_path).best_trials)
+
+
+def test_what_was_scored_in_part_can_be_enqueued(tmp_path: Path) -> None:
+    """Someone wants it whole; once."""
+    study = open_study(tmp_path)
+    study.enqueue([(some_allocation(3), "random")])
+    planned = study.propose("random")
+    study.prune(planned, part_of(planned))
+    assert study.enqueue([(some_allocation(3), "enqueued")]) == [1]
+    assert study.enqueue([(some_allocation(3), "enqueued")]) == []
+    assert study.origin(0) == "random"
+    assert study.origin(1) == "enqueued"
+
+
+def test_a_part_answers_for_an_equal_allocation(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    for _ in range(2):
+        plain(tmp_path).enqueue_trial({"q_proj": 1, "up_proj": 2, "down_proj": 3})
+    first = study.propose("random")
+    study.prune(first, part_of(first, rival=8))
+    second = study.propose("random")
+    assert study.copy_score(second, 0) is None
+    rows = open_study(tmp_path).rows()
+    assert [(row.state, row.stopped_by, row.copied_from) for row in rows] == [
+        ("PRUNED", 8, None),
+        ("PRUNED", 8, 0),
+    ]
+    assert study.origin(0) == "enqueued", "another program's"
