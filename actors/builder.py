@@ -206,7 +206,7 @@ class Builder:
             fingerprints=self.fingerprints,
             tokens={
                 "calibration": self._windows.numel(),
-                **{name: data.windows.numel() for name, data in splits.items()},
+                **{name: data.text.length for name, data in splits.items()},
                 **{f"{name}.forward": data.tokens for name, data in splits.items()},
             },
             examples={

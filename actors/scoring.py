@@ -17,7 +17,7 @@ from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.reasoning import PackedTask, pack, score_task
 from actors.tasks import load_examples, task_of
-from actors.text import fingerprint_windows, text_parts, windows
+from actors.text import ScoredText, fingerprint_windows, text_name, text_parts, windows
 from actors.types import (
     Allocation,
     PreparationSpec,
@@ -26,19 +26,24 @@ from actors.types import (
     Score,
     ScoringSpec,
     TaskSource,
+    TextSource,
     digest,
 )
 
 
 @dataclass(frozen=True)
 class SplitData:
-    """Windows (windows, window) and packed tasks of one split, and their fingerprint."""
+    """Windowed text and packed tasks of one split, and their fingerprint."""
 
     split: str
-    name: str
-    windows: torch.Tensor
+    text: ScoredText
     tasks: tuple[PackedTask, ...]
     fingerprint: str
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """Of the text: (windows, window)."""
+        return self.text.windows
 
     @property
     def tokens(self) -> int:
@@ -60,20 +65,30 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     if limit is not None and scoring.window > limit:
         raise RankfrontError(f"scoring.window: {scoring.window} tokens, the model reads {limit}")
     parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
-    ids = windows(parts[split], scoring.text.join, tokenizer, scoring.window, scoring.tokens[split])
+    name = scoring.text.source.rsplit("/", 1)[-1]
+    text = _windowed(scoring, name, scoring.text, parts[split], tokenizer, scoring.tokens[split])
     tasks = tuple(_load_task(scoring, source, split, tokenizer, limit) for source in scoring.tasks)
     asked: list[Any] = [
         [task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks
     ]
     if scoring.kl_top_k is not None:
         asked.append(["kl", scoring.kl_top_k])
+    if scoring.step != scoring.window:
+        asked.append(["stride", scoring.step])
     return SplitData(
         split=split,
-        name=f"{scoring.text.source.rsplit('/', 1)[-1]}@{scoring.window}",
-        windows=ids,
+        text=text,
         tasks=tasks,
-        fingerprint=digest([split, fingerprint_windows(ids), asked]),
+        fingerprint=digest([split, fingerprint_windows(text.windows), asked]),
     )
+
+
+def _windowed(
+    scoring: ScoringSpec, name: str, text: TextSource, documents: list[str], tokenizer: Any, tokens: int
+) -> ScoredText:
+    """Documents of one text as they are scored, at most `tokens` of them."""
+    ids = windows(documents, text.join, tokenizer, scoring.window, tokens, scoring.step)
+    return ScoredText(text_name(name, scoring.window, scoring.step, text.join), ids, scoring.step)
 
 
 def _load_task(
@@ -103,20 +118,18 @@ def score_split(
         ScoringError: a value that cannot be a score, naming it.
     """
     start = time.perf_counter()
-    losses = window_losses(model, data.windows, batch_tokens, data.name, dense)
-    predicted = data.windows.shape[1] - 1
+    text, scored = data.text, data.text.scored
+    losses = window_losses(model, text.windows, batch_tokens, text.name, dense, scored)
     tasks = {task.name: score_task(model, task) for task in data.tasks}
     seconds = time.perf_counter() - start
     score = Score(
         data.split,
-        text_score(losses.nats, predicted, data.name),
+        text_score(losses.nats, scored, text.name),
         tasks,
         forward_tokens=data.tokens,
         seconds=seconds,
         replica=replica,
-        kl=kl_score(losses.kl, predicted, dense.top_k)
-        if dense is not None and losses.kl is not None
-        else None,
+        kl=kl_score(losses.kl, scored, dense.top_k) if dense is not None and losses.kl is not None else None,
     )
     score.check()
     return score
@@ -155,7 +168,7 @@ class Scorer:
         if split not in self._dense:
             self.trial_model.install(Allocation.dense(self._spec.prepared.targets), data.tokens)
             self._dense[split] = dense_top(
-                self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.name
+                self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.text.name
             )
         return self._dense[split]
 

@@ -204,6 +204,7 @@ class FactorSpec:
 class ScoringSpec:
     """What a score is made of: perplexity text and reasoning tasks, per split, with caps.
 
+    Each window begins `stride` tokens behind the one before it; None is a whole window, so that none overlap.
     `kl_top_k` asks for the divergence from the dense model, over that many of its most likely tokens and
     the tail; what is kept of it takes at most `kl_memory_mb` (10^6 bytes) a split and replica.
     """
@@ -218,15 +219,22 @@ class ScoringSpec:
     batch_tokens: int = 1024
     kl_top_k: int | None = None
     kl_memory_mb: float = 512.0
+    stride: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Tokens from the beginning of a window to that of the next one."""
+        return self.window if self.stride is None else self.stride
 
     def kl_problem(self, split: str) -> str | None:
         """Why the dense log-probabilities of a split do not fit `kl_memory_mb`, None where they do.
 
-        Each token of whole windows keeps k ids of 4 bytes and k + 1 log-probabilities of 4 bytes.
+        Each token of each window keeps k ids of 4 bytes and k + 1 log-probabilities of 4 bytes.
         """
         if self.kl_top_k is None:
             return None
-        tokens = self.tokens[split] // self.window * self.window
+        count = max(0, (self.tokens[split] - self.window) // self.step + 1)
+        tokens = count * self.window
         needed, allowed = tokens * (8 * self.kl_top_k + 4), self.kl_memory_mb * 1e6
         if needed <= allowed:
             return None

@@ -118,6 +118,7 @@ class Config(Section):
                 batch_tokens=scoring.batch_tokens,
                 kl_top_k=scoring.kl_top_k,
                 kl_memory_mb=scoring.kl_memory_mb,
+                stride=scoring.stride,
             ),
             calibration_fraction=calibration.fraction,
             include=self.targets.include,

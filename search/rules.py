@@ -77,8 +77,17 @@ def _kl_mistakes(scoring: ScoringSection, text: TextSection) -> list[str]:
         scoring.tokens.model_dump(),
         kl_top_k=scoring.kl_top_k,
         kl_memory_mb=scoring.kl_memory_mb,
+        stride=scoring.stride,
     )
     return [f"scoring.{problem}" for problem in map(spec.kl_problem, SPLITS) if problem is not None]
+
+
+def _stride_mistakes(scoring: ScoringSection) -> list[str]:
+    if scoring.stride is None or scoring.stride <= scoring.window:
+        return []
+    return [
+        f"scoring.stride: {scoring.stride} is beyond scoring.window, {scoring.window}: it leaves tokens out"
+    ]
 
 
 def _stop_mistakes(stop: StopSection) -> list[str]:
@@ -162,6 +171,7 @@ def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: 
 RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
     (("scoring",), _task_mistakes),
+    (("scoring",), _stride_mistakes),
     (("scoring", "text"), _kl_mistakes),
     (("stop",), _stop_mistakes),
     (("space",), _space_mistakes),

@@ -148,9 +148,10 @@ class PerSplit(Section):
 
 
 class ScoringSection(Section):
-    """What a score is made of. `kl_top_k` and `kl_memory_mb` are those of `ScoringSpec`."""
+    """What a score is made of. `stride`, `kl_top_k` and `kl_memory_mb` are those of `ScoringSpec`."""
 
     window: Annotated[int, Field(ge=2)] = 512
+    stride: Positive | None = None
     tokens: PerSplit = PerSplit(search=8_192, test=32_768)
     tasks: tuple[TaskSection, ...] = ()
     examples: PerSplit = PerSplit(search=100, test=400)

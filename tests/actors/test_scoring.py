@@ -180,6 +180,23 @@ def test_a_task_of_ones_own_is_scored(config: Config, tmp_path: Path) -> None:
         load_split(spec, "test", tokenizer, 256)
 
 
+def test_a_stride_changes_the_name_and_the_split(replica: ReplicaSpec) -> None:
+    """And a divergence is over the same tokens as the loss."""
+    sizes = {"tokens": {"search": 96, "test": 96}, "kl_top_k": 16, "tasks": ()}
+    apart, over = (asking_for_kl(replica, stride=stride, **sizes) for stride in (None, 16))
+    targets = replica.prepared.targets
+    one, other = (
+        Scorer(spec).score(Allocation(tuple((t.name, 4) for t in targets))) for spec in (apart, over)
+    )
+    assert (one.text.name, other.text.name) == ("text@32", "text@32/16")
+    assert (one.text.tokens, other.text.tokens) == (3 * 31, 31 + 4 * 16)
+    assert (one.kl.tokens, other.kl.tokens) == (one.text.tokens, other.text.tokens)
+    assert (one.forward_tokens, other.forward_tokens) == (96, 5 * 32)
+    tokenizer = load_tokenizer(replica.preparation.model.source, replica.preparation.model)
+    prints = [load_split(spec.preparation, "search", tokenizer, 256).fingerprint for spec in (apart, over)]
+    assert prints[0] != prints[1]
+
+
 def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:
     scoring = replace(replica.preparation.scoring, **changes)
     return replace(replica, preparation=replace(replica.preparation, scoring=scoring))

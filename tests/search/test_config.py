@@ -71,6 +71,7 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
         ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
         ("objectives", ["budget.model", "kl"], "objectives[1]", ["'kl'", "scoring.kl_top_k"]),
+        ("scoring.stride", 33, "scoring.stride", ["33", "scoring.window, 32"]),
         ("scoring.kl_top_k", 0, "scoring.kl_top_k", ["0", "greater than or equal to 1"]),
         ("scoring.kl_top_k", 10**7, "scoring.kl_top_k", ["search split", "kl_memory_mb is 512", "at most"]),
         ("model.source", "/no/such/model", "model.source", ["/no/such/model", "no file or folder"]),

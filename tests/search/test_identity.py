@@ -36,6 +36,7 @@ FIXED = {
     "scoring.examples.search": 7,
     "scoring.search_fraction": 0.3,
     "scoring.seed": 1,
+    "scoring.stride": 8,
     "scoring.kl_top_k": 16,
     "objectives": ["budget.linear", "nll"],
     "space.group": "target",
