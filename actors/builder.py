@@ -208,6 +208,11 @@ class Builder:
                 "calibration": self._windows.numel(),
                 **{name: data.text.length for name, data in splits.items()},
                 **{f"{name}.forward": data.tokens for name, data in splits.items()},
+                **{
+                    f"{name}.nll.{corpus}": text.length
+                    for name, data in splits.items()
+                    for corpus, text in data.corpora.items()
+                },
             },
             examples={
                 name: {task.name: len(task.examples) for task in data.tasks} for name, data in splits.items()

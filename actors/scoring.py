@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.reasoning import PackedTask, pack, score_task
 from actors.tasks import load_examples, task_of
-from actors.text import ScoredText, fingerprint_windows, text_name, text_parts, windows
+from actors.text import ScoredText, corpus_part, fingerprint_windows, text_name, text_parts, windows
 from actors.types import (
     Allocation,
     PreparationSpec,
@@ -26,6 +27,7 @@ from actors.types import (
     Score,
     ScoringSpec,
     TaskSource,
+    TextScore,
     TextSource,
     digest,
 )
@@ -33,10 +35,11 @@ from actors.types import (
 
 @dataclass(frozen=True)
 class SplitData:
-    """Windowed text and packed tasks of one split, and their fingerprint."""
+    """One split: its text and further ones by name, in windows, packed tasks, and their fingerprint."""
 
     split: str
     text: ScoredText
+    corpora: Mapping[str, ScoredText]
     tasks: tuple[PackedTask, ...]
     fingerprint: str
 
@@ -48,7 +51,8 @@ class SplitData:
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass over the split."""
-        return self.windows.numel() + sum(task.tokens for task in self.tasks)
+        texts = (self.text, *self.corpora.values())
+        return sum(text.windows.numel() for text in texts) + sum(task.tokens for task in self.tasks)
 
 
 def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | None) -> SplitData:
@@ -67,6 +71,17 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
     name = scoring.text.source.rsplit("/", 1)[-1]
     text = _windowed(scoring, name, scoring.text, parts[split], tokenizer, scoring.tokens[split])
+    corpora = {
+        corpus.name: _windowed(
+            scoring,
+            corpus.name,
+            corpus.text,
+            corpus_part(corpus.text, scoring.search_fraction, split),
+            tokenizer,
+            corpus.tokens[split],
+        )
+        for corpus in scoring.corpora
+    }
     tasks = tuple(_load_task(scoring, source, split, tokenizer, limit) for source in scoring.tasks)
     asked: list[Any] = [
         [task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks
@@ -75,9 +90,11 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
         asked.append(["kl", scoring.kl_top_k])
     if scoring.step != scoring.window:
         asked.append(["stride", scoring.step])
+    asked += [["corpus", name, fingerprint_windows(corpus.windows)] for name, corpus in corpora.items()]
     return SplitData(
         split=split,
         text=text,
+        corpora=corpora,
         tasks=tasks,
         fingerprint=digest([split, fingerprint_windows(text.windows), asked]),
     )
@@ -86,8 +103,15 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
 def _windowed(
     scoring: ScoringSpec, name: str, text: TextSource, documents: list[str], tokenizer: Any, tokens: int
 ) -> ScoredText:
-    """Documents of one text as they are scored, at most `tokens` of them."""
-    ids = windows(documents, text.join, tokenizer, scoring.window, tokens, scoring.step)
+    """Documents of one text as they are scored, at most `tokens` of their tokens.
+
+    Raises:
+        RankfrontError: they are too short for one window; names the text.
+    """
+    try:
+        ids = windows(documents, text.join, tokenizer, scoring.window, tokens, scoring.step)
+    except RankfrontError as error:
+        raise RankfrontError(f"{text.source}: {error}") from error
     return ScoredText(text_name(name, scoring.window, scoring.step, text.join), ids, scoring.step)
 
 
@@ -120,6 +144,7 @@ def score_split(
     start = time.perf_counter()
     text, scored = data.text, data.text.scored
     losses = window_losses(model, text.windows, batch_tokens, text.name, dense, scored)
+    corpora = {name: _corpus_score(model, corpus, batch_tokens) for name, corpus in data.corpora.items()}
     tasks = {task.name: score_task(model, task) for task in data.tasks}
     seconds = time.perf_counter() - start
     score = Score(
@@ -130,9 +155,15 @@ def score_split(
         seconds=seconds,
         replica=replica,
         kl=kl_score(losses.kl, scored, dense.top_k) if dense is not None and losses.kl is not None else None,
+        corpora=corpora,
     )
     score.check()
     return score
+
+
+def _corpus_score(model: nn.Module, text: ScoredText, batch_tokens: int) -> TextScore:
+    losses = window_losses(model, text.windows, batch_tokens, text.name, scored=text.scored)
+    return text_score(losses.nats, text.scored, text.name)
 
 
 class Scorer:

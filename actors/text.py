@@ -49,7 +49,7 @@ class ScoredText:
 
 
 def text_name(text: str, window: int, stride: int, join: str) -> str:
-    """`wikitext@512`; `wikitext@512/256` at another stride; how documents are joined, if not the usual way."""
+    """`wikitext@512`; `wikitext@512/256` at another stride; how documents are joined if not as usual."""
     other = "" if stride == window else f"/{stride}"
     joined = "" if join == STANDARD_JOIN else f" joined by {json.dumps(join)}"
     return f"{text}@{window}{other}{joined}"
@@ -124,6 +124,12 @@ def text_parts(
             *divide(load_documents(scoring.text), (search, 1 - search)),
         ]
     return dict(zip(("calibration", "search", "test"), parts, strict=True))
+
+
+def corpus_part(text: TextSource, search_fraction: float, split: str) -> list[str]:
+    """One split of a text that nothing is calibrated on: its first `search_fraction`, or the rest."""
+    search, test = divide(load_documents(text), (search_fraction, 1 - search_fraction))
+    return search if split == "search" else test
 
 
 def windows(

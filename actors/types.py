@@ -136,6 +136,15 @@ class TextSource:
 
 
 @dataclass(frozen=True)
+class CorpusSource:
+    """A text scored beside the main one, under a `name` of its own; `tokens` are its caps, by split."""
+
+    name: str
+    text: TextSource
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class TaskSource:
     """A reasoning task by its lm-evaluation-harness name, and where its examples come from.
 
@@ -202,7 +211,7 @@ class FactorSpec:
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """What a score is made of: perplexity text and reasoning tasks, per split, with caps.
+    """What a score is made of: perplexity text, further texts and reasoning tasks, per split, with caps.
 
     Each window begins `stride` tokens behind the one before it; None is a whole window, so that none overlap.
     `kl_top_k` asks for the divergence from the dense model, over that many of its most likely tokens and
@@ -220,6 +229,7 @@ class ScoringSpec:
     kl_top_k: int | None = None
     kl_memory_mb: float = 512.0
     stride: int | None = None
+    corpora: tuple[CorpusSource, ...] = ()
 
     @property
     def step(self) -> int:

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from actors.types import (
     CalibrationSpec,
+    CorpusSource,
     FactorSpec,
     ModelSource,
     PreparationSpec,
@@ -24,7 +25,7 @@ from actors.types import (
     TextSource,
 )
 from search.records import Objective
-from search.rules import METRICS, RULES
+from search.rules import RULES, smaller_is_better
 from search.sections import (
     CalibrationSection,
     FactorSection,
@@ -90,7 +91,7 @@ class Config(Section):
 
     @property
     def named_objectives(self) -> tuple[Objective, ...]:
-        return tuple(Objective(name, minimize=METRICS.get(name, False)) for name in self.objectives)
+        return tuple(Objective(name, minimize=smaller_is_better(name)) for name in self.objectives)
 
     def preparation(self) -> PreparationSpec:
         """What the workers need of this config."""
@@ -119,6 +120,14 @@ class Config(Section):
                 kl_top_k=scoring.kl_top_k,
                 kl_memory_mb=scoring.kl_memory_mb,
                 stride=scoring.stride,
+                corpora=tuple(
+                    CorpusSource(
+                        corpus.name,
+                        TextSource(**corpus.model_dump(exclude={"name", "tokens"})),
+                        (corpus.tokens or scoring.tokens).model_dump(),
+                    )
+                    for corpus in scoring.corpora
+                ),
             ),
             calibration_fraction=calibration.fraction,
             include=self.targets.include,

@@ -147,12 +147,20 @@ class PerSplit(Section):
     test: Positive
 
 
+class CorpusSection(TextSection):
+    """A text scored beside the main one, as `nll.<name>`; `tokens` are its caps where they are others."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
+    tokens: PerSplit | None = None
+
+
 class ScoringSection(Section):
     """What a score is made of. `stride`, `kl_top_k` and `kl_memory_mb` are those of `ScoringSpec`."""
 
     window: Annotated[int, Field(ge=2)] = 512
     stride: Positive | None = None
     tokens: PerSplit = PerSplit(search=8_192, test=32_768)
+    corpora: tuple[CorpusSection, ...] = ()
     tasks: tuple[TaskSection, ...] = ()
     examples: PerSplit = PerSplit(search=100, test=400)
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2

@@ -18,12 +18,14 @@ from actors.preparation import prepare
 from actors.scoring import Scorer, load_split, score_split
 from actors.types import (
     Allocation,
+    CorpusSource,
     PreparationSpec,
     Prepared,
     RankfrontError,
     ReplicaSpec,
     ScoringError,
     TaskSource,
+    TextSource,
 )
 from search.config import Config, parse_config
 from search.cost import CostModel
@@ -195,6 +197,43 @@ def test_a_stride_changes_the_name_and_the_split(replica: ReplicaSpec) -> None:
     tokenizer = load_tokenizer(replica.preparation.model.source, replica.preparation.model)
     prints = [load_split(spec.preparation, "search", tokenizer, 256).fingerprint for spec in (apart, over)]
     assert prints[0] != prints[1]
+
+
+def test_corpora_are_scored_beside_the_text(replica: ReplicaSpec, tmp_path: Path) -> None:
+    """By contiguous region, with caps of their own, and without a change to any other score."""
+    lines = [f"{document}" for document in reversed(tiny.documents(40))]
+    (tmp_path / "back.jsonl").write_text("\n".join(json.dumps({"said": line}) for line in lines))
+    source = TextSource(str(tmp_path / "back.jsonl"), column="said", join=" ")
+    corpus = CorpusSource("back", source, {"search": 96, "test": 10**6})
+    asked = asking_for_kl(replica, corpora=(corpus,), kl_top_k=8)
+    half = CostModel(asked.prepared.targets, asked.prepared.model_parameters, "pivoted", "mean").uniform(0.5)
+    scorer, plain = Scorer(asked), Scorer(asking_for_kl(replica, kl_top_k=8))
+    found = scorer.score(half)
+    assert found.metrics == {**plain.score(half).metrics, "nll.back": found.corpora["back"].nll}
+    assert found.corpora["back"].name == 'back@32 joined by " "'
+    assert found.corpora["back"].tokens == 3 * 31
+    dense = scorer.score(Allocation.dense(asked.prepared.targets))
+    windows = scorer.split("search").corpora["back"].windows
+    assert dense.corpora["back"].nll == pytest.approx(plain_nll(replica.preparation, windows), rel=1e-5)
+    assert found.forward_tokens == plain.score(half).forward_tokens + 96
+    texts = [
+        scorer.tokenizer.decode(scorer.split(split).corpora["back"].windows.flatten())
+        for split in ("search", "test")
+    ]
+    places = [{i for i, line in enumerate(lines) if line[40:90] in text} for text in texts]
+    assert places[0]
+    assert max(places[0]) < min(places[1])
+    assert scorer.split("search").fingerprint != plain.split("search").fingerprint
+
+
+def test_a_corpus_too_short_for_a_window_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a\nb\nc\nd\ne\nf")
+    spec = config.preparation()
+    corpus = CorpusSource("short", TextSource(str(tmp_path / "short.txt")), {"search": 96, "test": 96})
+    spec = replace(spec, scoring=replace(spec.scoring, corpora=(corpus,)))
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    with pytest.raises(RankfrontError, match=r"short\.txt: text too short: \d tokens in 1 documents"):
+        load_split(spec, "search", tokenizer, 256)
 
 
 def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:

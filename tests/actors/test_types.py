@@ -178,6 +178,26 @@ def test_every_metric_has_its_standard_error() -> None:
     assert all(math.isnan(SCORE.stderrs[f"reasoning.{name}.margin"]) for name in SCORE.tasks)
 
 
+CORPORA = {"c4": TextScore("c4@32", nats=9.0, tokens=3, stderr=0.25, windows=pack_floats([2.0, 3.0, 4.0]))}
+
+
+def test_corpora_are_metrics_of_their_own() -> None:
+    score = replace(PAIRED, corpora=CORPORA)
+    assert score.metrics == {**PAIRED.metrics, "nll.c4": 3.0}
+    assert score.stderrs == {**PAIRED.stderrs, "nll.c4": 0.25}
+    assert Score.from_dict(json.loads(json.dumps(score.to_dict()))) == score
+    lower = replace(CORPORA["c4"], windows=pack_floats([2.0, 2.5, 3.0]))
+    other = replace(score, text=replace(PAIRED.text, name="another@32"), corpora={"c4": lower})
+    assert score.minus(other, "nll.c4") == Difference(0.5, pytest.approx(sem([0, 0.5, 1])), 3)
+    renamed = replace(score, corpora={"c4": replace(CORPORA["c4"], name="c4@64")})
+    for unlike in (PAIRED, renamed):
+        with pytest.raises(RankfrontError, match=r"nll\.c4 cannot be paired: .* of c4@32"):
+            score.minus(unlike, "nll.c4")
+    for nats, reason in ((math.nan, r"nll\.c4 is nan"), (-1.0, r"nll\.c4 is .* nats/token, below 0")):
+        with pytest.raises(ScoringError, match=reason):
+            replace(score, corpora={"c4": replace(CORPORA["c4"], nats=nats)}).check()
+
+
 def other_than_paired() -> Score:
     """Easier on the second window, wrong where the first was right on the first example of each task."""
     arc = replace(PAIRED.tasks["arc_easy"], hits=pack_bits([False, True, True, False]))
