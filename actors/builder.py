@@ -215,7 +215,11 @@ class Builder:
                 },
             },
             examples={
-                name: {task.name: len(task.examples) for task in data.tasks} for name, data in splits.items()
+                name: {
+                    **{task.name: len(task.examples) for task in data.tasks},
+                    **{f"bias.{one.name}": len(one.comparisons) for one in data.bias},
+                }
+                for name, data in splits.items()
             },
             seconds=dict(self._seconds),
             reused=reused,

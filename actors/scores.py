@@ -23,6 +23,7 @@ from actors.samples import (
 
 KINDS = ("acc", "acc_norm", "margin")
 """The metrics of a reasoning task."""
+_SHARES = (".acc", ".acc_norm", ".stereotype", ".lms", ".icat")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,22 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class BiasScore:
+    """What a bias set measures, by name (see `actors.bias`): each of `values` is the mean of its `samples`.
+
+    Those are packed, one for each example, or for each target term where the set averages over terms.
+    """
+
+    examples: int
+    values: Mapping[str, float]
+    samples: Mapping[str, str]
+
+    def error(self, kind: str) -> float:
+        """Standard error of a value, over its samples; nan for a single one."""
+        return standard_error(unpack_floats(self.samples[kind]))
+
+
+@dataclass(frozen=True)
 class Score:
     """The answer of a replica for one allocation on one split; `corpora` are further texts by name."""
 
@@ -122,6 +139,7 @@ class Score:
     replica: str
     kl: KlScore | None = None
     corpora: Mapping[str, TextScore] = field(default_factory=dict)
+    bias: Mapping[str, BiasScore] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -136,6 +154,8 @@ class Score:
             values.update({f"reasoning.{name}.{kind}": value for name, value in found.items()})
             if found:
                 values[f"reasoning.{kind}"] = sum(found.values()) / len(found)
+        for name, one in self.bias.items():
+            values.update({f"bias.{name}.{kind}": value for kind, value in one.values.items()})
         return values
 
     @property
@@ -152,6 +172,8 @@ class Score:
             if errors:
                 squares = math.fsum(value**2 for value in errors.values())
                 found[f"reasoning.{kind}"] = math.sqrt(squares) / len(errors)
+        for name, one in self.bias.items():
+            found.update({f"bias.{name}.{kind}": one.error(kind) for kind in one.values})
         return found
 
     @property
@@ -186,6 +208,10 @@ class Score:
             return {"windows": unpack_floats(self._text(metric).windows)}
         if metric == "kl":
             return {"windows": unpack_floats(self.kl.windows)} if self.kl is not None else {}
+        if metric.startswith("bias."):
+            name, _, kind = metric.removeprefix("bias.").rpartition(".")
+            packed = self.bias[name].samples.get(kind, "") if name in self.bias else ""
+            return {name: unpack_floats(packed)} if packed else {}
         _, _, path = metric.partition("reasoning.")
         task, _, kind = path.rpartition(".")
         if kind not in KINDS:
@@ -202,7 +228,7 @@ class Score:
         for name, value in named.items():
             if not math.isfinite(value):
                 raise ScoringError(f"{name} is {value} on the {self.split} split")
-            if name.endswith((".acc", ".acc_norm")) and not 0 <= value <= 1:
+            if name.endswith(_SHARES) and not 0 <= value <= 1:
                 raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
             if name.partition(".")[0] == "nll" and value < 0:
                 raise ScoringError(f"{name} is {value} nats/token, below 0")
@@ -214,9 +240,12 @@ class Score:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        rest = {key: value for key, value in data.items() if key not in ("text", "tasks", "kl", "corpora")}
+        rest = {
+            key: value for key, value in data.items() if key not in ("text", "tasks", "kl", "corpora", "bias")
+        }
         tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
         kl = data.get("kl")
         corpora = {name: TextScore(**text) for name, text in data.get("corpora", {}).items()}
+        bias = {name: BiasScore(**one) for name, one in data.get("bias", {}).items()}
         text = TextScore(**data["text"])
-        return cls(text=text, tasks=tasks, kl=kl and KlScore(**kl), corpora=corpora, **rest)
+        return cls(text=text, tasks=tasks, kl=kl and KlScore(**kl), corpora=corpora, bias=bias, **rest)

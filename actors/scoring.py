@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.bias import load_comparisons
 from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.reasoning import PackedTask, pack, score_task
+from actors.sentences import PackedSentences, pack_sentences, score_sentences
 from actors.tasks import load_examples, task_of
 from actors.text import ScoredText, corpus_part, fingerprint_windows, text_name, text_parts, windows
 from actors.types import (
@@ -41,6 +43,7 @@ class SplitData:
     text: ScoredText
     corpora: Mapping[str, ScoredText]
     tasks: tuple[PackedTask, ...]
+    bias: tuple[PackedSentences, ...]
     fingerprint: str
 
     @property
@@ -52,7 +55,8 @@ class SplitData:
     def tokens(self) -> int:
         """Tokens of one forward pass over the split."""
         texts = (self.text, *self.corpora.values())
-        return sum(text.windows.numel() for text in texts) + sum(task.tokens for task in self.tasks)
+        packed = (*self.tasks, *self.bias)
+        return sum(text.windows.numel() for text in texts) + sum(task.tokens for task in packed)
 
 
 def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | None) -> SplitData:
@@ -83,6 +87,7 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
         for corpus in scoring.corpora
     }
     tasks = tuple(_load_task(scoring, source, split, tokenizer, limit) for source in scoring.tasks)
+    bias = tuple(_load_bias(scoring, source, split, tokenizer, limit) for source in scoring.bias)
     asked: list[Any] = [
         [task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks
     ]
@@ -91,11 +96,13 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     if scoring.step != scoring.window:
         asked.append(["stride", scoring.step])
     asked += [["corpus", name, fingerprint_windows(corpus.windows)] for name, corpus in corpora.items()]
+    asked += [["bias", one.name, [[c.sentences, c.term] for c in one.comparisons]] for one in bias]
     return SplitData(
         split=split,
         text=text,
         corpora=corpora,
         tasks=tasks,
+        bias=bias,
         fingerprint=digest([split, fingerprint_windows(text.windows), asked]),
     )
 
@@ -118,17 +125,29 @@ def _windowed(
 def _load_task(
     scoring: ScoringSpec, source: TaskSource, split: str, tokenizer: Any, limit: int | None
 ) -> PackedTask:
-    """The split's share of one task: a seeded shuffle, the first part searches, the rest tests."""
     examples = load_examples(source)
-    order = list(range(len(examples)))
+    normalised = task_of(source.name, source.format).normalised
+    chosen = _share(scoring, source, split, len(examples))
+    return pack(source.name, normalised, [examples[i] for i in chosen], tokenizer, limit)
+
+
+def _load_bias(
+    scoring: ScoringSpec, source: TaskSource, split: str, tokenizer: Any, limit: int | None
+) -> PackedSentences:
+    rows = load_comparisons(source)
+    chosen = _share(scoring, source, split, len(rows))
+    return pack_sentences(source.name, [rows[i] for i in chosen], tokenizer, limit)
+
+
+def _share(scoring: ScoringSpec, source: TaskSource, split: str, count: int) -> list[int]:
+    """The split's share of `count` examples: a seeded shuffle, the first part searches, the rest tests."""
+    order = list(range(count))
     random.Random(f"{scoring.seed}/{source.name}").shuffle(order)
     border = max(1, round(scoring.search_fraction * len(order)))
     chosen = order[:border] if split == "search" else order[border:]
     if not chosen:
         raise RankfrontError(f"{source.source}: {source.name} leaves no example for the {split} split")
-    chosen = chosen[: scoring.examples[split]]
-    normalised = task_of(source.name, source.format).normalised
-    return pack(source.name, normalised, [examples[i] for i in chosen], tokenizer, limit)
+    return chosen[: scoring.examples[split]]
 
 
 def score_split(
@@ -146,6 +165,7 @@ def score_split(
     losses = window_losses(model, text.windows, batch_tokens, text.name, dense, scored)
     corpora = {name: _corpus_score(model, corpus, batch_tokens) for name, corpus in data.corpora.items()}
     tasks = {task.name: score_task(model, task) for task in data.tasks}
+    bias = {one.name: score_sentences(model, one) for one in data.bias}
     seconds = time.perf_counter() - start
     score = Score(
         data.split,
@@ -156,6 +176,7 @@ def score_split(
         replica=replica,
         kl=kl_score(losses.kl, scored, dense.top_k) if dense is not None and losses.kl is not None else None,
         corpora=corpora,
+        bias=bias,
     )
     score.check()
     return score

@@ -16,6 +16,7 @@ from typing import Any
 
 from actors.errors import RankfrontError as RankfrontError
 from actors.errors import ScoringError as ScoringError
+from actors.scores import BiasScore as BiasScore
 from actors.scores import KlScore as KlScore
 from actors.scores import Score as Score
 from actors.scores import TaskScore as TaskScore
@@ -146,7 +147,7 @@ class CorpusSource:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A reasoning task by its lm-evaluation-harness name, and where its examples come from.
+    """A reasoning task by its lm-evaluation-harness name, or a bias set by its own, and where it comes from.
 
     With `format`, the task is one's own: `name` is free, and the rows are of that format (`actors.tasks`).
     """
@@ -230,6 +231,7 @@ class ScoringSpec:
     kl_memory_mb: float = 512.0
     stride: int | None = None
     corpora: tuple[CorpusSource, ...] = ()
+    bias: tuple[TaskSource, ...] = ()
 
     @property
     def step(self) -> int:

@@ -120,6 +120,7 @@ class Config(Section):
                 kl_top_k=scoring.kl_top_k,
                 kl_memory_mb=scoring.kl_memory_mb,
                 stride=scoring.stride,
+                bias=tuple(chosen.resolved() for chosen in scoring.bias),
                 corpora=tuple(
                     CorpusSource(
                         corpus.name,

@@ -10,14 +10,14 @@ from search.findings import Cells
 from search.panels import dense_row, front_rows
 from search.records import StudySummary
 
-SHOWN = ("kl", "nll.")
+SHOWN = ("kl", "nll.", "bias.")
 """Beginnings of the metrics that are shown here."""
 
 
 def further_cells(summary: StudySummary) -> Cells | None:
     """Every further metric of the front by falling budget, under the dense model; None where there is none.
 
-    Of the search split, then of the test split where a member was scored on it.
+    Shares of bias sets are in %. Of the search split, then of the test split where a member was scored on it.
     """
     reference = dense_row(summary)
     rows = front_rows(summary)
@@ -49,5 +49,7 @@ def _names(scores: Iterable[Score | None]) -> list[str]:
 def _cell(score: Score | None, name: str) -> str:
     if score is None or name not in score.metrics:
         return ""
-    error = score.stderrs[name]
-    return f"{score.metrics[name]:.3f}" + (f"±{error:.3f}" if math.isfinite(error) else "")
+    value, error, digits = score.metrics[name], score.stderrs[name], 3
+    if name.startswith("bias.") and not name.endswith("_diff"):
+        value, error, digits = 100 * value, 100 * error, 1
+    return f"{value:.{digits}f}" + (f"±{error:.{digits}f}" if math.isfinite(error) else "")

@@ -89,7 +89,7 @@ def _further(summary: StudySummary) -> str:
     cells = further_cells(summary)
     if cells is None:
         return ""
-    note = "± is one standard error; kl and nll in nats/token."
+    note = "± is one standard error; kl and nll in nats/token, bias in % (likelihood_diff in nats)."
     shown = table(cells.columns, cells.rows, "named")
     return f'<section><h2>Further scores of the front</h2>{shown}<p class="note">{escape(note)}</p></section>'
 

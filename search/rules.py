@@ -70,8 +70,16 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
 
 
 def _task_mistakes(scoring: ScoringSection) -> list[str]:
-    names = [task.name for task in scoring.tasks]
-    found = [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+    named: dict[str, list[str]] = {
+        "tasks": [task.name for task in scoring.tasks],
+        "bias": [chosen.name for chosen in scoring.bias],
+    }
+    found = [
+        f"scoring.{key}[{i}]: {name!r} is there twice"
+        for key, names in named.items()
+        for i, name in enumerate(names)
+        if name in names[:i]
+    ]
     return found + [
         f"scoring.tasks[{i}].source: missing; {task.name!r} is a task of your own (format: {task.format})"
         for i, task in enumerate(scoring.tasks)

@@ -226,6 +226,30 @@ def test_corpora_are_scored_beside_the_text(replica: ReplicaSpec, tmp_path: Path
     assert scorer.split("search").fingerprint != plain.split("search").fingerprint
 
 
+def test_bias_sets_are_split_and_scored_like_tasks(replica: ReplicaSpec, tmp_path: Path) -> None:
+    rows = [
+        {"sent_more": f"{line[:40]} tico.", "sent_less": f"{line[:40]} café.", "id": number}
+        for number, line in enumerate(tiny.documents(20))
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    source = TaskSource("crows_pairs", str(tmp_path / "pairs.json"))
+    asked = asking_for_kl(replica, bias=(source,), tokens={"search": 96, "test": 96})
+    scorer, plain = Scorer(asked), Scorer(asking_for_kl(replica, tokens={"search": 96, "test": 96}))
+    half = CostModel(asked.prepared.targets, asked.prepared.model_parameters, "pivoted", "mean").uniform(0.5)
+    found, without = scorer.score(half), plain.score(half)
+    assert found.bias["crows_pairs"].examples == 4  # a fifth
+    names = ("bias.crows_pairs.stereotype", "bias.crows_pairs.likelihood_diff")
+    values = dict(zip(names, found.bias["crows_pairs"].values.values(), strict=True))
+    assert found.metrics == {**without.metrics, **values}
+    assert found.forward_tokens == without.forward_tokens + scorer.split("search").bias[0].tokens
+    compared = [
+        {one.sentences for one in scorer.split(split).bias[0].comparisons} for split in ("search", "test")
+    ]
+    assert compared[0].isdisjoint(compared[1])
+    assert compared[0] | compared[1] == {(row["sent_more"], row["sent_less"]) for row in rows}
+    assert scorer.split("search").fingerprint != plain.split("search").fingerprint
+
+
 def test_a_corpus_too_short_for_a_window_is_named(config: Config, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\nb\nc\nd\ne\nf")
     spec = config.preparation()

@@ -12,6 +12,7 @@ from scipy.stats import sem
 from actors.samples import Difference, pack_bits, pack_floats
 from actors.types import (
     Allocation,
+    BiasScore,
     KlScore,
     Prepared,
     RankfrontError,
@@ -196,6 +197,31 @@ def test_corpora_are_metrics_of_their_own() -> None:
     for nats, reason in ((math.nan, r"nll\.c4 is nan"), (-1.0, r"nll\.c4 is .* nats/token, below 0")):
         with pytest.raises(ScoringError, match=reason):
             replace(score, corpora={"c4": replace(CORPORA["c4"], nats=nats)}).check()
+
+
+def test_bias_values_are_metrics_with_errors_and_pairs() -> None:
+    hits, gaps = [1.0, 0.0, 1.0, 1.0], [0.5, 0.25, 1.0, 0.25]
+    crows = BiasScore(
+        4,
+        {"stereotype": 0.75, "likelihood_diff": 0.5},
+        {"stereotype": pack_floats(hits), "likelihood_diff": pack_floats(gaps)},
+    )
+    score = replace(PAIRED, bias={"crows_pairs": crows})
+    found = {"bias.crows_pairs.stereotype": 0.75, "bias.crows_pairs.likelihood_diff": 0.5}
+    assert score.metrics == {**PAIRED.metrics, **found}
+    assert score.stderrs["bias.crows_pairs.stereotype"] == pytest.approx(sem(hits))
+    assert score.stderrs["bias.crows_pairs.likelihood_diff"] == pytest.approx(sem(gaps))
+    assert Score.from_dict(json.loads(json.dumps(score.to_dict()))) == score
+    fewer = replace(crows, samples={**crows.samples, "stereotype": pack_floats([0.0, 0.0, 1.0, 1.0])})
+    other = replace(score, bias={"crows_pairs": fewer})
+    gap = score.minus(other, "bias.crows_pairs.stereotype")
+    assert gap == Difference(0.25, pytest.approx(sem([1, 0, 0, 0])), 4)
+    for metric in ("bias.stereoset.icat", "bias.crows_pairs.icat"):
+        with pytest.raises(RankfrontError, match="cannot be paired"):
+            score.minus(other, metric)
+    beyond = replace(crows, values={**crows.values, "stereotype": 1.5})
+    with pytest.raises(ScoringError, match=r"bias\.crows_pairs\.stereotype is 1\.5 .*, outside 0\.\.1"):
+        replace(score, bias={"crows_pairs": beyond}).check()
 
 
 def other_than_paired() -> Score:

@@ -72,6 +72,8 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
         ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
         ("objectives", ["budget.model", "kl"], "objectives[1]", ["'kl'", "scoring.kl_top_k"]),
+        ("scoring.bias", ["crows"], "scoring.bias[0].name", ["'crows'", "crows_pairs", "stereoset"]),
+        ("scoring.bias", ["stereoset", "stereoset"], "scoring.bias[1]", ["'stereoset'", "twice"]),
         ("scoring.stride", 33, "scoring.stride", ["33", "scoring.window, 32"]),
         ("scoring.corpora", [{"source": "a/b"}], "scoring.corpora[0].name", ["missing"]),
         ("scoring.corpora", [{**C4, "name": "c 4"}], "scoring.corpora[0].name", ["'c 4'", "pattern"]),
@@ -336,6 +338,14 @@ def test_a_task_of_ones_own_can_be_an_objective(raw: dict[str, Any]) -> None:
     [own, boolq] = config.preparation().scoring.tasks
     assert (own.name, own.source, own.split, own.format) == ("mine", "/tmp", None, "choices")
     assert boolq.format is None
+
+
+def test_bias_sets_are_read_from_the_hub_or_from_elsewhere(raw: dict[str, Any], tmp_path: Path) -> None:
+    own = {"name": "crows_pairs", "source": str(tmp_path / "text.txt")}
+    crows, stereoset = parse_config(put(raw, "scoring.bias", [own, "stereoset"])).preparation().scoring.bias
+    assert (crows.source, crows.subset, crows.split) == (own["source"], None, None)
+    assert stereoset.source == "McGill-NLP/stereoset"
+    assert (stereoset.subset, stereoset.split) == ("intrasentence", "validation")
 
 
 def test_a_task_of_its_own_source_keeps_the_split_it_names(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from fakes import OBJECTIVES, TARGETS, cost_model, score_of
 
-from actors.types import Allocation, KlScore, Score, TextScore
+from actors.samples import pack_floats
+from actors.types import Allocation, BiasScore, KlScore, Score, TextScore
 from search.further import further_cells
 from search.records import Evaluation, StudySummary, TrialRow
 
@@ -49,13 +50,22 @@ def test_nothing_further_is_no_table() -> None:
 def test_every_further_metric_is_a_column_and_the_dense_model_comes_first() -> None:
     dense = replace(score_of(DENSE), corpora={"c4": corpus(3.0)})
     half = replace(score_of(HALF), corpora={"c4": corpus(3.5)}, kl=KlScore(8, 12.5, 100, 0.01))
-    test = replace(half, split="test", corpora={"c4": corpus(3.75)}, kl=None)
+    crows = BiasScore(4, {"stereotype": 0.75}, {"stereotype": pack_floats([1.0, 1.0, 1.0, 0.0])})
+    half = replace(half, bias={"crows_pairs": crows})
+    test = replace(half, split="test", bias={}, corpora={"c4": corpus(3.75)}, kl=None)
     rows = (row(0, DENSE, dense), row(1, HALF, half))
     cells = further_cells(summary(rows, (Evaluation(1, "factors", "test", "f", test),)))
     assert cells is not None
-    assert cells.columns == ("trial", "kept", "nll.c4", "kl", "test nll.c4")
+    assert cells.columns == (
+        "trial",
+        "kept",
+        "nll.c4",
+        "kl",
+        "bias.crows_pairs.stereotype",
+        "test nll.c4",
+    )
     kept = f"{100 * rows[1].budget_model:.1f}%"
     assert cells.rows == (
-        ("0", "100.0%", "3.000±0.250", "", ""),
-        ("1", kept, "3.500±0.250", "0.125±0.010", "3.750±0.250"),
+        ("0", "100.0%", "3.000±0.250", "", "", ""),
+        ("1", kept, "3.500±0.250", "0.125±0.010", "75.0±25.0", "3.750±0.250"),
     )

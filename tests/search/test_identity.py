@@ -64,6 +64,7 @@ CONTENT = {
     "calibration.window": 64,
     "calibration.labels": "data",
     "scoring.tasks": ["piqa"],
+    "scoring.bias": ["crows_pairs"],
     "scoring.corpora": [{"name": "other", "source": "org/other"}],
 }
 FREE = {
