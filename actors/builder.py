@@ -206,11 +206,20 @@ class Builder:
             fingerprints=self.fingerprints,
             tokens={
                 "calibration": self._windows.numel(),
-                **{name: data.windows.numel() for name, data in splits.items()},
+                **{name: data.text.length for name, data in splits.items()},
                 **{f"{name}.forward": data.tokens for name, data in splits.items()},
+                **{
+                    f"{name}.nll.{corpus}": text.length
+                    for name, data in splits.items()
+                    for corpus, text in data.corpora.items()
+                },
             },
             examples={
-                name: {task.name: len(task.examples) for task in data.tasks} for name, data in splits.items()
+                name: {
+                    **{task.name: len(task.examples) for task in data.tasks},
+                    **{f"bias.{one.name}": len(one.comparisons) for one in data.bias},
+                }
+                for name, data in splits.items()
             },
             seconds=dict(self._seconds),
             reused=reused,

@@ -31,7 +31,7 @@ class PackedRow:
     """One row of trees: input ids (L,), position ids (L,), mask (L, L) True where attention is allowed.
 
     `keep` (p,) are the positions whose logits are needed; `index` (w,) into them, `token` (w,), and
-    `slot` (w,) say which wanted token adds to which choice (see `PackedTask.slots`).
+    `slot` (w,) say which wanted token adds to which choice (see `Packed.slots`).
     """
 
     ids: Tensor
@@ -44,19 +44,25 @@ class PackedRow:
 
 
 @dataclass(frozen=True)
-class PackedTask:
-    """A task ready to be scored any number of times: nothing is tokenised again."""
+class Packed:
+    """Choices ready to be scored any number of times: nothing is tokenised again. `slots` counts them."""
 
     name: str
-    normalised: bool
-    examples: tuple[Example, ...]
     slots: int
     rows: tuple[PackedRow, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward pass over the task."""
+        """Tokens of one forward pass over all of them."""
         return sum(len(row.ids) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class PackedTask(Packed):
+    """A task of questions."""
+
+    normalised: bool
+    examples: tuple[Example, ...]
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
@@ -79,7 +85,6 @@ def pack(
         RankfrontError: an example longer than the model's context.
     """
     trees = []
-    slot = 0
     for number, example in enumerate(examples):
         pairs = zip(example.contexts, example.continuations, strict=True)
         encoded = [encode_pair(tokenizer, context, continuation) for context, continuation in pairs]
@@ -87,8 +92,20 @@ def pack(
         if limit is not None and longest > limit:
             where = example.origin or f"{name}: example {number}"
             raise RankfrontError(f"{where} has {longest} tokens, the model reads {limit}")
-        trees.append(_Tree(encoded, slot))
-        slot += len(encoded)
+        trees.append(encoded)
+    return PackedTask(name, sum(map(len, trees)), pack_rows(trees), normalised, tuple(examples))
+
+
+def pack_rows(encoded: Sequence[Sequence[tuple[list[int], int]]]) -> tuple[PackedRow, ...]:
+    """Trees side by side, the widest first: of each the choices' token ids, and how many are not scored.
+
+    Choices have their slots in the order they are given.
+    """
+    trees = []
+    slot = 0
+    for choices in encoded:
+        trees.append(_Tree(choices, slot))
+        slot += len(choices)
     rows: list[list[_Tree]] = []
     for tree in sorted(trees, key=lambda tree: -tree.size):
         home = next((row for row in rows if sum(t.size for t in row) + tree.size <= ROW_TOKENS), None)
@@ -96,7 +113,7 @@ def pack(
             rows.append([tree])
         else:
             home.append(tree)
-    return PackedTask(name, normalised, tuple(examples), slot, tuple(_pack_row(row) for row in rows))
+    return tuple(_pack_row(row) for row in rows)
 
 
 class _Tree:
@@ -154,8 +171,8 @@ def _pack_row(trees: Iterable[_Tree]) -> PackedRow:
 
 
 @torch.inference_mode()
-def log_likelihoods(model: nn.Module, task: PackedTask) -> Tensor:
-    """Summed log-probability of every choice of every example, in order: (slots,) float64, nats.
+def log_likelihoods(model: nn.Module, task: Packed) -> Tensor:
+    """Summed log-probability of every choice of every tree, in order: (slots,) float64, nats.
 
     Raises:
         ScoringError: a non-finite value, naming the task, the row (from 0) and the layer it began in.

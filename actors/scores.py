@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.errors import RankfrontError, ScoringError
@@ -23,6 +23,7 @@ from actors.samples import (
 
 KINDS = ("acc", "acc_norm", "margin")
 """The metrics of a reasoning task."""
+_SHARES = (".acc", ".acc_norm", ".stereotype", ".lms", ".icat")
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,24 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class BiasScore:
+    """What a bias set measures, by name (see `actors.bias`): each of `values` is the mean of its `samples`.
+
+    Those are packed, one for each example, or for each target term where the set averages over terms.
+    """
+
+    examples: int
+    values: Mapping[str, float]
+    samples: Mapping[str, str]
+
+    def error(self, kind: str) -> float:
+        """Standard error of a value, over its samples; nan for a single one."""
+        return standard_error(unpack_floats(self.samples[kind]))
+
+
+@dataclass(frozen=True)
 class Score:
-    """The answer of a replica for one allocation on one split.
+    """The answer of a replica for one allocation on one split; `corpora` are further texts by name.
 
     `stopped_by` is the trial that dominated this one at the end of a stage: the score is then partial, of
     the first windows alone, without tasks.
@@ -126,6 +143,8 @@ class Score:
     replica: str
     kl: KlScore | None = None
     stopped_by: int | None = None
+    corpora: Mapping[str, TextScore] = field(default_factory=dict)
+    bias: Mapping[str, BiasScore] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -133,12 +152,15 @@ class Score:
         values = {"nll": self.text.nll}
         if self.kl is not None:
             values["kl"] = self.kl.mean
+        values.update({f"nll.{name}": text.nll for name, text in self.corpora.items()})
         for kind in KINDS:
             found = {name: getattr(task, kind) for name, task in self.tasks.items()}
             found = {name: value for name, value in found.items() if value is not None}
             values.update({f"reasoning.{name}.{kind}": value for name, value in found.items()})
             if found:
                 values[f"reasoning.{kind}"] = sum(found.values()) / len(found)
+        for name, one in self.bias.items():
+            values.update({f"bias.{name}.{kind}": value for kind, value in one.values.items()})
         return values
 
     @property
@@ -147,6 +169,7 @@ class Score:
         found = {"nll": self.text.stderr}
         if self.kl is not None:
             found["kl"] = self.kl.stderr
+        found.update({f"nll.{name}": text.stderr for name, text in self.corpora.items()})
         for kind in KINDS:
             defined = {name: t for name, t in self.tasks.items() if getattr(t, kind) is not None}
             errors = {name: task.error(kind) for name, task in defined.items()}
@@ -154,6 +177,8 @@ class Score:
             if errors:
                 squares = math.fsum(value**2 for value in errors.values())
                 found[f"reasoning.{kind}"] = math.sqrt(squares) / len(errors)
+        for name, one in self.bias.items():
+            found.update({f"bias.{name}.{kind}": one.error(kind) for kind in one.values})
         return found
 
     @property
@@ -169,20 +194,29 @@ class Score:
         """
         mine, theirs = self._samples(metric), other._samples(metric)
         counts, others = ({name: len(v) for name, v in found.items()} for found in (mine, theirs))
-        alike = (self.split, self.text.name) == (other.split, other.text.name) and counts == others
+        text, its = self._text(metric).name, other._text(metric).name
+        alike = (self.split, text) == (other.split, its) and counts == others
         if not (alike and counts and all(counts.values())):
             raise RankfrontError(
-                f"{metric} cannot be paired: {counts or 'nothing'} of {self.text.name} ({self.split}) with "
-                f"{others or 'nothing'} of {other.text.name} ({other.split})"
+                f"{metric} cannot be paired: {counts or 'nothing'} of {text} ({self.split}) with "
+                f"{others or 'nothing'} of {its} ({other.split})"
             )
         return mean_difference([paired_difference(mine[name], theirs[name]) for name in mine])
 
+    def _text(self, metric: str) -> TextScore:
+        """The text of `nll.<name>`, for any other metric the main one."""
+        return self.corpora.get(metric.partition("nll.")[2], self.text)
+
     def _samples(self, metric: str) -> dict[str, tuple[float, ...]]:
         """The values a metric is the mean of, by where they are from; a mean over tasks has those of each."""
-        if metric == "nll":
-            return {"windows": unpack_floats(self.text.windows)}
+        if metric == "nll" or metric.removeprefix("nll.") in self.corpora:
+            return {"windows": unpack_floats(self._text(metric).windows)}
         if metric == "kl":
             return {"windows": unpack_floats(self.kl.windows)} if self.kl is not None else {}
+        if metric.startswith("bias."):
+            name, _, kind = metric.removeprefix("bias.").rpartition(".")
+            packed = self.bias[name].samples.get(kind, "") if name in self.bias else ""
+            return {name: unpack_floats(packed)} if packed else {}
         _, _, path = metric.partition("reasoning.")
         task, _, kind = path.rpartition(".")
         if kind not in KINDS:
@@ -192,16 +226,17 @@ class Score:
 
     def check(self) -> None:
         """Raise `ScoringError` naming the first value that cannot be a score."""
-        if self.text.tokens < 1:
-            raise ScoringError(f"{self.text.name}: no token was scored")
+        for text in (self.text, *self.corpora.values()):
+            if text.tokens < 1:
+                raise ScoringError(f"{text.name}: no token was scored")
         named = {"nll": self.text.nll, **self.metrics}
         for name, value in named.items():
             if not math.isfinite(value):
                 raise ScoringError(f"{name} is {value} on the {self.split} split")
-            if name.endswith((".acc", ".acc_norm")) and not 0 <= value <= 1:
+            if name.endswith(_SHARES) and not 0 <= value <= 1:
                 raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
-        if self.text.nll < 0:
-            raise ScoringError(f"nll is {self.text.nll} nats/token, below 0")
+            if name.partition(".")[0] == "nll" and value < 0:
+                raise ScoringError(f"{name} is {value} nats/token, below 0")
         if self.kl is not None and self.kl.nats < 0:
             raise ScoringError(f"kl is {self.kl.mean} nats/token, below 0")
 
@@ -210,7 +245,12 @@ class Score:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        rest = {key: value for key, value in data.items() if key not in ("text", "tasks", "kl")}
+        rest = {
+            key: value for key, value in data.items() if key not in ("text", "tasks", "kl", "corpora", "bias")
+        }
         tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
         kl = data.get("kl")
-        return cls(text=TextScore(**data["text"]), tasks=tasks, kl=kl and KlScore(**kl), **rest)
+        corpora = {name: TextScore(**text) for name, text in data.get("corpora", {}).items()}
+        bias = {name: BiasScore(**one) for name, one in data.get("bias", {}).items()}
+        text = TextScore(**data["text"])
+        return cls(text=text, tasks=tasks, kl=kl and KlScore(**kl), corpora=corpora, bias=bias, **rest)

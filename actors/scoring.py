@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from actors.bias import load_comparisons
 from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
@@ -18,9 +20,10 @@ from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
+from actors.sentences import PackedSentences, pack_sentences, score_sentences
 from actors.stages import Judge
 from actors.tasks import load_examples, task_of
-from actors.text import fingerprint_windows, text_parts, windows
+from actors.text import ScoredText, corpus_part, fingerprint_windows, text_name, text_parts, windows
 from actors.types import (
     Allocation,
     PreparationSpec,
@@ -30,24 +33,34 @@ from actors.types import (
     Score,
     ScoringSpec,
     TaskSource,
+    TextScore,
+    TextSource,
     digest,
 )
 
 
 @dataclass(frozen=True)
 class SplitData:
-    """Windows (windows, window) and packed tasks of one split, and their fingerprint."""
+    """One split: its text and further ones by name, in windows, packed tasks, and their fingerprint."""
 
     split: str
-    name: str
-    windows: torch.Tensor
+    text: ScoredText
+    corpora: Mapping[str, ScoredText]
     tasks: tuple[PackedTask, ...]
+    bias: tuple[PackedSentences, ...]
     fingerprint: str
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """Of the text: (windows, window)."""
+        return self.text.windows
 
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass over the split."""
-        return self.windows.numel() + sum(task.tokens for task in self.tasks)
+        texts = (self.text, *self.corpora.values())
+        packed = (*self.tasks, *self.bias)
+        return sum(text.windows.numel() for text in texts) + sum(task.tokens for task in packed)
 
 
 def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | None) -> SplitData:
@@ -64,36 +77,81 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     if limit is not None and scoring.window > limit:
         raise RankfrontError(f"scoring.window: {scoring.window} tokens, the model reads {limit}")
     parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
-    ids = windows(parts[split], scoring.text.join, tokenizer, scoring.window, scoring.tokens[split])
+    name = scoring.text.source.rsplit("/", 1)[-1]
+    text = _windowed(scoring, name, scoring.text, parts[split], tokenizer, scoring.tokens[split])
+    corpora = {
+        corpus.name: _windowed(
+            scoring,
+            corpus.name,
+            corpus.text,
+            corpus_part(corpus.text, scoring.search_fraction, split),
+            tokenizer,
+            corpus.tokens[split],
+        )
+        for corpus in scoring.corpora
+    }
     tasks = tuple(_load_task(scoring, source, split, tokenizer, limit) for source in scoring.tasks)
+    bias = tuple(_load_bias(scoring, source, split, tokenizer, limit) for source in scoring.bias)
     asked: list[Any] = [
         [task.name, [[e.contexts, e.continuations, e.gold] for e in task.examples]] for task in tasks
     ]
     if scoring.kl_top_k is not None:
         asked.append(["kl", scoring.kl_top_k])
+    if scoring.step != scoring.window:
+        asked.append(["stride", scoring.step])
+    asked += [["corpus", name, fingerprint_windows(corpus.windows)] for name, corpus in corpora.items()]
+    asked += [["bias", one.name, [[c.sentences, c.term] for c in one.comparisons]] for one in bias]
     return SplitData(
         split=split,
-        name=f"{scoring.text.source.rsplit('/', 1)[-1]}@{scoring.window}",
-        windows=ids,
+        text=text,
+        corpora=corpora,
         tasks=tasks,
-        fingerprint=digest([split, fingerprint_windows(ids), asked]),
+        bias=bias,
+        fingerprint=digest([split, fingerprint_windows(text.windows), asked]),
     )
+
+
+def _windowed(
+    scoring: ScoringSpec, name: str, text: TextSource, documents: list[str], tokenizer: Any, tokens: int
+) -> ScoredText:
+    """Documents of one text as they are scored, at most `tokens` of their tokens.
+
+    Raises:
+        RankfrontError: they are too short for one window; names the text.
+    """
+    try:
+        ids = windows(documents, text.join, tokenizer, scoring.window, tokens, scoring.step)
+    except RankfrontError as error:
+        raise RankfrontError(f"{text.source}: {error}") from error
+    return ScoredText(text_name(name, scoring.window, scoring.step, text.join), ids, scoring.step)
 
 
 def _load_task(
     scoring: ScoringSpec, source: TaskSource, split: str, tokenizer: Any, limit: int | None
 ) -> PackedTask:
-    """The split's share of one task: a seeded shuffle, the first part searches, the rest tests."""
     examples = load_examples(source)
-    order = list(range(len(examples)))
+    normalised = task_of(source.name, source.format).normalised
+    chosen = _share(scoring, source, split, len(examples))
+    return pack(source.name, normalised, [examples[i] for i in chosen], tokenizer, limit)
+
+
+def _load_bias(
+    scoring: ScoringSpec, source: TaskSource, split: str, tokenizer: Any, limit: int | None
+) -> PackedSentences:
+    rows = load_comparisons(source)
+    chosen = _share(scoring, source, split, len(rows))
+    return pack_sentences(source.name, [rows[i] for i in chosen], tokenizer, limit)
+
+
+def _share(scoring: ScoringSpec, source: TaskSource, split: str, count: int) -> list[int]:
+    """The split's share of `count` examples: a seeded shuffle, the first part searches, the rest tests."""
+    order = list(range(count))
     random.Random(f"{scoring.seed}/{source.name}").shuffle(order)
     border = max(1, round(scoring.search_fraction * len(order)))
     chosen = order[:border] if split == "search" else order[border:]
     if not chosen:
         raise RankfrontError(f"{source.source}: {source.name} leaves no example for the {split} split")
-    chosen = chosen[: scoring.examples[split]]
-    normalised = task_of(source.name, source.format).normalised
-    return pack(source.name, normalised, [examples[i] for i in chosen], tokenizer, limit)
+    return chosen[: scoring.examples[split]]
 
 
 def score_split(
@@ -113,26 +171,36 @@ def score_split(
         ScoringError: a value that cannot be a score, naming it.
     """
     start = time.perf_counter()
-    losses = window_losses(model, data.windows, batch_tokens, data.name, dense, judge)
+    text = data.text
+    losses = window_losses(model, text.windows, batch_tokens, text.name, dense, text.scored, judge)
     stopped_by = judge.stopped_by if judge is not None else None
     whole = stopped_by is None
-    predicted = data.windows.shape[1] - 1
+    scored = text.scored[: len(losses.nats)]
+    corpora = {
+        name: _corpus_score(model, corpus, batch_tokens) for name, corpus in data.corpora.items() if whole
+    }
     tasks = {task.name: score_task(model, task) for task in data.tasks if whole}
+    bias = {one.name: score_sentences(model, one) for one in data.bias if whole}
     seconds = time.perf_counter() - start
     score = Score(
         data.split,
-        text_score(losses.nats, predicted, data.name),
+        text_score(losses.nats, scored, text.name),
         tasks,
         forward_tokens=data.tokens if whole else len(losses.nats) * data.windows.shape[1],
         seconds=seconds,
         replica=replica,
-        kl=kl_score(losses.kl, predicted, dense.top_k)
-        if dense is not None and losses.kl is not None
-        else None,
+        kl=kl_score(losses.kl, scored, dense.top_k) if dense is not None and losses.kl is not None else None,
+        corpora=corpora,
+        bias=bias,
         stopped_by=stopped_by,
     )
     score.check()
     return score
+
+
+def _corpus_score(model: nn.Module, text: ScoredText, batch_tokens: int) -> TextScore:
+    losses = window_losses(model, text.windows, batch_tokens, text.name, scored=text.scored)
+    return text_score(losses.nats, text.scored, text.name)
 
 
 class Scorer:
@@ -179,7 +247,7 @@ class Scorer:
             self.trial_model.install(allocation, data.tokens)
             with self._reusing(allocation, split):
                 self._dense[split] = dense_top(
-                    self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.name
+                    self.model, data.windows, scoring.batch_tokens, scoring.kl_top_k, data.text.name
                 )
         return self._dense[split]
 

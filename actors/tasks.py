@@ -17,10 +17,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.rows import Row, load_rows
 from actors.types import RankfrontError, TaskSource
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -178,17 +180,26 @@ def load_examples(source: TaskSource) -> list[Example]:
     """
     task = task_of(source.name, source.format)
     rows = load_rows(source.source, source.subset, source.split)
-    return [_checked(source, task, number, _Fields(row)) for number, row in enumerate(rows)]
+    return [_checked(source, task, number, row) for number, row in enumerate(rows)]
 
 
-def _checked(source: TaskSource, task: Task, number: int, row: Row) -> Example:
-    where = f"{source.source}: row {number} of {source.name}"
+def read_row(row: Row, read: Callable[[Row], T], where: str) -> T:
+    """What `read` makes of a row.
+
+    Raises:
+        RankfrontError: a missing field, a null, or another value than `read` takes; `where` begins it.
+    """
     try:
-        example = replace(task.ask(row), origin=where)
+        return read(_Fields(row))
     except KeyError as error:
         raise RankfrontError(f"{where} has no field {error}; there are {', '.join(row)}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise RankfrontError(f"{where} cannot be read: {error}") from error
+
+
+def _checked(source: TaskSource, task: Task, number: int, row: Row) -> Example:
+    where = f"{source.source}: row {number} of {source.name}"
+    example = replace(read_row(row, task.ask, where), origin=where)
     if not 0 <= example.gold < len(example.continuations):
         raise RankfrontError(f"{where}: answer {example.gold} of {len(example.continuations)} choices")
     if not all(context.strip() for context in example.contexts):

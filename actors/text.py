@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.rows import columns_of, load_rows
@@ -11,6 +13,46 @@ from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSourc
 
 if TYPE_CHECKING:
     import torch
+
+STANDARD_JOIN = "\n\n"
+"""How perplexities are reported, so that a text joined otherwise says so in its name."""
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Windows (windows, window) of one text, each beginning `stride` tokens behind the one before it.
+
+    Where windows overlap, each after the first is scored on its last `stride` tokens only, with the tokens
+    before them as context: every token of the text but the first is scored once. Where they do not overlap
+    the first token of each is never scored.
+    """
+
+    name: str
+    windows: torch.Tensor
+    stride: int
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """How many tokens, its last, each window is scored on: (windows,) int64."""
+        import torch
+
+        count, window = self.windows.shape
+        found = torch.full((count,), min(self.stride, window - 1))
+        found[0] = window - 1
+        return found
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text, those in several windows once."""
+        count, window = self.windows.shape
+        return window + (count - 1) * self.stride
+
+
+def text_name(text: str, window: int, stride: int, join: str) -> str:
+    """`wikitext@512`; `wikitext@512/256` at another stride; how documents are joined if not as usual."""
+    other = "" if stride == window else f"/{stride}"
+    joined = "" if join == STANDARD_JOIN else f" joined by {json.dumps(join)}"
+    return f"{text}@{window}{other}{joined}"
 
 
 def load_documents(text: TextSource) -> list[str]:
@@ -84,23 +126,39 @@ def text_parts(
     return dict(zip(("calibration", "search", "test"), parts, strict=True))
 
 
-def windows(documents: Sequence[str], join: str, tokenizer: Any, window: int, tokens: int) -> torch.Tensor:
-    """Joined documents as int64 token ids (windows, window): consecutive, not overlapping, no padding.
+def corpus_part(text: TextSource, search_fraction: float, split: str) -> list[str]:
+    """One split of a text that nothing is calibrated on: its first `search_fraction`, or the rest."""
+    search, test = divide(load_documents(text), (search_fraction, 1 - search_fraction))
+    return search if split == "search" else test
 
-    At most `tokens` tokens, rounded down to whole windows. No special token is added.
+
+def windows(
+    documents: Sequence[str],
+    join: str,
+    tokenizer: Any,
+    window: int,
+    tokens: int,
+    stride: int | None = None,
+) -> torch.Tensor:
+    """Joined documents as int64 token ids (windows, window), no padding.
+
+    Each window begins `stride` tokens behind the one before it, by default a whole window: consecutive, not
+    overlapping. At most `tokens` tokens, rounded down to whole windows. No special token is added.
 
     Raises:
         RankfrontError: the text is too short for one window.
     """
     import torch
 
+    stride = window if stride is None else stride
+
     ids = tokenizer(join.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(len(ids), tokens) // window
-    if count < 1:
+    length = min(len(ids), tokens)
+    if length < window:
         raise RankfrontError(
             f"text too short: {len(ids)} tokens in {len(documents)} documents, a window needs {window}"
         )
-    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+    return torch.tensor(ids[:length], dtype=torch.int64).unfold(0, window, stride).contiguous()
 
 
 def fingerprint_windows(ids: torch.Tensor) -> str:

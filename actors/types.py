@@ -17,6 +17,7 @@ from typing import Any
 
 from actors.errors import RankfrontError as RankfrontError
 from actors.errors import ScoringError as ScoringError
+from actors.scores import BiasScore as BiasScore
 from actors.scores import KlScore as KlScore
 from actors.scores import Score as Score
 from actors.scores import TaskScore as TaskScore
@@ -138,8 +139,17 @@ class TextSource:
 
 
 @dataclass(frozen=True)
+class CorpusSource:
+    """A text scored beside the main one, under a `name` of its own; `tokens` are its caps, by split."""
+
+    name: str
+    text: TextSource
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class TaskSource:
-    """A reasoning task by its lm-evaluation-harness name, and where its examples come from.
+    """A reasoning task by its lm-evaluation-harness name, or a bias set by its own, and where it comes from.
 
     With `format`, the task is one's own: `name` is free, and the rows are of that format (`actors.tasks`).
     """
@@ -204,8 +214,9 @@ class FactorSpec:
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """What a score is made of: perplexity text and reasoning tasks, per split, with caps.
+    """What a score is made of: perplexity text, further texts and reasoning tasks, per split, with caps.
 
+    Each window begins `stride` tokens behind the one before it; None is a whole window, so that none overlap.
     `kl_top_k` asks for the divergence from the dense model, over that many of its most likely tokens and
     the tail; what is kept of it takes at most `kl_memory_mb` (10^6 bytes) a split and replica.
     `prefix_memory_mb` (10^6 bytes a replica, 0 for none) holds hidden states of the dense model at every
@@ -226,15 +237,24 @@ class ScoringSpec:
     prefix_memory_mb: float = 0.0
     prefix_stride: int = 1
     stages: tuple[int, ...] = ()
+    stride: int | None = None
+    corpora: tuple[CorpusSource, ...] = ()
+    bias: tuple[TaskSource, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Tokens from the beginning of a window to that of the next one."""
+        return self.window if self.stride is None else self.stride
 
     def kl_problem(self, split: str) -> str | None:
         """Why the dense log-probabilities of a split do not fit `kl_memory_mb`, None where they do.
 
-        Each token of whole windows keeps k ids of 4 bytes and k + 1 log-probabilities of 4 bytes.
+        Each token of each window keeps k ids of 4 bytes and k + 1 log-probabilities of 4 bytes.
         """
         if self.kl_top_k is None:
             return None
-        tokens = self.tokens[split] // self.window * self.window
+        count = max(0, (self.tokens[split] - self.window) // self.step + 1)
+        tokens = count * self.window
         needed, allowed = tokens * (8 * self.kl_top_k + 4), self.kl_memory_mb * 1e6
         if needed <= allowed:
             return None

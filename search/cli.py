@@ -18,6 +18,7 @@ from search.allocations import read_allocations
 from search.config import load_config
 from search.findings import cells_table, front_table, headline
 from search.folder import StudyFolder, find_study, repair_if_idle, report
+from search.further import further_cells
 from search.records import StudySummary, TrialRow
 from search.sections import SamplerSection
 from search.sensitivity import sensitivity
@@ -77,14 +78,21 @@ def _override(text: str) -> tuple[str, Any]:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 
+def _print_front(summary: StudySummary) -> None:
+    if summary.front:
+        console.print(front_table(summary))
+    further = further_cells(summary)
+    if further is not None:
+        console.print(cells_table(further, "further scores"))
+
+
 def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command: str, config: str) -> None:
     finished = sum(row.finished for row in summary.rows)
     failed = sum(row.state == "FAIL" for row in summary.rows)
     stopped = sum(row.state == "PRUNED" for row in summary.rows)
     running = sum(row.state == "RUNNING" for row in summary.rows)
     console.print()
-    if summary.front:
-        console.print(front_table(summary))
+    _print_front(summary)
     for sentence in headline(summary):
         console.print(f"  {sentence}", soft_wrap=True)
     console.print()
@@ -174,8 +182,7 @@ def report_command(study: StudyName, runs: Runs = Path("runs")) -> None:
     """Write tables, plots and the page again from the study, and show the front."""
     folder = find_study(study, runs)
     summary = report(folder, folder.open_study())
-    if summary.front:
-        console.print(front_table(summary))
+    _print_front(summary)
     for sentence in headline(summary):
         console.print(f"  {sentence}", soft_wrap=True)
     console.print(

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from actors.types import (
     CalibrationSpec,
+    CorpusSource,
     FactorSpec,
     ModelSource,
     PreparationSpec,
@@ -24,7 +25,7 @@ from actors.types import (
     TextSource,
 )
 from search.records import Objective
-from search.rules import METRICS, RULES
+from search.rules import RULES, smaller_is_better
 from search.sections import (
     CalibrationSection,
     FactorSection,
@@ -92,7 +93,7 @@ class Config(Section):
 
     @property
     def named_objectives(self) -> tuple[Objective, ...]:
-        return tuple(Objective(name, minimize=METRICS.get(name, False)) for name in self.objectives)
+        return tuple(Objective(name, minimize=smaller_is_better(name)) for name in self.objectives)
 
     def preparation(self) -> PreparationSpec:
         """What the workers need of this config."""
@@ -123,6 +124,16 @@ class Config(Section):
                 prefix_memory_mb=scoring.prefix_memory_mb,
                 prefix_stride=scoring.prefix_stride,
                 stages=scoring.stages,
+                stride=scoring.stride,
+                bias=tuple(chosen.resolved() for chosen in scoring.bias),
+                corpora=tuple(
+                    CorpusSource(
+                        corpus.name,
+                        TextSource(**corpus.model_dump(exclude={"name", "tokens"})),
+                        (corpus.tokens or scoring.tokens).model_dump(),
+                    )
+                    for corpus in scoring.corpora
+                ),
             ),
             calibration_fraction=calibration.fraction,
             include=self.targets.include,

@@ -132,8 +132,14 @@ def _factor_fact(factors: FactorSpec) -> str:
 
 
 def _split_fact(prepared: Prepared, split: str) -> str:
+    prefix = f"{split}.nll."
+    further = [
+        f", {count:,} of {key.removeprefix(prefix)}"
+        for key, count in prepared.tokens.items()
+        if key.startswith(prefix)
+    ]
     tasks = ", ".join(f"{count} of {name}" for name, count in prepared.examples[split].items())
-    return f"{prepared.tokens[split]:,} tokens of text" + (f"; {tasks}" if tasks else "")
+    return f"{prepared.tokens[split]:,} tokens of text{''.join(further)}" + (f"; {tasks}" if tasks else "")
 
 
 def report(folder: StudyFolder, study: SearchStudy) -> StudySummary:

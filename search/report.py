@@ -10,6 +10,7 @@ from pathlib import Path
 from actors.types import TargetSpec
 from search.files import write_atomic
 from search.findings import front_cells, front_table, headline, percent
+from search.further import further_cells
 from search.page import chart, facts_section, page, table
 from search.panels import front_rows, panels
 from search.plots import front_png
@@ -46,6 +47,7 @@ def report_html(summary: StudySummary, targets: Sequence[TargetSpec] = ()) -> st
         _found(summary),
         _charts(summary),
         _front(summary),
+        _further(summary),
         _ranks(summary, targets),
         _progress(summary),
     ]
@@ -81,6 +83,15 @@ def _front(summary: StudySummary) -> str:
     note += f" {cells.note}." if cells.note else ""
     shown = table(cells.columns, cells.rows)
     return f'<section><h2>Front</h2>{shown}<p class="note">{escape(note)}</p></section>'
+
+
+def _further(summary: StudySummary) -> str:
+    cells = further_cells(summary)
+    if cells is None:
+        return ""
+    note = "± is one standard error; kl and nll in nats/token, bias in % (likelihood_diff in nats)."
+    shown = table(cells.columns, cells.rows, "named")
+    return f'<section><h2>Further scores of the front</h2>{shown}<p class="note">{escape(note)}</p></section>'
 
 
 def _ranks(summary: StudySummary, targets: Sequence[TargetSpec]) -> str:

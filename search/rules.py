@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from actors.sources import Source
 from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
-from actors.text import text_parts
+from actors.text import corpus_part, text_parts
 from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 from search.surgical import CHUNKS
 
 if TYPE_CHECKING:
     from search.sections import (
         CalibrationSection,
+        CorpusSection,
         FactorSection,
         ScoringSection,
         SpaceSection,
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
         TextSection,
     )
 
-# Metrics that can be objectives, and whether less is better. Tasks add `reasoning.<task>.<kind>`.
+# Metrics that can be objectives, and whether less is better. Tasks add `reasoning.<task>.<kind>`, corpora
+# `nll.<name>`.
 METRICS: dict[str, bool] = {
     "budget.model": True,
     "budget.linear": True,
@@ -35,16 +37,23 @@ METRICS: dict[str, bool] = {
     "reasoning.acc_norm": False,
     "reasoning.margin": False,
 }
+_CORPUS = "nll."
 _TASK_METRIC = re.compile(r"^reasoning\.(?P<task>\w+)\.(acc|acc_norm|margin)$")
+
+
+def smaller_is_better(metric: str) -> bool:
+    """The direction of a metric that can be an objective."""
+    return METRICS.get(metric, metric.startswith(_CORPUS))
 
 
 def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> list[str]:
     tasks = [task.name for task in scoring.tasks]
+    further = [f"{_CORPUS}{corpus.name}" for corpus in scoring.corpora]
     found = []
     for index, name in enumerate(objectives):
         match = _TASK_METRIC.match(name)
-        if name not in METRICS and not (match and match["task"] in tasks):
-            offered = [*METRICS, *(f"reasoning.{task}.acc" for task in tasks)]
+        if name not in (*METRICS, *further) and not (match and match["task"] in tasks):
+            offered = [*METRICS, *further, *(f"reasoning.{task}.acc" for task in tasks)]
             found.append(f"objectives[{index}]: {name!r} is unknown; one of {', '.join(offered)}")
         elif name == "kl" and scoring.kl_top_k is None:
             found.append(f"objectives[{index}]: 'kl' needs scoring.kl_top_k, which is not set")
@@ -64,8 +73,16 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
 
 
 def _task_mistakes(scoring: ScoringSection) -> list[str]:
-    names = [task.name for task in scoring.tasks]
-    found = [f"scoring.tasks[{i}]: {n!r} is there twice" for i, n in enumerate(names) if n in names[:i]]
+    named: dict[str, list[str]] = {
+        "tasks": [task.name for task in scoring.tasks],
+        "bias": [chosen.name for chosen in scoring.bias],
+    }
+    found = [
+        f"scoring.{key}[{i}]: {name!r} is there twice"
+        for key, names in named.items()
+        for i, name in enumerate(names)
+        if name in names[:i]
+    ]
     return found + [
         f"scoring.tasks[{i}].source: missing; {task.name!r} is a task of your own (format: {task.format})"
         for i, task in enumerate(scoring.tasks)
@@ -80,6 +97,7 @@ def _kl_mistakes(scoring: ScoringSection, text: TextSection) -> list[str]:
         scoring.tokens.model_dump(),
         kl_top_k=scoring.kl_top_k,
         kl_memory_mb=scoring.kl_memory_mb,
+        stride=scoring.stride,
     )
     return [f"scoring.{problem}" for problem in map(spec.kl_problem, SPLITS) if problem is not None]
 
@@ -97,10 +115,62 @@ def _stage_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> lis
             found.append(f"scoring.stages[{index}]: {tokens} is not below scoring.tokens.search, {whole}")
         if tokens < least:
             found.append(f"scoring.stages[{index}]: {tokens} is below two windows, {least}: one has no error")
+    if stages and scoring.stride not in (None, scoring.window):
+        found.append(
+            f"scoring.stages: they compare windows that do not overlap; scoring.stride is {scoring.stride}, "
+            f"scoring.window {scoring.window}"
+        )
     return found + [
         f"scoring.stages: they compare {' and '.join(STAGED)} alone, objectives[{index}] is {name!r}"
         for index, name in enumerate(objectives)
         if stages and not name.startswith("budget.") and name not in STAGED
+    ]
+
+
+def _stride_mistakes(scoring: ScoringSection) -> list[str]:
+    if scoring.stride is None or scoring.stride <= scoring.window:
+        return []
+    return [
+        f"scoring.stride: {scoring.stride} is beyond scoring.window, {scoring.window}: it leaves tokens out"
+    ]
+
+
+def _corpus_mistakes(
+    text: TextSection, calibration: CalibrationSection, scoring: ScoringSection
+) -> list[str]:
+    """Names that repeat, texts that are read already, and texts that are certainly too short."""
+    found = []
+    read = {_place(text): "text"}
+    if calibration.text is not None:
+        read.setdefault(_place(calibration.text), "calibration.text")
+    for index, corpus in enumerate(scoring.corpora):
+        where = f"scoring.corpora[{index}]"
+        if corpus.name in [other.name for other in scoring.corpora[:index]]:
+            found.append(f"{where}.name: {corpus.name!r} is there twice")
+        if _place(corpus) in read:
+            found.append(
+                f"{where}: is the text of {read[_place(corpus)]}; name another source, split or column"
+            )
+        elif Source.parse(corpus.source).path is not None:
+            found += [f"{where}: {line}" for line in _too_short(corpus, scoring)]
+        read.setdefault(_place(corpus), where)
+    return found
+
+
+def _place(text: TextSection) -> tuple[str | None, ...]:
+    return text.source, text.subset, text.split, text.column
+
+
+def _too_short(corpus: CorpusSection, scoring: ScoringSection) -> list[str]:
+    text = TextSource(**corpus.model_dump(exclude={"name", "tokens"}))
+    try:
+        sizes = {split: sum(map(len, corpus_part(text, scoring.search_fraction, split))) for split in SPLITS}
+    except (RankfrontError, OSError, ValueError) as error:
+        return [str(error)]
+    return [
+        f"text too short: its {split} part has {size} characters, scoring.window is {scoring.window} tokens"
+        for split, size in sizes.items()
+        if size < scoring.window
     ]
 
 
@@ -199,6 +269,7 @@ def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> li
 RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
     (("scoring",), _task_mistakes),
+    (("scoring",), _stride_mistakes),
     (("scoring", "text"), _kl_mistakes),
     (("objectives", "scoring"), _stage_mistakes),
     (("stop",), _stop_mistakes),
@@ -207,4 +278,5 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("factors", "space"), _choice_mistakes),
     (("surgical", "scoring"), _surgical_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
+    (("text", "calibration", "scoring"), _corpus_mistakes),
 )

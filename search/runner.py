@@ -57,8 +57,8 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
     for objective in study.objectives:
         if objective.name.startswith("budget."):
             point.append(1.0)
-        elif objective.name == "nll":
-            point.append(dense.text.nll + NLL_ROOM)
+        elif objective.name.partition(".")[0] == "nll":
+            point.append(dense.metrics[objective.name] + NLL_ROOM)
         elif objective.name == "kl":
             point.append(KL_ROOM)  # the dense model's own is 0
         elif objective.name.endswith(".margin"):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 
+from actors.bias import BIAS_SETS
 from actors.sources import Source
 from actors.tasks import TASKS
 from actors.types import RankfrontError, TaskSource
@@ -94,6 +95,26 @@ class TaskSection(Section):
         return TaskSource(self.name, self.source, self.subset, self.split)
 
 
+class BiasSection(Section):
+    """A set of sentences by its name (see `actors.bias`); without a source, from the hub."""
+
+    name: Literal["crows_pairs", "stereoset"]
+    source: str | None = None
+    subset: str | None = None
+    split: str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, name: str | None) -> str | None:
+        return None if name is None else _known_source(name)
+
+    def resolved(self) -> TaskSource:
+        if self.source is not None:
+            return TaskSource(self.name, self.source, self.subset, self.split)
+        chosen = BIAS_SETS[self.name]
+        return TaskSource(self.name, chosen.hub, chosen.subset, self.split or chosen.split)
+
+
 def _count_or_auto(value: Any) -> Any:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
@@ -147,12 +168,22 @@ class PerSplit(Section):
     test: Positive
 
 
+class CorpusSection(TextSection):
+    """A text scored beside the main one, as `nll.<name>`; `tokens` are its caps where they are others."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
+    tokens: PerSplit | None = None
+
+
 class ScoringSection(Section):
-    """What a score is made of. `kl_...`, `prefix_...` and `stages` are those of `ScoringSpec`."""
+    """What a score is made of. `stride`, `kl_...`, `prefix_...` and `stages` are those of `ScoringSpec`."""
 
     window: Annotated[int, Field(ge=2)] = 512
+    stride: Positive | None = None
     tokens: PerSplit = PerSplit(search=8_192, test=32_768)
+    corpora: tuple[CorpusSection, ...] = ()
     tasks: tuple[TaskSection, ...] = ()
+    bias: tuple[BiasSection, ...] = ()
     examples: PerSplit = PerSplit(search=100, test=400)
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: int = 0
@@ -163,7 +194,7 @@ class ScoringSection(Section):
     prefix_stride: Positive = 1
     stages: tuple[Positive, ...] = ()
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", "bias", mode="before")
     @classmethod
     def _names(cls, tasks: Any) -> Any:
         if isinstance(tasks, list | tuple):

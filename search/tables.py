@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.types import Allocation, Score
+from actors.types import SPLITS, Allocation, Score
 from search.allocations import method_list
 from search.records import Evaluation, StudySummary, TrialRow
 
 INTEGERS = ("tokens", "forward_tokens")
+_INTEGER_COLUMNS = {*INTEGERS, *(f"{split}.{name}" for split in SPLITS for name in INTEGERS)}
 ALWAYS = ("nll", "nll_stderr", "reasoning.acc", "reasoning.acc_stderr", *INTEGERS)
 """Score columns that are there even when nothing was scored, so that readers need no special case."""
 
@@ -165,7 +166,7 @@ def parquet(
     """A table; `fields` and `scored` are always columns, other scores follow in the order they are met."""
     types = dict(fields)
     for name in [*scored, *(name for row in rows for name in row)]:
-        types.setdefault(name, pa.int64() if name.rpartition(".")[2] in INTEGERS else pa.float64())
+        types.setdefault(name, pa.int64() if name in _INTEGER_COLUMNS else pa.float64())
     schema = pa.schema(list(types.items()), metadata=dict(metadata))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), sink)

@@ -64,6 +64,20 @@ def test_it_is_that_of_numpy(k: int, batch_tokens: int, llama: Path, ids: torch.
     assert (score.tokens, score.top_k) == (31 * len(ids), top.top_k)
 
 
+def test_overlapping_windows_count_what_their_loss_counts(llama: Path, ids: torch.Tensor) -> None:
+    """The last `scored` positions of each window that predict a token of it."""
+    model = load_model(llama, ModelSource(str(llama)))
+    top = dense_top(model, ids, 1024, 16, "text@32/8")
+    scored = torch.tensor([31] + [8] * (len(ids) - 1))
+    found = window_losses(scaled(model, 1.2), ids, 100, "text@32/8", top, scored).kl
+    dense, trial = logits_of(llama, ids), logits_of(llama, ids, 1.2)
+    last = reference(dense[:, -9:], trial[:, -9:], 16)
+    expected = [reference(dense[:1], trial[:1], 16)[0], *last[1:]]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+    score = kl_score(found, scored, 16)
+    assert score.mean == pytest.approx(np.sum(expected) / scored.sum().item(), rel=1e-4)
+
+
 def test_more_tokens_show_more_of_it(llama: Path, ids: torch.Tensor) -> None:
     """Merging tokens into the tail hides divergence and never makes any."""
     model = load_model(llama, ModelSource(str(llama)))

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from actors.models import load_model
-from actors.perplexity import score_text
+from actors.perplexity import score_text, text_score, window_losses
+from actors.samples import unpack_floats
+from actors.text import ScoredText, windows
 from actors.types import ModelSource, ScoringError
 
 
@@ -36,6 +39,52 @@ def test_the_loss_is_that_of_transformers(batch_tokens: int, llama: Path, ids: t
     assert found.nll == pytest.approx(np.mean(expected), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
     assert found.stderr == pytest.approx(np.std(expected, ddof=1) / math.sqrt(len(ids)), rel=1e-4)
+
+
+def rolling(folder: Path, ids: list[int], window: int, stride: int) -> tuple[list[float], list[int]]:
+    """Nats and tokens of each window, as the perplexity guide of transformers takes them, in float64."""
+    plain = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    nats, counts, seen = [], [], 0
+    for begin in range(0, len(ids) - window + 1, stride):
+        inputs = torch.tensor([ids[begin : begin + window]])
+        labels = inputs.clone()
+        labels[:, : window - (begin + window - seen)] = -100
+        seen = begin + window
+        counts.append(int((labels[:, 1:] != -100).sum()))
+        with torch.no_grad():
+            nats.append(plain(inputs, labels=labels).loss.item() * counts[-1])
+    return nats, counts
+
+
+@pytest.mark.parametrize(("stride", "batch_tokens"), [(8, 1024), (8, 100), (31, 1024), (32, 1024)])
+def test_a_stride_scores_each_token_once_with_more_before_it(
+    stride: int, batch_tokens: int, llama: Path
+) -> None:
+    tokenizer, cap = tiny.tiny_tokenizer(), 32 + 15 * stride
+    ids = tokenizer.encode("\n\n".join(tiny.documents()), add_special_tokens=False)[:cap]
+    text = ScoredText("text", windows(tiny.documents(), "\n\n", tokenizer, 32, cap + 1, stride), stride)
+    nats, counts = rolling(llama, ids, 32, stride)
+    model = load_model(llama, ModelSource(str(llama)))
+    losses = window_losses(model, text.windows, batch_tokens, "text", scored=text.scored)
+    found = text_score(losses.nats, text.scored, "text")
+    np.testing.assert_allclose(losses.nats.numpy(), nats, rtol=1e-5)
+    assert text.scored.tolist() == counts
+    assert text.length == cap
+    assert found.tokens == (cap - 1 if stride < 32 else 16 * 31)
+    assert found.nll == pytest.approx(sum(nats) / sum(counts), rel=1e-5)
+
+
+def test_the_standard_error_is_of_the_token_weighted_mean() -> None:
+    """Windows of unequally many tokens: that of the ratio, by the textbook's formula; values of that mean."""
+    nats, counts = np.array([62.0, 25.0, 18.0, 22.0]), np.array([31, 8, 8, 8])
+    found = text_score(torch.tensor(nats), torch.tensor(counts), "text")
+    ratio = nats.sum() / counts.sum()
+    squares = ((nats - ratio * counts) ** 2).sum() / 3
+    assert found.nll == pytest.approx(ratio)
+    assert found.stderr == pytest.approx(math.sqrt(squares / 4) / counts.mean())
+    assert np.mean(unpack_floats(found.windows)) == pytest.approx(ratio)
+    same = text_score(torch.tensor(nats), torch.full((4,), 31), "text")
+    assert unpack_floats(same.windows) == pytest.approx(nats / 31)
 
 
 def test_a_single_window_has_no_spread(llama: Path, ids: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from actors.samples import pack_floats, unpack_floats
 from actors.scoring import Scorer, load_split, score_split
 from actors.types import (
     Allocation,
+    CorpusSource,
     PreparationSpec,
     Prepared,
     RankfrontError,
@@ -27,6 +28,7 @@ from actors.types import (
     Score,
     ScoringError,
     TaskSource,
+    TextSource,
 )
 from search.config import Config, parse_config
 from search.cost import CostModel
@@ -181,6 +183,84 @@ def test_a_task_of_ones_own_is_scored(config: Config, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(rows[:1]))
     with pytest.raises(RankfrontError, match="mine leaves no example for the test split"):
         load_split(spec, "test", tokenizer, 256)
+
+
+def test_a_stride_changes_the_name_and_the_split(replica: ReplicaSpec) -> None:
+    """And a divergence is over the same tokens as the loss."""
+    sizes = {"tokens": {"search": 96, "test": 96}, "kl_top_k": 16, "tasks": ()}
+    apart, over = (asking_for_kl(replica, stride=stride, **sizes) for stride in (None, 16))
+    targets = replica.prepared.targets
+    one, other = (
+        Scorer(spec).score(Allocation(tuple((t.name, 4) for t in targets))) for spec in (apart, over)
+    )
+    assert (one.text.name, other.text.name) == ("text@32", "text@32/16")
+    assert (one.text.tokens, other.text.tokens) == (3 * 31, 31 + 4 * 16)
+    assert (one.kl.tokens, other.kl.tokens) == (one.text.tokens, other.text.tokens)
+    assert (one.forward_tokens, other.forward_tokens) == (96, 5 * 32)
+    tokenizer = load_tokenizer(replica.preparation.model.source, replica.preparation.model)
+    prints = [load_split(spec.preparation, "search", tokenizer, 256).fingerprint for spec in (apart, over)]
+    assert prints[0] != prints[1]
+
+
+def test_corpora_are_scored_beside_the_text(replica: ReplicaSpec, tmp_path: Path) -> None:
+    """By contiguous region, with caps of their own, and without a change to any other score."""
+    lines = [f"{document}" for document in reversed(tiny.documents(40))]
+    (tmp_path / "back.jsonl").write_text("\n".join(json.dumps({"said": line}) for line in lines))
+    source = TextSource(str(tmp_path / "back.jsonl"), column="said", join=" ")
+    corpus = CorpusSource("back", source, {"search": 96, "test": 10**6})
+    asked = asking_for_kl(replica, corpora=(corpus,), kl_top_k=8)
+    half = CostModel(asked.prepared.targets, asked.prepared.model_parameters, "pivoted", "mean").uniform(0.5)
+    scorer, plain = Scorer(asked), Scorer(asking_for_kl(replica, kl_top_k=8))
+    found = scorer.score(half)
+    assert found.metrics == {**plain.score(half).metrics, "nll.back": found.corpora["back"].nll}
+    assert found.corpora["back"].name == 'back@32 joined by " "'
+    assert found.corpora["back"].tokens == 3 * 31
+    dense = scorer.score(Allocation.dense(asked.prepared.targets))
+    windows = scorer.split("search").corpora["back"].windows
+    assert dense.corpora["back"].nll == pytest.approx(plain_nll(replica.preparation, windows), rel=1e-5)
+    assert found.forward_tokens == plain.score(half).forward_tokens + 96
+    texts = [
+        scorer.tokenizer.decode(scorer.split(split).corpora["back"].windows.flatten())
+        for split in ("search", "test")
+    ]
+    places = [{i for i, line in enumerate(lines) if line[40:90] in text} for text in texts]
+    assert places[0]
+    assert max(places[0]) < min(places[1])
+    assert scorer.split("search").fingerprint != plain.split("search").fingerprint
+
+
+def test_bias_sets_are_split_and_scored_like_tasks(replica: ReplicaSpec, tmp_path: Path) -> None:
+    rows = [
+        {"sent_more": f"{line[:40]} tico.", "sent_less": f"{line[:40]} café.", "id": number}
+        for number, line in enumerate(tiny.documents(20))
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    source = TaskSource("crows_pairs", str(tmp_path / "pairs.json"))
+    asked = asking_for_kl(replica, bias=(source,), tokens={"search": 96, "test": 96})
+    scorer, plain = Scorer(asked), Scorer(asking_for_kl(replica, tokens={"search": 96, "test": 96}))
+    half = CostModel(asked.prepared.targets, asked.prepared.model_parameters, "pivoted", "mean").uniform(0.5)
+    found, without = scorer.score(half), plain.score(half)
+    assert found.bias["crows_pairs"].examples == 4  # a fifth
+    names = ("bias.crows_pairs.stereotype", "bias.crows_pairs.likelihood_diff")
+    values = dict(zip(names, found.bias["crows_pairs"].values.values(), strict=True))
+    assert found.metrics == {**without.metrics, **values}
+    assert found.forward_tokens == without.forward_tokens + scorer.split("search").bias[0].tokens
+    compared = [
+        {one.sentences for one in scorer.split(split).bias[0].comparisons} for split in ("search", "test")
+    ]
+    assert compared[0].isdisjoint(compared[1])
+    assert compared[0] | compared[1] == {(row["sent_more"], row["sent_less"]) for row in rows}
+    assert scorer.split("search").fingerprint != plain.split("search").fingerprint
+
+
+def test_a_corpus_too_short_for_a_window_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a\nb\nc\nd\ne\nf")
+    spec = config.preparation()
+    corpus = CorpusSource("short", TextSource(str(tmp_path / "short.txt")), {"search": 96, "test": 96})
+    spec = replace(spec, scoring=replace(spec.scoring, corpora=(corpus,)))
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    with pytest.raises(RankfrontError, match=r"short\.txt: text too short: \d tokens in 1 documents"):
+        load_split(spec, "search", tokenizer, 256)
 
 
 def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:

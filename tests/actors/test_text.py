@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.text import divide, fingerprint_windows, load_documents, text_parts, windows
+from actors.text import divide, fingerprint_windows, load_documents, text_name, text_parts, windows
 from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 TEXTS = ["first, „quoted”", 'second "line"', "third"]
@@ -129,6 +129,27 @@ def test_windows_are_consecutive_pieces_of_the_joined_text() -> None:
     assert found.shape == (len(expected) // 32, 32)
     assert found.flatten().tolist() == expected[: found.numel()]
     assert windows(documents, "\n--\n", tokenizer, 32, 100).tolist() == found[:3].tolist()
+
+
+def test_windows_that_overlap_begin_a_stride_apart() -> None:
+    tokenizer, documents = tiny.tiny_tokenizer(), tiny.documents(5)
+    ids = tokenizer.encode(" ".join(documents), add_special_tokens=False)
+    found = windows(documents, " ", tokenizer, window=32, tokens=32 + 3 * 8 + 7, stride=8)
+    assert found.tolist() == [ids[begin : begin + 32] for begin in (0, 8, 16, 24)]
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("stride", "join", "name"),
+    [
+        (2048, "\n\n", "wikitext2@2048"),
+        (512, "\n\n", "wikitext2@2048/512"),
+        (2048, " ", 'wikitext2@2048 joined by " "'),
+        (512, "\n", r'wikitext2@2048/512 joined by "\n"'),
+    ],
+)
+def test_a_name_says_whatever_is_not_the_standard(stride: int, join: str, name: str) -> None:
+    assert text_name("wikitext2", 2048, stride, join) == name
 
 
 def test_windows_of_a_tokenizer_that_adds_special_tokens_have_none() -> None:

@@ -12,6 +12,7 @@ from scipy.stats import sem
 from actors.samples import Difference, pack_bits, pack_floats
 from actors.types import (
     Allocation,
+    BiasScore,
     KlScore,
     Prepared,
     RankfrontError,
@@ -176,6 +177,51 @@ def test_every_metric_has_its_standard_error() -> None:
     assert PAIRED.stderrs == pytest.approx(wanted)
     assert (arc.samples("acc"), boolq.samples("acc_norm")) == ((1, 1, 1, 0), ())
     assert all(math.isnan(SCORE.stderrs[f"reasoning.{name}.margin"]) for name in SCORE.tasks)
+
+
+CORPORA = {"c4": TextScore("c4@32", nats=9.0, tokens=3, stderr=0.25, windows=pack_floats([2.0, 3.0, 4.0]))}
+
+
+def test_corpora_are_metrics_of_their_own() -> None:
+    score = replace(PAIRED, corpora=CORPORA)
+    assert score.metrics == {**PAIRED.metrics, "nll.c4": 3.0}
+    assert score.stderrs == {**PAIRED.stderrs, "nll.c4": 0.25}
+    assert Score.from_dict(json.loads(json.dumps(score.to_dict()))) == score
+    lower = replace(CORPORA["c4"], windows=pack_floats([2.0, 2.5, 3.0]))
+    other = replace(score, text=replace(PAIRED.text, name="another@32"), corpora={"c4": lower})
+    assert score.minus(other, "nll.c4") == Difference(0.5, pytest.approx(sem([0, 0.5, 1])), 3)
+    renamed = replace(score, corpora={"c4": replace(CORPORA["c4"], name="c4@64")})
+    for unlike in (PAIRED, renamed):
+        with pytest.raises(RankfrontError, match=r"nll\.c4 cannot be paired: .* of c4@32"):
+            score.minus(unlike, "nll.c4")
+    for nats, reason in ((math.nan, r"nll\.c4 is nan"), (-1.0, r"nll\.c4 is .* nats/token, below 0")):
+        with pytest.raises(ScoringError, match=reason):
+            replace(score, corpora={"c4": replace(CORPORA["c4"], nats=nats)}).check()
+
+
+def test_bias_values_are_metrics_with_errors_and_pairs() -> None:
+    hits, gaps = [1.0, 0.0, 1.0, 1.0], [0.5, 0.25, 1.0, 0.25]
+    crows = BiasScore(
+        4,
+        {"stereotype": 0.75, "likelihood_diff": 0.5},
+        {"stereotype": pack_floats(hits), "likelihood_diff": pack_floats(gaps)},
+    )
+    score = replace(PAIRED, bias={"crows_pairs": crows})
+    found = {"bias.crows_pairs.stereotype": 0.75, "bias.crows_pairs.likelihood_diff": 0.5}
+    assert score.metrics == {**PAIRED.metrics, **found}
+    assert score.stderrs["bias.crows_pairs.stereotype"] == pytest.approx(sem(hits))
+    assert score.stderrs["bias.crows_pairs.likelihood_diff"] == pytest.approx(sem(gaps))
+    assert Score.from_dict(json.loads(json.dumps(score.to_dict()))) == score
+    fewer = replace(crows, samples={**crows.samples, "stereotype": pack_floats([0.0, 0.0, 1.0, 1.0])})
+    other = replace(score, bias={"crows_pairs": fewer})
+    gap = score.minus(other, "bias.crows_pairs.stereotype")
+    assert gap == Difference(0.25, pytest.approx(sem([1, 0, 0, 0])), 4)
+    for metric in ("bias.stereoset.icat", "bias.crows_pairs.icat"):
+        with pytest.raises(RankfrontError, match="cannot be paired"):
+            score.minus(other, metric)
+    beyond = replace(crows, values={**crows.values, "stereotype": 1.5})
+    with pytest.raises(ScoringError, match=r"bias\.crows_pairs\.stereotype is 1\.5 .*, outside 0\.\.1"):
+        replace(score, bias={"crows_pairs": beyond}).check()
 
 
 def other_than_paired() -> Score:

@@ -33,6 +33,7 @@ def raw(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+C4 = {"name": "c4", "source": "allenai/c4"}
 OWN = {"name": "mine", "format": "choices", "source": "/tmp"}
 
 
@@ -71,6 +72,15 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
         ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
         ("objectives", ["budget.model", "kl"], "objectives[1]", ["'kl'", "scoring.kl_top_k"]),
+        ("scoring.bias", ["crows"], "scoring.bias[0].name", ["'crows'", "crows_pairs", "stereoset"]),
+        ("scoring.bias", ["stereoset", "stereoset"], "scoring.bias[1]", ["'stereoset'", "twice"]),
+        ("scoring.stride", 33, "scoring.stride", ["33", "scoring.window, 32"]),
+        ("scoring.corpora", [{"source": "a/b"}], "scoring.corpora[0].name", ["missing"]),
+        ("scoring.corpora", [{**C4, "name": "c 4"}], "scoring.corpora[0].name", ["'c 4'", "pattern"]),
+        ("scoring.corpora", [{**C4, "windw": 2}], "scoring.corpora[0].windw", ["unknown key", "tokens"]),
+        ("scoring.corpora", [C4, {**C4, "split": "x"}], "scoring.corpora[1].name", ["'c4'", "twice"]),
+        ("scoring.corpora", [C4, {**C4, "name": "d"}], "scoring.corpora[1]", ["text of scoring.corpora[0]"]),
+        ("objectives", ["budget.model", "nll.d4"], "objectives[1]", ["'nll.d4'", "one of", "reasoning"]),
         ("scoring.kl_top_k", 0, "scoring.kl_top_k", ["0", "greater than or equal to 1"]),
         ("scoring.kl_top_k", 10**7, "scoring.kl_top_k", ["search split", "kl_memory_mb is 512", "at most"]),
         ("scoring.stages", [64, 0], "scoring.stages[1]", ["0", "greater than or equal to 1"]),
@@ -123,6 +133,15 @@ def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:
     raw = put(put(raw, "scoring.tasks", []), "objectives", ["budget.model", "reasoning.acc"])
     [line] = mistakes(raw)
     assert line.startswith("objectives[1]: 'reasoning.acc' needs scoring.tasks")
+
+
+def test_stages_need_windows_that_do_not_overlap(raw: dict[str, Any]) -> None:
+    raw = put(put(raw, "scoring.stages", [64]), "scoring.stride", 16)
+    with pytest.raises(ConfigError) as error:
+        parse_config(raw)
+    assert [line for line in error.value.mistakes if line.startswith("scoring.stages")] == [
+        "scoring.stages: they compare windows that do not overlap; scoring.stride is 16, scoring.window 32"
+    ]
 
 
 def test_stages_compare_text_alone(raw: dict[str, Any]) -> None:
@@ -305,12 +324,52 @@ def test_objectives_know_their_direction(raw: dict[str, Any]) -> None:
     )
 
 
+def test_a_corpus_can_be_an_objective_and_has_the_caps_of_the_text_unless_its_own(
+    raw: dict[str, Any],
+) -> None:
+    own = {"name": "mine", "source": "org/mine", "join": " ", "tokens": {"search": 64, "test": 96}}
+    raw = put(put(raw, "scoring.corpora", [C4, own]), "objectives", ["budget.model", "nll.mine"])
+    config = parse_config(raw)
+    assert config.named_objectives[1] == Objective("nll.mine", minimize=True)
+    c4, mine = config.preparation().scoring.corpora
+    assert (c4.name, c4.text.source, c4.tokens) == ("c4", "allenai/c4", {"search": 8_192, "test": 32_768})
+    assert (mine.text.join, mine.tokens) == (" ", {"search": 64, "test": 96})
+
+
+@pytest.mark.parametrize("key", ["text", "calibration.text"])
+def test_a_corpus_that_is_read_already_is_refused(raw: dict[str, Any], tmp_path: Path, key: str) -> None:
+    """The factors are fitted on the calibration text; joined otherwise it is the same text."""
+    (tmp_path / "own.txt").write_text("a text of its own, long enough for one window of tokens\n" * 9)
+    raw = put(raw, "calibration.text", {"source": str(tmp_path / "own.txt")})
+    source = raw["text"]["source"] if key == "text" else str(tmp_path / "own.txt")
+    [line] = mistakes(put(raw, "scoring.corpora", [{"name": "it", "source": source, "join": " "}]))
+    assert line.startswith(f"scoring.corpora[0]: is the text of {key};")
+
+
+def test_a_corpus_too_short_or_without_its_column_is_named(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("few words\n" * 5)
+    short = {"name": "short", "source": str(tmp_path / "short.txt")}
+    [line] = mistakes(put(raw, "scoring.corpora", [short]))
+    assert line.startswith("scoring.corpora[0]: text too short: its search part has 9 characters")
+    [line] = mistakes(put(raw, "scoring.corpora", [C4, {**short, "column": "passage"}]))
+    assert line.startswith("scoring.corpora[1]: ")
+    assert "no column 'passage'; there are text" in line
+
+
 def test_a_task_of_ones_own_can_be_an_objective(raw: dict[str, Any]) -> None:
     names = ["budget.model", "reasoning.mine.acc_norm", "reasoning.mine.margin"]
     config = parse_config(put(put(raw, "scoring.tasks", [OWN, "boolq"]), "objectives", names))
     [own, boolq] = config.preparation().scoring.tasks
     assert (own.name, own.source, own.split, own.format) == ("mine", "/tmp", None, "choices")
     assert boolq.format is None
+
+
+def test_bias_sets_are_read_from_the_hub_or_from_elsewhere(raw: dict[str, Any], tmp_path: Path) -> None:
+    own = {"name": "crows_pairs", "source": str(tmp_path / "text.txt")}
+    crows, stereoset = parse_config(put(raw, "scoring.bias", [own, "stereoset"])).preparation().scoring.bias
+    assert (crows.source, crows.subset, crows.split) == (own["source"], None, None)
+    assert stereoset.source == "McGill-NLP/stereoset"
+    assert (stereoset.subset, stereoset.split) == ("intrasentence", "validation")
 
 
 def test_a_task_of_its_own_source_keeps_the_split_it_names(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ FIXED = {
     "scoring.examples.search": 7,
     "scoring.search_fraction": 0.3,
     "scoring.seed": 1,
+    "scoring.stride": 16,
     "scoring.kl_top_k": 16,
     "objectives": ["budget.linear", "nll"],
     "space.group": "target",
@@ -63,6 +64,8 @@ CONTENT = {
     "calibration.window": 64,
     "calibration.labels": "data",
     "scoring.tasks": ["piqa"],
+    "scoring.bias": ["crows_pairs"],
+    "scoring.corpora": [{"name": "other", "source": "org/other"}],
 }
 FREE = {
     "runs": "elsewhere",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fakes import DENSE_NLL, TARGETS, MadeUpPool, loss, open_study, score_of
 
-from actors.types import Allocation, KlScore
+from actors.types import Allocation, KlScore, TextScore
 from search.journal import open_journal
 from search.pool import Job, Outcome
 from search.records import Objective
@@ -323,6 +323,17 @@ def test_the_hypervolume_is_measured_from_log_ten_nats_of_divergence(tmp_path: P
     runner(study, MadeUpPool(diverging), trials=1).run()
     assert [row.values for row in study.rows()] == [(1.0, 0.0)]
     assert reference_point(study) == (1.0, pytest.approx(math.log(10)))
+
+
+def test_the_hypervolume_of_a_corpus_is_measured_from_its_own_dense_loss(tmp_path: Path) -> None:
+    def scored(job: Job) -> Outcome:
+        text = TextScore("c4@32", nats=500.0, tokens=100, stderr=0.0)
+        return Outcome(job, replace(score_of(job.allocation), corpora={"c4": text}))
+
+    study = open_study(tmp_path, objectives=(Objective("budget.model", True), Objective("nll.c4", True)))
+    study.enqueue([(Allocation.dense(TARGETS), "dense")])
+    runner(study, MadeUpPool(scored), trials=1).run()
+    assert reference_point(study) == (1.0, pytest.approx(5 + math.log(10)))
 
 
 def test_maximised_objectives_have_their_sign_turned(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""What the front's own table has no room for: one column for each further metric that was scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from actors.types import Score
+from search.findings import Cells
+from search.panels import dense_row, front_rows
+from search.records import StudySummary
+
+SHOWN = ("kl", "nll.", "bias.")
+"""Beginnings of the metrics that are shown here."""
+
+
+def further_cells(summary: StudySummary) -> Cells | None:
+    """Every further metric of the front by falling budget, under the dense model; None where there is none.
+
+    Shares of bias sets are in %. Of the search split, then of the test split where a member was scored on it.
+    """
+    reference = dense_row(summary)
+    rows = front_rows(summary)
+    if reference is not None and reference not in rows:
+        rows = [reference, *rows]
+    tests = {row.number: summary.test_score(row.number) for row in rows}
+    columns = [(name, False) for name in _names(row.score for row in rows)]
+    columns += [(name, True) for name in _names(tests.values())]
+    if not columns:
+        return None
+    titles = [f"test {name}" if tested else name for name, tested in columns]
+    cells = [
+        (
+            str(row.number),
+            f"{100 * row.budget_model:.1f}%",
+            *(_cell(tests[row.number] if tested else row.score, name) for name, tested in columns),
+        )
+        for row in rows
+    ]
+    return Cells(("trial", "kept", *titles), tuple(cells), "")
+
+
+def _names(scores: Iterable[Score | None]) -> list[str]:
+    """The further metrics that any of the scores has, in the order they are met."""
+    met = dict.fromkeys(name for score in scores if score is not None for name in score.metrics)
+    return [name for name in met if name.startswith(SHOWN)]
+
+
+def _cell(score: Score | None, name: str) -> str:
+    if score is None or name not in score.metrics:
+        return ""
+    value, error, digits = score.metrics[name], score.stderrs[name], 3
+    if name.startswith("bias.") and not name.endswith("_diff"):
+        value, error, digits = 100 * value, 100 * error, 1
+    return f"{value:.{digits}f}" + (f"±{error:.{digits}f}" if math.isfinite(error) else "")

@@ -1,0 +1,71 @@
+"""The table of further scores: a column for each, and none where nothing further was scored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fakes import OBJECTIVES, TARGETS, cost_model, score_of
+
+from actors.samples import pack_floats
+from actors.types import Allocation, BiasScore, KlScore, Score, TextScore
+from search.further import further_cells
+from search.records import Evaluation, StudySummary, TrialRow
+
+
+def corpus(nll: float) -> TextScore:
+    return TextScore("c4@32", nats=100 * nll, tokens=100, stderr=0.25)
+
+
+def row(number: int, allocation: Allocation, score: Score) -> TrialRow:
+    budgets = cost_model().budgets(allocation)
+    return TrialRow(
+        number=number,
+        state="COMPLETE",
+        origin="tpe",
+        allocation=allocation,
+        budget_linear=budgets["budget.linear"],
+        budget_model=budgets["budget.model"],
+        budget_bytes=budgets["budget.bytes"],
+        values=(budgets["budget.model"], score.text.nll),
+        score=score,
+        seconds=1.0,
+        replica="r",
+        reason=None,
+        copied_from=None,
+    )
+
+
+def summary(rows: tuple[TrialRow, ...], evaluations: tuple[Evaluation, ...] = ()) -> StudySummary:
+    front = tuple(row.number for row in rows if not row.allocation.is_dense)
+    return StudySummary("s", "m", OBJECTIVES, rows, front, 0.0, (1.0, 9.0), evaluations, {})
+
+
+DENSE, HALF = Allocation.dense(TARGETS), cost_model().uniform(0.5)
+
+
+def test_nothing_further_is_no_table() -> None:
+    assert further_cells(summary((row(0, DENSE, score_of(DENSE)), row(1, HALF, score_of(HALF))))) is None
+
+
+def test_every_further_metric_is_a_column_and_the_dense_model_comes_first() -> None:
+    dense = replace(score_of(DENSE), corpora={"c4": corpus(3.0)})
+    half = replace(score_of(HALF), corpora={"c4": corpus(3.5)}, kl=KlScore(8, 12.5, 100, 0.01))
+    crows = BiasScore(4, {"stereotype": 0.75}, {"stereotype": pack_floats([1.0, 1.0, 1.0, 0.0])})
+    half = replace(half, bias={"crows_pairs": crows})
+    test = replace(half, split="test", bias={}, corpora={"c4": corpus(3.75)}, kl=None)
+    rows = (row(0, DENSE, dense), row(1, HALF, half))
+    cells = further_cells(summary(rows, (Evaluation(1, "factors", "test", "f", test),)))
+    assert cells is not None
+    assert cells.columns == (
+        "trial",
+        "kept",
+        "nll.c4",
+        "kl",
+        "bias.crows_pairs.stereotype",
+        "test nll.c4",
+    )
+    kept = f"{100 * rows[1].budget_model:.1f}%"
+    assert cells.rows == (
+        ("0", "100.0%", "3.000±0.250", "", "", ""),
+        ("1", kept, "3.500±0.250", "0.125±0.010", "75.0±25.0", "3.750±0.250"),
+    )
