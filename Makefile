@@ -3,6 +3,9 @@ PYTHON ?= python3
 CONFIG ?= configs/smollm2.yaml
 ARGS ?=
 WORKERS ?= 2
+# Every Ray actor imports Python's largest packages: they are compiled once, not by each process, even where
+# the environment (that of many container images) says not to.
+export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt

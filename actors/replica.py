@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 def quieten() -> None:
     """Keep library progress bars and advice out of a worker's log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
+    # Read when `datasets` is imported, which JSON sources never need.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import transformers
 
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

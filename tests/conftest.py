@@ -14,6 +14,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# Dozens of processes import ray and torch: compiled by each of them, the imports take three times as long.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Every actor here has an environment of its own: no worker that Ray starts ahead would serve one.
 os.environ |= {"RAY_prestart_worker_first_driver": "0"}
 # pytest puts tests/ on the path, whose folders `actors` and `search` would hide the packages of that name.

@@ -247,11 +247,14 @@ def test_of_two_processes_one_builds_and_the_other_waits_and_reuses(
 
 
 def moments_of(builders: Sequence[Builder], made: BuildPlan, group: int) -> dict[str, Moments]:
-    """Moments of a group whose text `builders` share."""
+    """Moments of a group whose text `builders` share, pickled as they travel between actors."""
     for shard, builder in enumerate(builders):
         *_, last = builder.collect(made, group, shard, len(builders))
         assert last.done == last.total
-    return {name: merge([builder.part(name) for builder in builders]) for name in made.groups[group]}
+    return {
+        name: merge([pickle.loads(pickle.dumps(builder.part(name))) for builder in builders])
+        for name in made.groups[group]
+    }
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

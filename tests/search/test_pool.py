@@ -150,11 +150,11 @@ def test_scores_belong_to_their_jobs_and_both_replicas_work(pool_of: Any) -> Non
 
 
 def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: Path) -> None:
-    """Three jobs kill their replica once, one kills every replica; all others are scored.
+    """Two jobs kill their replica once, one kills every replica; all others are scored.
 
     A dying process may take the answer before with it, so a neighbour may be charged for the death.
     """
-    behaviour = {7: ["die"], 21: ["die"] * 9, 22: ["die"], 40: ["die"]}
+    behaviour = {7: ["die"], 21: ["die"] * 9, 40: ["die"]}
     found = drain(pool_of(behaviour, attempts=3), list(range(1, 51)))
     assert [rank for rank, outcome in found.items() if outcome.score is None] == [21]
     assert all(outcome.score.text.nats == rank for rank, outcome in found.items() if outcome.score)
@@ -163,27 +163,20 @@ def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: P
     assert "died" in reason
     assert "attempt 3 of 3" in reason
     assert attempts_of(tmp_path, 21) >= 3
-    assert all(attempts_of(tmp_path, rank) >= 2 for rank in (7, 22, 40))
+    assert all(attempts_of(tmp_path, rank) >= 2 for rank in (7, 40))
 
 
-@pytest.mark.parametrize(("act", "says"), [("refuse", "nll is nan on the search"), ("break", "a mistake in")])
-def test_a_job_that_raises_is_tried_again_and_then_reported(
-    pool_of: Any, tmp_path: Path, act: str, says: str
-) -> None:
-    found = drain(pool_of({1: [act], 2: [act] * 3}, attempts=3), [1, 2, 3])
-    assert found[1].score is not None
-    assert found[2].score is None
-    assert says in (found[2].reason or "")
-    assert "attempt 3 of 3" in (found[2].reason or "")
-    assert found[3].score is not None
-    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3)] == [2, 3, 1]
-
-
-def test_a_replica_that_raises_stays(pool_of: Any) -> None:
-    """A mistake of one trial costs no restart: a model takes minutes to load."""
-    pool = pool_of({1: ["refuse"]}, count=1)
+def test_a_job_that_raises_is_tried_again_and_then_reported(pool_of: Any, tmp_path: Path) -> None:
+    """And the replica stays: a mistake of one trial costs no restart, a model takes minutes to load."""
+    behaviour = {1: ["refuse"], 2: ["refuse"] * 3, 4: ["break"], 5: ["break"] * 3}
+    pool = pool_of(behaviour, count=1, attempts=3)
     actor = pool._slots[0].actor
-    drain(pool, [1, 2])
+    found = drain(pool, [1, 2, 3, 4, 5])
+    assert [rank for rank, outcome in found.items() if outcome.score is None] == [2, 5]
+    for rank, says in ((2, "nll is nan on the search"), (5, "a mistake in")):
+        assert says in (found[rank].reason or "")
+        assert "attempt 3 of 3" in (found[rank].reason or "")
+    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4, 5)] == [2, 3, 1, 2, 3]
     assert pool._slots[0].actor is actor
 
 
@@ -202,15 +195,11 @@ def test_a_hanging_trial_is_killed_and_tried_again(pool_of: Any, tmp_path: Path)
 
 def test_a_trial_that_always_hangs_fails_with_its_reason(pool_of: Any, tmp_path: Path) -> None:
     """Its second attempt is the first trial of a new replica, which is no excuse to wait for ever."""
-    found = drain(pool_of({2: ["hang"] * 9}, count=1, trial_seconds=1.0), [1, 2])
+    found = drain(pool_of({2: ["hang"] * 9}, count=1, trial_seconds=0.5), [1, 2])
     assert found[2].score is None
+    assert "no score within 0.5 seconds" in (found[2].reason or "")
     assert "attempt 2 of 2" in (found[2].reason or "")
     assert attempts_of(tmp_path, 2) == 2
-
-
-def test_the_reason_of_a_trial_that_hangs_names_the_limit(pool_of: Any) -> None:
-    found = drain(pool_of({2: ["hang"]}, count=1, attempts=1, trial_seconds=0.5), [1, 2])
-    assert "0.5" in (found[2].reason or ""), found[2].reason
 
 
 def test_a_closed_pool_holds_no_replica(pool_of: Any) -> None:

@@ -10,17 +10,14 @@ from typing import Any
 import pytest
 import ray
 import tiny
-import torch
 
 import search.pool
 import search.preparing
-from actors.builder import Builder
 from actors.factors import FactorStore, store_problem
-from actors.moments import merge
 from actors.replica import Preparer
-from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
+from actors.types import PreparationSpec, Prepared, Progress, RankfrontError
 from search.config import parse_config
-from search.pool import Machine, thread_environment
+from search.pool import Machine
 from search.preparing import builder_count, places, prepare
 
 MACHINE = Machine(cores=2, gpus=0, memory=1 << 30)
@@ -55,11 +52,11 @@ def spec_of(root: Path, runs: Path, **overrides: Any) -> PreparationSpec:
 class Watched:
     """A preparation and all that it told its driver."""
 
-    def __init__(self, spec: PreparationSpec, builders: int) -> None:
+    def __init__(self, spec: PreparationSpec, builders: int, machine: Machine = MACHINE) -> None:
         self.said: list[str] = []
         self.shown: list[Progress] = []
         self.checked: list[Mapping[str, str]] = []
-        self._ask = (spec, MACHINE, builders, self.said.append, self.shown.append, self.checked.append)
+        self._ask = (spec, machine, builders, self.said.append, self.shown.append, self.checked.append)
 
     def run(self) -> Prepared:
         return prepare(*self._ask)
@@ -92,48 +89,16 @@ def same_store(found: Prepared, expected: Prepared) -> None:
 
 
 def test_two_builders_make_what_one_makes(root: Path, by_one: Prepared, tmp_path: Path) -> None:
-    watched = Watched(spec_of(root, tmp_path), builders=2)
+    """Begun where one has room and the other waits, aloud, for a cluster that grows: this one has."""
+    watched = Watched(spec_of(root, tmp_path), 2, replace(MACHINE, cores=1, grows=True))
     prepared = watched.run()
+    [waits] = [line for line in watched.said if "waiting for the cluster to grow" in line]
+    assert waits.startswith("calibration.builders: 2 need a CPU each and there are 1 CPUs")
     assert not prepared.reused
     assert prepared.fingerprints == by_one.fingerprints
     same_store(prepared, by_one)
     assert watched.shown[-1] == Progress("decomposing", 21, 21)
     assert [progress.total for progress in watched.shown if progress.step == "calibrating"][-1] == 8
-
-
-def test_moments_that_travel_between_actors_add_up(root: Path, tmp_path: Path) -> None:
-    """Two actors' parts, fetched and merged here, against a builder in this process."""
-    spec = spec_of(root, tmp_path)
-    own = Builder(spec)
-    *_, made = own.inspect()
-    assert isinstance(made, BuildPlan)
-    [*_] = own.collect(made, 0, 0, 1)
-    options = {"num_cpus": 1, "runtime_env": thread_environment(1)}
-    actors = [ray.remote(Preparer).options(**options).remote(spec, 1) for _ in range(2)]
-    try:
-        streams = [
-            actor.collect.options(num_returns="streaming").remote(made, 0, shard, 2)
-            for shard, actor in enumerate(actors)
-        ]
-        for stream in streams:
-            assert len([ray.get(reference) for reference in stream]) >= 1
-        for target in own.targets:
-            found = merge(ray.get([actor.part.remote(target.name) for actor in actors]))
-            expected = own.part(target.name)
-            assert (found.side, found.tokens) == (expected.side, expected.tokens)
-            assert found.weighted is not None
-            assert expected.weighted is not None
-            for one, other in (
-                (found.weighted.covariance, expected.weighted.covariance),
-                (found.weighted.mean, expected.weighted.mean),
-                (found.input_mean, expected.input_mean),
-                (found.gradient, expected.gradient),
-            ):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * other.abs().max().item())
-    finally:  # a failure here must not leave the next test without a core
-        own.close()
-        for actor in actors:
-            ray.kill(actor)
 
 
 def dying(folder: Path, method: str, after: int, times: int) -> type:
@@ -235,19 +200,10 @@ def test_a_check_that_refuses_stops_before_anything_is_measured(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("mistake", "says"),
-    [
-        ({"targets": {"include": ["*.q_project"]}}, r"^targets: .*leaves none of 21 linear layers"),
-        ({"factors": {"methods": {"*.x": "weight"}}}, r"^factors\.methods: '\*\.x' fits no target"),
-    ],
-    ids=["targets", "methods"],
-)
-def test_the_workers_mistakes_are_told_as_they_are(
-    mistake: dict[str, Any], says: str, root: Path, tmp_path: Path
-) -> None:
+def test_the_workers_mistakes_are_told_as_they_are(root: Path, tmp_path: Path) -> None:
     """Those of a constructor too: the process is gone then, but of its own will."""
-    with pytest.raises(RankfrontError, match=says):
+    mistake = {"factors": {"methods": {"*.x": "weight"}}}
+    with pytest.raises(RankfrontError, match=r"^factors\.methods: '\*\.x' fits no target"):
         Watched(spec_of(root, tmp_path, **mistake), builders=1).run()
 
 
@@ -264,19 +220,6 @@ def test_more_builders_than_run_at_once_are_refused_before_anything_is_measured(
         watched.run()
     assert watched.shown == []
     assert deaths(tmp_path) == 0
-
-
-def test_builders_wait_aloud_for_a_cluster_that_may_grow(root: Path, tmp_path: Path) -> None:
-    class HeardError(Exception):
-        pass
-
-    def say(line: str) -> None:
-        if "waiting for the cluster to grow" in line:
-            raise HeardError(line)
-
-    growing, ignore = replace(MACHINE, grows=True), lambda _: None
-    with pytest.raises(HeardError, match=r"^calibration\.builders: 3 need a CPU each"):
-        prepare(spec_of(root, tmp_path), growing, 3, say, ignore, ignore)
 
 
 @pytest.mark.parametrize(
