@@ -64,9 +64,9 @@ def window_losses(
         logits = forward().logits
         nats.append(_window_nats(logits, batch).cpu())
         where = f"windows {start}..{start + len(batch) - 1}"
-        lost = torch.isfinite(nats[-1]).all()
-        if not (lost and all_finite(logits)):
-            what = "logits" if lost else "loss"
+        sound = torch.isfinite(nats[-1]).all()
+        if not (sound and all_finite(logits)):
+            what = "logits" if sound else "loss"
             raise ScoringError(f"{name}: non-finite {what} in {where}, {culprit(model, forward)}")
         if dense is not None:
             kept = slice(start, start + len(batch))
