@@ -68,9 +68,9 @@ def window_losses(
         last = scored[kept].to(device)
         nats.append(_window_nats(logits, batch, last).cpu())
         where = f"windows {start}..{start + len(batch) - 1}"
-        finite = torch.isfinite(nats[-1]).all()
-        if not (finite and all_finite(logits)):
-            what = "logits" if finite else "loss"
+        sound = torch.isfinite(nats[-1]).all()
+        if not (sound and all_finite(logits)):
+            what = "logits" if sound else "loss"
             raise ScoringError(f"{name}: non-finite {what} in {where}, {culprit(model, forward)}")
         if dense is not None:
             kl.append(_window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept]), last).cpu())
