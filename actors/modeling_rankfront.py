@@ -6,7 +6,9 @@ exported folder, where `trust_remote_code=True` loads it without rankfront.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,14 @@ FORMS: dict[str, Callable[[int, int, int, bool], nn.Module]] = {
     "factored": FactoredLinear,
     "pivoted": PivotedLinear,
 }
+
+
+CODE = "modeling_rankfront.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_rankfront.RankfrontConfig",
+    "AutoModelForCausalLM": "modeling_rankfront.RankfrontForCausalLM",
+}
+"""Where transformers finds the classes of a folder: in this file, which every saved folder holds."""
 
 
 class RankfrontConfig(PretrainedConfig):
@@ -126,6 +136,23 @@ class RankfrontForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.base.generation_config = self.generation_config
         return self.base.generate(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, and this file beside it: what was loaded and saved loads anywhere again."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        shutil.copyfile(__file__, Path(save_directory) / CODE)
+
+    @staticmethod
+    def with_lora(config: Any) -> Any:
+        """A peft LoraConfig that may name low-rank targets (`q_proj`): an adapter lies over the whole layer.
+
+        It stays beside the layer: low-rank weights have no room to merge it into.
+        """
+        from peft.tuners import lora
+
+        config._register_custom_module({FactoredLinear: lora.Linear, PivotedLinear: lora.Linear})
+        return config
 
 
 AutoConfig.register("rankfront", RankfrontConfig, exist_ok=True)
