@@ -49,7 +49,10 @@ def low_rank_layer(
     rows, cols = weight.shape
     form = stored_layer(storage, rows, cols, rank, bias is not None, weight.element_size()).form
     layer = modeling.FORMS[form](cols, rows, rank, bias is not None).to(weight.dtype)
-    layer.load_state_dict(_parts(form, left, right) | ({} if bias is None else {"bias": bias}))
+    parts = _parts(form, left, right)
+    if bias is not None:
+        parts["bias"] = _pivoted_bias(bias, parts, weight.dtype) if form == PIVOTED else bias
+    layer.load_state_dict(parts)
     entry = {"form": form, "rank": rank, "bias": bias is not None, "in": cols, "out": rows}
     return layer, entry
 
@@ -61,6 +64,15 @@ def _parts(form: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
     if form == FACTORED:
         return {"left": left.T, "right": right}
     return {"weight": left.T.double() @ right.double()}
+
+
+def _pivoted_bias(bias: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """[c; b - C c] (m,) in the order of the pivoted rows, by the coefficients as they are stored."""
+    placed = torch.empty(len(bias), dtype=torch.float64)
+    placed[parts["order"].long()] = bias.double().cpu()
+    own, others = placed.tensor_split((len(parts["pivots"]),))
+    others -= parts["coefficients"].to(dtype).double() @ own
+    return placed
 
 
 def low_rank_model(
