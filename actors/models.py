@@ -121,6 +121,7 @@ def _download(hub_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]  # for the card of an export
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 
 

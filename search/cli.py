@@ -7,24 +7,25 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 
 from actors.types import RankfrontError
 from search.allocations import read_allocations
+from search.cli_export import apply_command, export_command
 from search.config import load_config
 from search.findings import cells_table, front_table, headline
 from search.folder import StudyFolder, find_study, repair_if_idle, report
 from search.further import further_cells
-from search.records import StudySummary, TrialRow
+from search.records import StudySummary
 from search.sections import SamplerSection
 from search.sensitivity import sensitivity
 from search.sensitivity_table import Sensitivity, found, module_cells, target_cells
 from search.session import search
 from search.surgical_run import surgical
+from search.terminal import Runs, StudyName, console, override
 
 app = typer.Typer(
     help="Search which rank each linear layer of a language model should keep.",
@@ -32,12 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# A pipe or a log has no width of its own: give it room for the front.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False)
-
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's folder, or its name in --runs.")]
-Runs = Annotated[Path, typer.Option(help="Folder that holds the studies.")]
 
 
 @app.command("search")
@@ -49,7 +45,7 @@ def search_command(
     ] = None,
 ) -> None:
     """Start the study of a config, or continue it."""
-    overrides = dict(_override(text) for text in set_ or [])
+    overrides = dict(override(text) for text in set_ or [])
     if trials is not None:
         overrides["stop.trials"] = trials
     folder, summary, reason = search(load_config(config, overrides), console)
@@ -66,16 +62,6 @@ def _exit_if_stopped(reason: str) -> None:
     """With the exit code of the signal that ended a command, if one did."""
     if reason.startswith("SIG"):
         raise typer.Exit(130 if reason == "SIGINT" else 143)
-
-
-def _override(text: str) -> tuple[str, Any]:
-    key, found, value = text.partition("=")
-    if not found:
-        raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 
 def _print_front(summary: StudySummary) -> None:
@@ -132,7 +118,7 @@ def surgical_command(
     ] = None,
 ) -> None:
     """Search target by target, last block to first, as arXiv 2405.13039 does; or continue doing so."""
-    folder, summary, reason = surgical(load_config(config, dict(map(_override, set_ or []))), console)
+    folder, summary, reason = surgical(load_config(config, dict(map(override, set_ or []))), console)
     _print_end(folder, summary, reason, "surgical", _again(config, set_))
     _exit_if_stopped(reason)
 
@@ -145,7 +131,7 @@ def sensitivity_command(
     ] = None,
 ) -> None:
     """Score every target alone, all others dense, and map what each loses; or continue doing so."""
-    folder, table, reason = sensitivity(load_config(config, dict(map(_override, set_ or []))), console)
+    folder, table, reason = sensitivity(load_config(config, dict(map(override, set_ or []))), console)
     _print_sensitivity(folder, table)
     console.print(f"\nStopped: {reason}; all saved in [bold]{folder}/[/]", soft_wrap=True)
     if table is not None:
@@ -211,71 +197,8 @@ def enqueue_command(
     console.print(f"Enqueued as trials: {listed}" + (f"; {known} are in the study already" if known else ""))
 
 
-@app.command("export")
-def export_command(
-    study: StudyName,
-    trial: Annotated[int | None, typer.Option(help="Which trial.")] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="The best front point at or under this model budget.")
-    ] = None,
-    to: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
-    runs: Runs = Path("runs"),
-) -> None:
-    """Write one allocation as a model folder that transformers loads, and check it against the record."""
-    if (trial is None) == (budget is None):
-        raise RankfrontError("export: give either --trial N or --budget B")
-    folder = find_study(study, runs)
-    row = _choose(report(folder, folder.open_study()), trial, budget)
-    from actors.export import export
-
-    destination = to or folder.path / "exports" / f"trial-{row.number:05d}"
-    assert row.score is not None
-    check = export(
-        folder.config.preparation(),
-        folder.prepared,
-        row.allocation,
-        folder.config.storage,
-        destination,
-        row.score,
-        {
-            "study": folder.config.study,
-            "trial": row.number,
-            "budget.model": row.budget_model,
-            "budget.bytes": row.budget_bytes,
-        },
-    )
-    console.print(
-        f"Trial {row.number} ({row.budget_model:.1%} of all parameters) written to [bold]{destination}/[/]"
-    )
-    for line in check:
-        console.print(f"  {line}", soft_wrap=True)
-    console.print(
-        "\nLoad it:\n"
-        "  import actors.modeling_rankfront  # or trust_remote_code=True without rankfront\n"
-        "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'  model = AutoModelForCausalLM.from_pretrained("{destination}")',
-        soft_wrap=True,
-    )
-
-
-def _choose(summary: StudySummary, trial: int | None, budget: float | None) -> TrialRow:
-    if trial is not None:
-        row = next((row for row in summary.rows if row.number == trial), None)
-        if row is None:
-            raise RankfrontError(f"--trial {trial}: the study has trials 0..{len(summary.rows) - 1}")
-        if not row.finished:
-            raise RankfrontError(
-                f"--trial {trial}: it is {row.state}" + (f": {row.reason}" if row.reason else "")
-            )
-        return row
-    assert budget is not None
-    rows = {row.number: row for row in summary.rows}
-    under = [rows[n] for n in summary.front if rows[n].budget_model <= budget and rows[n].score]
-    if not under:
-        lowest = min((rows[n].budget_model for n in summary.front), default=None)
-        found = "the front is empty" if lowest is None else f"the front reaches down to {lowest:.3f}"
-        raise RankfrontError(f"--budget {budget}: no front point at or under it; {found}")
-    return min(under, key=lambda row: row.score.text.nll if row.score else 0.0)
+app.command("export")(export_command)
+app.command("apply")(apply_command)
 
 
 def main() -> None:

@@ -158,11 +158,16 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["the top level must be a mapping of keys"])
     for key, value in (overrides or {}).items():
-        _set(raw, key, value)
+        set_key(raw, key, value)
     return parse_config(raw, str(path))
 
 
-def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of plain data, making the sections on the way.
+
+    Raises:
+        RankfrontError: a part of the key is no section.
+    """
     *parents, last = key.split(".")
     for parent in parents:
         raw = raw.setdefault(parent, {})

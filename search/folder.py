@@ -71,7 +71,7 @@ class StudyFolder:
             "model": config.model.source,
             "parameters": f"{prepared.model_parameters:,} ({len(prepared.targets)} targets hold "
             f"{self.cost.linear_parameters:,})",
-            "factors": _factor_fact(config.factor_spec),
+            "factors": factor_fact(config.factor_spec),
             "storage of a compressed target": config.storage,
             "calibration": f"{prepared.tokens['calibration']:,} tokens",
             "search split": _split_fact(prepared, "search"),
@@ -125,7 +125,8 @@ def short_name(source: str) -> str:
     return source.rsplit("/", 1)[-1] if source.startswith(("/", "package:")) else source
 
 
-def _factor_fact(factors: FactorSpec) -> str:
+def factor_fact(factors: FactorSpec) -> str:
+    """How targets are decomposed, for people."""
     own = "".join(f", {pattern} by {method}" for pattern, method in factors.methods)
     chosen = f", the search chooses among {'/'.join(factors.choices)}" if factors.choices else ""
     return f"{factors.method}{own}{chosen}, bias {factors.bias}, {factors.dtype}"

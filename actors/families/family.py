@@ -28,6 +28,7 @@ class Family:
 
     `model_types` are the values of `config.model_type` it is for; a module in `optional` may be missing
     from a block. `note` is what the user should know about the choice of targets, None where nothing.
+    `bias_switches` are settings of the config that give targets a bias they lack.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family:
     modules: tuple[str, ...] = GATED
     optional: tuple[str, ...] = ()
     note: str | None = None
+    bias_switches: tuple[str, ...] = ()
 
     def decoder_blocks(self, model: nn.Module) -> nn.ModuleList:
         """The list at `blocks`.

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from actors.families.family import Family
 
-GEMMA3 = Family("gemma3", model_types=("gemma3_text",))
+GEMMA3 = Family("gemma3", model_types=("gemma3_text",), bias_switches=("attention_bias",))

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from actors.families.family import Family
 
-LLAMA = Family("llama", model_types=("llama",))
+LLAMA = Family("llama", model_types=("llama",), bias_switches=("attention_bias", "mlp_bias"))

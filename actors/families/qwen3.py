@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from actors.families.family import Family
 
-QWEN3 = Family("qwen3", model_types=("qwen3",))
+QWEN3 = Family("qwen3", model_types=("qwen3",), bias_switches=("attention_bias",))

@@ -10,6 +10,7 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
+from actors.check import Scored
 from actors.export import export
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
@@ -48,12 +49,12 @@ class Case:
         return CostModel(self.prepared.targets, parameters, self.storage, bias, itemsize)
 
     def export(self, destination: Path, **changes: Any) -> list[str]:
+        form = changes.pop("form", "rankfront")
         case = replace(self, **changes)
         preparation = case.config.preparation()
         facts = {"study": "tiny", "trial": 3}
-        return export(
-            preparation, case.prepared, case.allocation, case.storage, destination, case.score, facts
-        )
+        scored = Scored(preparation, case.prepared, case.allocation, case.storage, case.score)
+        return export(scored, destination, facts, lambda checked: f"{checked.bytes:,} bytes", form)
 
 
 def make_case(

@@ -219,6 +219,8 @@ def test_the_largest_coefficient_is_said(name: str, cases: dict[str, Case]) -> N
 def test_the_folder_holds_what_it_should_and_no_pickle(name: str, cases: dict[str, Case]) -> None:
     case = cases[name]
     assert {file.name for file in case.folder.rglob("*")} == {
+        "README.md",
+        "check.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -28,6 +28,27 @@ def test_an_existing_destination_is_left_alone(tied: Case, tmp_path: Path) -> No
     assert [file.name for file in tmp_path.rglob("*")] == ["mine", "notes.txt"]
 
 
+def test_a_place_that_cannot_be_written_is_said(tied: Case, tmp_path: Path) -> None:
+    """A file in the way of a folder: the same refusal by the system as of a read-only one, for root too."""
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(RankfrontError, match=r"export to .*/file/new: .*Not a directory"):
+        tied.export(tmp_path / "file" / "new")
+    assert [file.name for file in tmp_path.rglob("*")] == ["file"]
+    with pytest.raises(RankfrontError, match=r"export to /proc/new: "):
+        tied.export(Path("/proc/new"))
+
+
+def test_a_destination_is_one_folder_whatever_its_name(tied: Case, tmp_path: Path) -> None:
+    """`..` at the end is the folder it stands for, which is there; a dangling link is not written through."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "far")
+    with pytest.raises(RankfrontError, match="exists already"):
+        tied.export(tmp_path / "inner" / "..")
+    with pytest.raises(RankfrontError, match="exists already"):
+        tied.export(tmp_path / "link")
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["inner", "link"]
+
+
 def test_a_lost_factor_store_is_said(tied: Case, tmp_path: Path) -> None:
     lost = replace(tied.prepared, factor_store=str(tmp_path / "gone"))
     with pytest.raises(RankfrontError, match=r"factor store .*/gone is gone; run the search command again"):

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from actors import export as exporting
-from actors.export import compare_logits, low_rank_model
+from actors.check import compare_logits
+from actors.export import low_rank_model
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import count_parameters, load_model

@@ -229,10 +229,18 @@ def test_enqueue_works_beside_a_driver(
     ("arguments", "says"),
     [
         (["report", "no-such-study"], "holds no study"),
-        (["export", "made-up"], "either --trial N or --budget B"),
-        (["export", "made-up", "--trial", "1", "--budget", "0.9"], "either --trial N or --budget B"),
+        (["export"], "name a study, or a folder with --check"),
+        (["export", "made-up"], "give one of --trial N, --budget B, --max-nll X and --all-front"),
+        (["export", "made-up", "--trial", "1", "--budget", "0.9"], "give one of --trial N, --budget B"),
+        (["export", "made-up", "--trial", "0", "--all-front"], "give one of --trial N, --budget B"),
         (["export", "made-up", "--trial", "77"], "trials 0..1"),
         (["export", "made-up", "--budget", "0.01"], "the front reaches down to"),
+        (["export", "made-up", "--max-nll", "0.01"], "--max-nll 0.01: no front point at or under it; the"),
+        (["export", "made-up", "--check", "made-up"], "a study or --check FOLDER, not both"),
+        (["export", "--check", "nowhere"], "nowhere: no such folder"),
+        (["export", "--check", "."], "ranks.yaml"),
+        (["export", "made-up", "--trial", "0", "--set", "a=1"], "--set is for --check"),
+        (["apply", "none.yaml", "./model", "--to", "new"], "none.yaml"),
         (["search", "config.yaml", "--set", "stop.trials"], "KEY=VALUE"),
         (["search", "config.yaml", "--set", "stop.trials=[1"], "stop.trials"),
         (["search", "config.yaml", "--set", "study.x=1"], "not a section"),
@@ -329,7 +337,7 @@ def test_a_cluster_that_does_not_answer_is_said(
 
 def test_every_command_has_help() -> None:
     names = [command.name for command in app.registered_commands]
-    assert names == ["search", "surgical", "sensitivity", "report", "enqueue", "export"]
+    assert names == ["search", "surgical", "sensitivity", "report", "enqueue", "export", "apply"]
     done = subprocess.run(
         [sys.executable, "-m", "search.cli", "--help"], capture_output=True, text=True, timeout=240
     )

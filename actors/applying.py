@@ -1,0 +1,60 @@
+"""Make the model of a configuration that someone else found: decompose what it names, and score it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from actors.check import Scored
+from actors.models import list_targets, load_model, materialise
+from actors.preparation import prepare
+from actors.replica import quieten
+from actors.scoring import Scorer
+from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, ReplicaSpec
+
+
+def applied(
+    preparation: PreparationSpec,
+    storage: str,
+    ranks: Mapping[str, int | None],
+    methods: Mapping[str, str],
+    where: str,
+    say: Callable[[str], None],
+) -> Scored:
+    """The scored model of `ranks`, in this process.
+
+    Only targets with a rank are decomposed, each by its method.
+    `methods` names those whose method is not the one `preparation` has for them; `where` is the file the
+    ranks are from, for errors.
+
+    Raises:
+        RankfrontError: every rank that does not fit the model, before anything is decomposed.
+    """
+    quieten()
+    folder = materialise(preparation.model, Path(preparation.cache))
+    model = load_model(folder, preparation.model)
+    targets = list_targets(model, preparation.include, preparation.exclude)
+    del model
+    allocation = Allocation.of(ranks, targets, where, methods)
+    if allocation.is_dense:
+        raise RankfrontError(f"{where}: every target is dense: there is nothing to compress")
+    names = tuple(name for name, rank in allocation if rank is not None)
+    usual = preparation.factors.method_of
+    chosen = tuple((name, allocation.method_of(name) or usual(name)) for name in names)
+    preparation = replace(
+        preparation,
+        include=names,
+        exclude=(),
+        factors=replace(preparation.factors, methods=chosen, choices=()),
+    )
+    for item in prepare(preparation):
+        if isinstance(item, str):
+            say(item)
+        if isinstance(item, Prepared):
+            prepared = item
+    kept = Allocation.of({name: rank for name, rank in allocation if rank is not None}, prepared.targets)
+    replica = ReplicaSpec("apply", preparation, prepared, torch.get_num_threads())
+    return Scored(preparation, prepared, kept, storage, Scorer(replica).score(kept))

@@ -1,0 +1,273 @@
+"""Hold a written export against the searched model, its cost and its scores: once as it is written, and again
+from what the folder itself remembers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from actors.factors import FactorStore
+from actors.low_rank import TrialModel
+from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
+from actors.models import load_model, load_tokenizer
+from actors.scoring import load_split, score_split
+from actors.storage import FORMS, ITEMSIZE, stored_target
+from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, Score
+
+Tensor = torch.Tensor
+
+# float32 rounding in the order of a long sum, relative to the largest logit; beyond it the folder is
+# not the model that was scored.
+LOGIT_TOLERANCE = 1e-3
+# In half precision, how much further off a float32 run the export may be than the searched model is: 0.8 to
+# 1.2 times as far on random models of three families, and pivoted forms round up to 4 times as much.
+ROUNDING_RATIO = 4
+# Means over thousands of tokens, of which rounding moves some up and some down.
+NLL_TOLERANCE_HALF = 0.05
+
+PROBE = "check.json"
+# What a folder remembers of the searched model's logits: 64 positions by 32 words, 20 kB as text.
+PROBE_POSITIONS = 64
+PROBE_WORDS = 32
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored allocation, and all that decides which model that is."""
+
+    preparation: PreparationSpec
+    prepared: Prepared
+    allocation: Allocation
+    storage: str
+    score: Score
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a written folder holds, what the dense model would, and what was found right, in words."""
+
+    parameters: int
+    bytes: int
+    dense_parameters: int
+    dense_bytes: int
+    lines: tuple[str, ...]
+    probe: Mapping[str, Any]
+
+
+@torch.inference_mode()
+def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Checked:
+    """Reload a written folder and hold it against the searched model, its cost and its recorded score.
+
+    `added_bytes` is what it holds more than the dense model; None where the search counted that. Models
+    are in memory one after the other, never two at a time.
+
+    Raises:
+        RankfrontError: the files hold other bytes than were counted; logits or loss differ by more than
+            rounding.
+    """
+    preparation, prepared = scored.preparation, scored.prepared
+    tokenizer = load_tokenizer(folder, preparation.model)
+    store = FactorStore(prepared.factor_store)
+    model = load_model(prepared.model_folder, preparation.model)
+    size, whole = tensor_bytes(folder), own_bytes(model)
+    counted = whole + (_difference(scored) if added_bytes is None else added_bytes)
+    if size != counted:
+        raise RankfrontError(f"the files hold {size:,} bytes of tensors; {counted:,} were counted")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    data = load_split(preparation, "search", tokenizer, limit)
+    probe = data.windows[:1]
+    TrialModel(model, prepared.targets, store).install(scored.allocation, data.tokens)
+    expected = model(probe).logits.float()
+    del model
+    loaded = reload(folder)
+    found = loaded(probe).logits.float()
+    score = score_split(loaded, data, preparation.scoring.batch_tokens, "export")
+    stored = sum(parameter.numel() for parameter in loaded.parameters())
+    forms = _forms(loaded)
+    del loaded
+    exact = expected
+    if preparation.model.dtype != "float32":
+        model = load_model(prepared.model_folder, replace(preparation.model, dtype="float32"))
+        # for one token no product of factors is made: the model's own weights are all it holds
+        TrialModel(model, prepared.targets, store).install(scored.allocation, tokens=1)
+        exact = model(probe).logits
+        del model
+    logits = compare_logits(found, expected, exact)
+    nll, recorded = score.text.nll, scored.score.text.nll
+    hold_loss(nll, recorded, preparation.model.dtype)
+    lines = (
+        f"parameters: {stored:,} stored, {stored / prepared.model_parameters:.4f} of the dense model's",
+        f"bytes: {size:,} stored, {size / whole:.4f} of the dense model's",
+        *forms,
+        f"logits of the reloaded folder: {logits}",
+        f"nll on the search split: {nll:.6f} reloaded, {recorded:.6f} recorded, "
+        f"difference {abs(nll - recorded):.1e} nats/token",
+        f"perplexity: {score.text.perplexity:.4f}, recorded {scored.score.text.perplexity:.4f}",
+    )
+    remembered = _probe(probe, expected, exact) | {"bytes": size}
+    return Checked(stored, size, prepared.model_parameters, whole, lines, remembered)
+
+
+def _probe(ids: Tensor, expected: Tensor, exact: Tensor) -> dict[str, Any]:
+    """Ids (positions,) of a text, and the logits (positions, words) of evenly spaced words after each."""
+    ids = ids[0, :PROBE_POSITIONS]
+    words = torch.linspace(0, expected.shape[-1] - 1, PROBE_WORDS).long()
+    kept = {"searched": expected, "exact": exact}
+    logits = {name: values[0, : len(ids)][:, words].tolist() for name, values in kept.items()}
+    return {"ids": ids.tolist(), "words": words.tolist(), **logits}
+
+
+@torch.inference_mode()
+def recheck(folder: Path, preparation: PreparationSpec, recorded: Mapping[str, float]) -> list[str]:
+    """Reload a folder and hold it against what it remembers of the searched model; what was found, in words.
+
+    `recorded` are metrics of the search split by name. The text is found by its source, the rest in the
+    folder.
+
+    Raises:
+        RankfrontError: no whole export; bytes, logits or loss are not those it was written with.
+    """
+    remembered = read_probe(folder)
+    size = tensor_bytes(folder)
+    if size != remembered["bytes"]:
+        raise RankfrontError(
+            f"{folder}: its files hold {size:,} bytes of tensors, {remembered['bytes']:,} were written"
+        )
+    model = reload(folder)
+    found = model(torch.tensor([remembered["ids"]])).logits.float()[0][:, remembered["words"]]
+    searched, exact = (torch.tensor(remembered[name]) for name in ("searched", "exact"))
+    logits = compare_logits(found, searched, exact)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    data = load_split(preparation, "search", load_tokenizer(folder, preparation.model), limit)
+    score = score_split(model, data, preparation.scoring.batch_tokens, "check")
+    hold_loss(score.text.nll, recorded["nll"], preparation.model.dtype)
+    again = score.metrics
+    return [
+        f"bytes: {size:,}, as written",
+        f"logits: {logits}",
+        *(
+            f"{name} on the search split: {again[name]:.6f} reloaded, {value:.6f} recorded"
+            for name, value in recorded.items()
+            if name in again
+        ),
+    ]
+
+
+def read_probe(folder: Path) -> dict[str, Any]:
+    """What a folder remembers of the searched model.
+
+    Raises:
+        RankfrontError: nothing, or nothing that can be read.
+    """
+    try:
+        remembered: dict[str, Any] = json.loads((folder / PROBE).read_text(encoding="utf-8"))
+        missing = {"ids", "words", "searched", "exact", "bytes"} - remembered.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise RankfrontError(
+            f"{folder} is no export of rankfront: {PROBE} cannot be read ({error})"
+        ) from error
+    if missing:
+        raise RankfrontError(f"{folder / PROBE}: {', '.join(sorted(missing))} missing")
+    return remembered
+
+
+def reload(folder: Path) -> Any:
+    """The model of an exported folder, as everyone loads it.
+
+    Raises:
+        RankfrontError: it cannot be loaded.
+    """
+    assert RankfrontConfig.model_type == "rankfront", "imported: transformers knows the type from now on"
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise RankfrontError(f"{folder}: cannot be loaded: {error}") from error
+
+
+def hold_loss(nll: float, recorded: float, dtype: str) -> None:
+    """Raises RankfrontError where a loss (nats/token) is off the recorded one by more than rounding."""
+    tolerance = LOGIT_TOLERANCE if dtype == "float32" else NLL_TOLERANCE_HALF
+    if not abs(nll - recorded) <= tolerance * recorded:
+        raise RankfrontError(f"nll is {nll:.6f} nats/token reloaded, {recorded:.6f} recorded")
+
+
+def compare_logits(found: Tensor, expected: Tensor, exact: Tensor) -> str:
+    """Hold reloaded logits against the searched model's, in words.
+
+    `exact` are those of a float32 run of the same factors: `expected` itself where that is one. Else both
+    are off it by rounding, which a model may amplify as it likes: the reloaded ones may not be much
+    further off than the searched ones are.
+
+    Raises:
+        RankfrontError: the difference is more than rounding, or not a number.
+    """
+    largest = exact.abs().max().item()
+    difference = (found - expected).abs().max().item()
+    rounding, apart = _rms(expected - exact), _rms(found - exact)
+    if rounding == 0:
+        if not difference <= LOGIT_TOLERANCE * largest:
+            raise RankfrontError(
+                f"the reloaded logits differ by {difference:.3g} (largest logit {largest:.3g})"
+            )
+        return f"max abs difference {difference:.2e} (largest logit {largest:.1f})"
+    if not apart <= ROUNDING_RATIO * rounding:
+        raise RankfrontError(
+            f"the reloaded logits are {apart:.3g} off a float32 run of the same factors, the searched "
+            f"model's are {rounding:.3g} (root mean squares; largest logit {largest:.3g}): beyond "
+            f"{ROUNDING_RATIO} times as much it is not rounding"
+        )
+    return (
+        f"{apart:.2e} off a float32 run of the same factors, the searched model's are {rounding:.2e} "
+        f"(root mean squares; largest logit {largest:.1f})"
+    )
+
+
+def _rms(difference: Tensor) -> float:
+    return difference.square().mean().sqrt().item()
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the tensors in a folder's safetensors files, their headers excluded."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as stream:  # 8 bytes of length, then a header of that length, then tensors
+            header = int.from_bytes(stream.read(8), "little")
+        total += path.stat().st_size - 8 - header
+    return total
+
+
+def own_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and saved buffers, tied ones once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _difference(scored: Scored) -> int:
+    """Bytes that an allocation adds to the dense model's (mostly fewer than 0), as the search counts them."""
+    factors, itemsize = scored.preparation.factors, ITEMSIZE[scored.preparation.model.dtype]
+    return sum(
+        stored_target(scored.storage, target, rank, factors.bias, itemsize).bytes
+        - stored_target(scored.storage, target, None, factors.bias, itemsize).bytes
+        for target, (_, rank) in zip(scored.prepared.targets, scored.allocation, strict=True)
+    )
+
+
+def _forms(model: Any) -> list[str]:
+    """How many targets are stored in each form, and the largest |coefficient| of the pivoted ones."""
+    if not hasattr(model.config, "layers"):
+        return []
+    counts = Counter(layer["form"] for layer in model.config.layers.values())
+    found = ", ".join(f"{counts[form]} {form}" for form in FORMS if form in counts) or "none"
+    pivoted = [module.coefficients for module in model.modules() if isinstance(module, PivotedLinear)]
+    largest = max((part.abs().max().item() for part in pivoted if part.numel()), default=None)
+    coefficient = "" if largest is None else f"; largest coefficient {largest:.2f}"
+    return [f"compressed targets: {found}{coefficient}"]

@@ -1,0 +1,130 @@
+"""The commands that write models and configurations: wiring only."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actors.types import RankfrontError
+from search.applying import apply_configuration
+from search.choosing import chosen
+from search.exporting import check_folder, destinations, export_trial, write_configuration
+from search.folder import find_study, summarise
+from search.terminal import Runs, console, override
+
+
+class Form(StrEnum):
+    """Forms of a folder, by the names `actors.export` has for them."""
+
+    rankfront = "rankfront"
+    dense = "dense"
+
+
+FormOption = Annotated[
+    Form, typer.Option("--format", help="rankfront: low rank; dense: ordinary weights, no smaller.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the folder's or file's configuration."
+    ),
+]
+
+
+def export_command(
+    study: Annotated[
+        str | None, typer.Argument(metavar="STUDY", help="The study's folder, or its name in --runs.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(help="Which trial.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="The best front point at or under this model budget.")
+    ] = None,
+    max_nll: Annotated[
+        float | None, typer.Option(help="The smallest front point at or under this loss, nats/token.")
+    ] = None,
+    all_front: Annotated[
+        bool, typer.Option("--all-front", help="Every compressed point of the front, a folder each.")
+    ] = False,
+    format_: FormOption = Form.rankfront,
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="The configuration alone, as YAML and JSON; no weights.")
+    ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Instead: reload an exported folder and compare it with its own record."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
+    set_: SetOption = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write allocations as model folders that transformers loads, each checked against the record."""
+    if check is not None:
+        _check(check, study, set_ or [])
+        return
+    if study is None:
+        raise RankfrontError("export: name a study, or a folder with --check")
+    if set_:
+        raise RankfrontError("export: --set is for --check; a study's own config decides what is exported")
+    folder = find_study(study, runs)
+    summary = summarise(folder, folder.open_study())
+    rows = chosen(summary, trial, budget, max_nll, all_front)
+    places = destinations(folder, rows, to, all_front, "-config" if config_only else "")
+    for row, place in zip(rows, places, strict=True):
+        if config_only:
+            write_configuration(folder, summary, row, place)
+            console.print(f"Trial {row.number}: ranks.yaml, ranks.json in [bold]{place}/[/]", soft_wrap=True)
+            continue
+        lines = export_trial(folder, summary, row, place, format_)
+        console.print(
+            f"Trial {row.number} ({row.budget_model:.1%} of all parameters) written to [bold]{place}/[/]",
+            soft_wrap=True,
+        )
+        _print_written(lines, place, format_)
+
+
+def _check(folder: Path, study: str | None, settings: list[str]) -> None:
+    if study is not None:
+        raise RankfrontError(f"export: give a study or --check FOLDER, not both ({study}, {folder})")
+    for line in check_folder(folder, dict(map(override, settings))):
+        console.print(f"  {line}", soft_wrap=True)
+    console.print(f"[bold]{folder}/[/] is the model that was written", soft_wrap=True)
+
+
+def apply_command(
+    config: Annotated[Path, typer.Argument(help="A configuration: ranks.yaml or ranks.json of an export.")],
+    model: Annotated[str, typer.Argument(help="The model to decompose, named as in a study's config.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    format_: FormOption = Form.rankfront,
+    set_: SetOption = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Decompose a model as a configuration says that someone else found, and write it as a folder."""
+    overrides = dict(map(override, set_ or []))
+    lines = apply_configuration(config, model, overrides, to, format_, runs, _say)
+    console.print(f"{config} applied to {model}, written to [bold]{to}/[/]", soft_wrap=True)
+    _print_written(lines, to, format_)
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True)
+
+
+def _print_written(lines: list[str], folder: Path, form: Form) -> None:
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True)
+    if form == Form.dense:
+        console.print("  not smaller than the base model: its weights are dense products of the factors")
+    first = (
+        ""
+        if form == Form.dense
+        else "import actors.modeling_rankfront  # or trust_remote_code=True without it\n"
+    )
+    console.print(
+        f"\nLoad it:\n  {first}".rstrip() + "\n"
+        "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'  model = AutoModelForCausalLM.from_pretrained("{folder}")',
+        soft_wrap=True,
+    )

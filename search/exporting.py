@@ -1,0 +1,129 @@
+"""Exports as the driver sees them: which trials, where to, and what the folders tell of themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.types import RankfrontError, Score
+from search.allocation_file import facts, read_configuration, whole
+from search.card import CardFacts, model_card
+from search.folder import StudyFolder, factor_fact
+from search.panels import dense_row
+from search.records import StudySummary, TrialRow
+
+DESCRIPTION = "ranks.yaml"
+
+
+def destinations(
+    folder: StudyFolder, rows: list[TrialRow], to: Path | None, each: bool, suffix: str = ""
+) -> list[Path]:
+    """Where each trial is written: to `to` itself, or, where `each` has a folder of its own, below it.
+
+    Raises:
+        RankfrontError: every one that exists already.
+    """
+    if to is not None and not each:
+        places = [to]
+    else:
+        parent = to or folder.path / "exports"
+        places = [parent / f"trial-{row.number:05d}{suffix}" for row in rows]
+    places = [place.expanduser().resolve() for place in places]
+    there = [f"{place} exists already; name another folder with --to" for place in places if place.exists()]
+    if there:
+        raise RankfrontError("\n".join(there))
+    return places
+
+
+def export_trial(
+    folder: StudyFolder, summary: StudySummary, row: TrialRow, destination: Path, form: str
+) -> list[str]:
+    """Write a trial as a model folder; returns what was checked, in words."""
+    from actors.check import Scored
+    from actors.export import export
+    from actors.licence import base_licence
+
+    assert row.score is not None
+    config, prepared = folder.config, folder.prepared
+    described = facts(folder, row, summary)
+    preparation = config.preparation()
+    told = CardFacts(
+        config=config,
+        calibration_tokens=prepared.tokens["calibration"],
+        licence=base_licence(preparation.model, prepared.model_folder),
+        factors=factor_fact(config.factor_spec),
+        scores=_by_split(row, summary),
+        dense=_by_split(dense_row(summary), summary),
+        commands=(
+            f"rankfront export {shlex.quote(str(folder.path))} --trial {row.number}{_form_flag(form)}"
+            "  # in the study",
+            apply_command(config.model.source, form) + "  # anywhere",
+        ),
+        smaller=form != "dense",
+        study=config.study,
+        trial=row.number,
+    )
+    scored = Scored(preparation, prepared, row.allocation, config.storage, row.score)
+    return export(scored, destination, described, lambda checked: model_card(told, checked), form)
+
+
+def _by_split(row: TrialRow | None, summary: StudySummary) -> dict[str, Score]:
+    if row is None or row.score is None:
+        return {}
+    test = summary.test_score(row.number)
+    return {"search": row.score} | ({"test": test} if test is not None else {})
+
+
+def _form_flag(form: str) -> str:
+    return " --format dense" if form == "dense" else ""
+
+
+def apply_command(source: str, form: str) -> str:
+    """The command that makes a folder again from its own description."""
+    return f"rankfront apply {DESCRIPTION} {shlex.quote(source)} --to FOLDER{_form_flag(form)}"
+
+
+def write_configuration(folder: StudyFolder, summary: StudySummary, row: TrialRow, destination: Path) -> None:
+    """Write a trial's configuration alone as YAML and as JSON, both or neither.
+
+    Raises:
+        RankfrontError: the disk is full or the place cannot be written.
+    """
+    document = whole(facts(folder, row, summary), folder.config.storage, row)
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+        text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+        (partial / "ranks.json").write_text(text + "\n", encoding="utf-8")
+        partial.rename(destination)
+    except OSError as error:
+        raise RankfrontError(f"export to {destination}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_folder(path: Path, overrides: Mapping[str, Any]) -> list[str]:
+    """Reload an exported folder and hold it against its own record; what was found, in words.
+
+    Raises:
+        RankfrontError: it is no export, its text is not here, or it is not what was written.
+    """
+    if not path.is_dir():
+        raise RankfrontError(f"--check {path}: no such folder")
+    found = read_configuration(path / DESCRIPTION, str(path.resolve()), overrides)
+    if "nll" not in found.recorded:
+        raise RankfrontError(f"{path / DESCRIPTION}: scores.search.nll is missing: nothing to compare with")
+    from actors.check import recheck
+    from actors.replica import quieten
+
+    quieten()
+    return recheck(path, found.config.preparation(), found.recorded)

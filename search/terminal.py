@@ -1,0 +1,34 @@
+"""What the commands share: where they print, and the arguments that name a study."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from actors.types import RankfrontError
+
+# A pipe or a log has no width of its own: give it room for the front.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's folder, or its name in --runs.")]
+Runs = Annotated[Path, typer.Option(help="Folder that holds the studies.")]
+
+
+def override(text: str) -> tuple[str, Any]:
+    """The key and the value of a `--set KEY=VALUE`.
+
+    Raises:
+        RankfrontError: it is none, or the value is no YAML.
+    """
+    key, found, value = text.partition("=")
+    if not found:
+        raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
