@@ -73,7 +73,7 @@ def _print_front(summary: StudySummary) -> None:
         console.print(front_table(summary))
     further = further_cells(summary)
     if further is not None:
-        console.print(cells_table(further, "further scores"))
+        console.print(cells_table(further, "more about the front"))
 
 
 def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, config: str) -> None:

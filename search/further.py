@@ -1,4 +1,4 @@
-"""What the front's own table has no room for: one column for each further metric that was scored."""
+"""What the front's own table has no room for: MACs, and a column for each further metric."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ SHOWN = ("kl", "nll.", "bias.")
 
 
 def further_cells(summary: StudySummary) -> Cells | None:
-    """Every further metric of the front by falling budget, under the dense model; None where there is none.
+    """MACs and further metrics of the front by falling budget, under the dense model; None without any.
 
+    MACs are millions a token, `MACs@LENGTH` where it attends to that many positions.
     Shares of bias sets are in %. Of the search split, then of the test split where a member was scored on it.
     """
     reference = dense_row(summary)
@@ -26,18 +27,21 @@ def further_cells(summary: StudySummary) -> Cells | None:
     tests = {row.number: summary.test_score(row.number) for row in rows}
     columns = [(name, False) for name in _names(row.score for row in rows)]
     columns += [(name, True) for name in _names(tests.values())]
-    if not columns:
+    counted = any(row.macs is not None for row in rows)
+    if not columns and not counted:
         return None
     titles = [f"test {name}" if tested else name for name, tested in columns]
     cells = [
         (
             str(row.number),
             f"{100 * row.budget_model:.1f}%",
+            *([f"{row.macs / 1e6:,.2f} M" if row.macs is not None else ""] if counted else []),
             *(_cell(tests[row.number] if tested else row.score, name) for name, tested in columns),
         )
         for row in rows
     ]
-    return Cells(("trial", "kept", *titles), tuple(cells), "")
+    macs = [f"MACs@{summary.macs_length}"] if counted else []
+    return Cells(("trial", "kept", *macs, *titles), tuple(cells), "")
 
 
 def _names(scores: Iterable[Score | None]) -> list[str]:

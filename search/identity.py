@@ -47,6 +47,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("scoring.examples.test", "free", "test scores are kept apart, each with its fingerprint"),
     Rule("scoring.batch_tokens", "free", "speed; scores differ by rounding only"),
     Rule("scoring.kl_memory_mb", "free", "a bound, not a setting of the score"),
+    Rule("cost", "free", "counted again from the ranks"),
     Rule("objectives", "fixed", "the values of the study"),
     Rule("space", "fixed", "the parameters of the study"),
     Rule("sampler", "free", "samplers learn from whatever trials there are"),

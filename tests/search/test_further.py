@@ -69,3 +69,12 @@ def test_every_further_metric_is_a_column_and_the_dense_model_comes_first() -> N
         ("0", "100.0%", "3.000±0.250", "", "", ""),
         ("1", kept, "3.500±0.250", "0.125±0.010", "75.0±25.0", "3.750±0.250"),
     )
+
+
+def test_operations_alone_are_a_table() -> None:
+    rows = (row(0, DENSE, score_of(DENSE)), row(1, HALF, score_of(HALF)))
+    counted = (replace(rows[0], macs=12_345_678), replace(rows[1], macs=9_000_000))
+    cells = further_cells(replace(summary(counted), macs_length=512))
+    assert cells is not None
+    assert cells.columns == ("trial", "kept", "MACs@512")
+    assert [found[2] for found in cells.rows] == ["12.35 M", "9.00 M"]

@@ -76,6 +76,7 @@ FREE = {
     "scoring.examples.test": 9,
     "scoring.batch_tokens": 64,
     "scoring.kl_memory_mb": 64.0,
+    "cost.length": 4_096,
     "sampler.name": "random",
     "sampler.seed": 5,
     "sampler.population": 12,
