@@ -33,6 +33,7 @@ from actors.models import (
     materialise,
 )
 from actors.moments import Moments, merge
+from actors.operations import operations
 from actors.planning import plan
 from actors.scoring import SplitData, load_split
 from actors.text import fingerprint_windows, text_parts, windows
@@ -223,4 +224,5 @@ class Builder:
             },
             seconds=dict(self._seconds),
             reused=reused,
+            operations=operations(self._model, self.targets),
         )

@@ -30,11 +30,15 @@ INDEX_BYTES = 4
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored layer: its form, its parameters (weights and bias) and its bytes (indices included)."""
+    """A stored layer: its form, its parameters (weights and bias) and its bytes (indices included).
+
+    `macs` are the multiply-accumulates of a token: one for each weight, whichever the form.
+    """
 
     form: str
     parameters: int
     bytes: int
+    macs: int
 
 
 def in_form(form: str, rows: int, cols: int, rank: int, bias: bool, itemsize: int) -> Stored:
@@ -45,7 +49,8 @@ def in_form(form: str, rows: int, cols: int, rank: int, bias: bool, itemsize: in
         PIVOTED: rank * (rows + cols - rank),
     }[form]
     parameters = weights + (rows if bias else 0)
-    return Stored(form, parameters, parameters * itemsize + (rows * INDEX_BYTES if form == PIVOTED else 0))
+    indices = rows * INDEX_BYTES if form == PIVOTED else 0
+    return Stored(form, parameters, parameters * itemsize + indices, weights)
 
 
 def stored_layer(storage: str, rows: int, cols: int, rank: int, bias: bool, itemsize: int) -> Stored:
@@ -59,6 +64,6 @@ def stored_layer(storage: str, rows: int, cols: int, rank: int, bias: bool, item
 def stored_target(storage: str, target: TargetSpec, rank: int | None, bias: str, itemsize: int) -> Stored:
     """A target at a rank, with the factors' bias rule (`mean` or `none`); None is the dense layer itself."""
     if rank is None:
-        return Stored(DENSE, target.parameters, target.parameters * itemsize)
+        return in_form(DENSE, target.rows, target.cols, target.full_rank, target.bias, itemsize)
     has_bias = target.bias or bias == "mean"
     return stored_layer(storage, target.rows, target.cols, rank, has_bias, itemsize)

@@ -308,10 +308,30 @@ class BuildPlan:
 
 
 @dataclass(frozen=True)
+class Operations:
+    """Multiply-accumulates (MACs) of a token in matrix products that no rank changes.
+
+    `linear` are those of all linear layers but the targets, the LM head included. `attention` has, for each
+    block, those of its score and value products for one position attended to, and the most positions a token
+    attends to (None: all before it, and itself). Norms, rotations, softmax and activations are not counted.
+    """
+
+    linear: int
+    attention: tuple[tuple[int, int | None], ...]
+
+    def at(self, length: int) -> int:
+        """Of the last token of `length`, or of each where a pass computes all pairs of them."""
+        return self.linear + sum(
+            each * (length if most is None else min(length, most)) for each, most in self.attention
+        )
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What a preparation leaves behind, without a tensor in it.
 
     `fingerprints` holds one sha256 for each of model, tokenizer, calibration, search, test, factors.
+    `operations` is None where they are not known (`actors.operations`).
     """
 
     model_folder: str
@@ -323,13 +343,17 @@ class Prepared:
     examples: Mapping[str, Mapping[str, int]]
     seconds: Mapping[str, float]
     reused: bool
+    operations: Operations | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prepared:
-        return cls(**{**data, "targets": tuple(TargetSpec(**target) for target in data["targets"])})
+        targets = tuple(TargetSpec(**target) for target in data["targets"])
+        known = data.get("operations")
+        operations = known and Operations(known["linear"], tuple(map(tuple, known["attention"])))
+        return cls(**{**data, "targets": targets, "operations": operations})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from search.cli_export import apply_command, export_command
 from search.config import load_config
 from search.findings import cells_table, front_table, headline
 from search.folder import StudyFolder, find_study, repair_if_idle, report
-from search.further import further_cells
+from search.further import further_table
 from search.records import StudySummary
 from search.sections import SamplerSection
 from search.sensitivity import sensitivity
@@ -67,9 +67,9 @@ def _exit_if_stopped(reason: str) -> None:
 def _print_front(summary: StudySummary) -> None:
     if summary.front:
         console.print(front_table(summary))
-    further = further_cells(summary)
+    further = further_table(summary)
     if further is not None:
-        console.print(cells_table(further, "further scores"))
+        console.print(further)
 
 
 def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command: str, config: str) -> None:

@@ -28,6 +28,7 @@ from search.records import Objective
 from search.rules import RULES, smaller_is_better
 from search.sections import (
     CalibrationSection,
+    CostSection,
     FactorSection,
     ModelSection,
     ReferenceSection,
@@ -65,6 +66,7 @@ class Config(Section):
     targets: TargetSection = TargetSection()
     storage: Literal["auto", "pivoted", "factored"] = "auto"
     scoring: ScoringSection = ScoringSection()
+    cost: CostSection = CostSection()
     objectives: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] = ("budget.model", "nll")
     space: SpaceSection = SpaceSection()
     sampler: SamplerSection = SamplerSection()

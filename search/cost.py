@@ -1,4 +1,4 @@
-"""Parameters and bytes of an allocation, in exact integers, as they are stored.
+"""Parameters, bytes and multiply-accumulates of an allocation, in exact integers, as they are stored.
 
 What one target holds at a rank is decided in `actors.storage`, by which the export stores it too.
 """
@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from actors.storage import ITEMSIZE, Stored, stored_target
-from actors.types import Allocation, TargetSpec
+from actors.types import Allocation, Operations, TargetSpec
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class _Table:
 class CostModel:
     """Counts for one model, one `storage` of compressed targets, one bias rule, one precision.
 
-    `itemsize` is the bytes of a parameter.
+    `itemsize` is the bytes of a parameter; `operations` are those beside the targets where they are known,
+    `length` the positions that the counted token attends to.
     """
 
     targets: tuple[TargetSpec, ...]
@@ -34,6 +35,8 @@ class CostModel:
     storage: str
     bias: str
     itemsize: int = ITEMSIZE["float32"]
+    operations: Operations | None = None
+    length: int = 1
 
     @cached_property
     def linear_parameters(self) -> int:
@@ -90,6 +93,13 @@ class CostModel:
         """Stored bytes of the whole model, every parameter that is no target's at `itemsize`."""
         targets = sum(self.stored(self._by_name[name], rank).bytes for name, rank in allocation)
         return (self.model_parameters - self.linear_parameters) * self.itemsize + targets
+
+    def macs(self, allocation: Allocation) -> int | None:
+        """Multiply-accumulates of a token in the whole model at `length`; None where they are not known."""
+        if self.operations is None:
+            return None
+        targets = sum(self.stored(self._by_name[name], rank).macs for name, rank in allocation)
+        return self.operations.at(self.length) + targets
 
     def budgets(self, allocation: Allocation) -> dict[str, float]:
         """`budget.linear` and `budget.model`: stored parameters over dense ones; `budget.bytes`: bytes."""

@@ -11,7 +11,7 @@ import optuna
 import yaml
 
 from actors.storage import ITEMSIZE
-from actors.types import FactorSpec, Prepared, RankfrontError
+from actors.types import Allocation, FactorSpec, Prepared, RankfrontError
 from search.config import Config, parse_config
 from search.cost import CostModel
 from search.evaluations import Evaluations
@@ -61,6 +61,8 @@ class StudyFolder:
             self.config.storage,
             self.config.factors.bias,
             ITEMSIZE[self.config.model.dtype],
+            self.prepared.operations,
+            self.config.cost.length or self.config.scoring.window,
         )
 
     @property
@@ -71,6 +73,7 @@ class StudyFolder:
             "model": config.model.source,
             "parameters": f"{prepared.model_parameters:,} ({len(prepared.targets)} targets hold "
             f"{self.cost.linear_parameters:,})",
+            "MACs per token": _mac_fact(self.cost),
             "factors": factor_fact(config.factor_spec),
             "storage of a compressed target": config.storage,
             "calibration": f"{prepared.tokens['calibration']:,} tokens",
@@ -117,6 +120,7 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
         reference=reference_point(study) or (),
         evaluations=Evaluations(folder.path).rows,
         facts=facts,
+        macs_length=folder.cost.length,
     )
 
 
@@ -130,6 +134,13 @@ def factor_fact(factors: FactorSpec) -> str:
     own = "".join(f", {pattern} by {method}" for pattern, method in factors.methods)
     chosen = f", the search chooses among {'/'.join(factors.choices)}" if factors.choices else ""
     return f"{factors.method}{own}{chosen}, bias {factors.bias}, {factors.dtype}"
+
+
+def _mac_fact(cost: CostModel) -> str:
+    count = cost.macs(Allocation.dense(cost.targets))
+    if count is None:
+        return "not known for this model"
+    return f"{count:,} dense, at a length of {cost.length:,}; norms, softmax and activations not counted"
 
 
 def _split_fact(prepared: Prepared, split: str) -> str:

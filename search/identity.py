@@ -50,6 +50,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("scoring.prefix_memory_mb", "free", "speed; scores are equal to the bit"),
     Rule("scoring.prefix_stride", "free", "speed; scores are equal to the bit"),
     Rule("scoring.stages", "free", "how far a dominated trial is scored, not what a whole score is"),
+    Rule("cost", "free", "counted again from the ranks"),
     Rule("objectives", "fixed", "the values of the study"),
     Rule("space", "fixed", "the parameters of the study"),
     Rule("sampler", "free", "samplers learn from whatever trials there are"),

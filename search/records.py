@@ -15,8 +15,8 @@ class TrialRow:
 
     `origin` says who proposed it: `dense`, `uniform`, `enqueued` or the sampler's name.
     `values` follow the study's objectives and are None unless the state is COMPLETE; the `score` of a PRUNED
-    trial is partial.
-    `copied_from` is the trial whose score answered this one, where its allocation was known.
+    trial is partial. `copied_from` is the trial whose score answered this one, where its allocation was
+    known. `macs` are the multiply-accumulates of a token, None where they are not known.
     """
 
     number: int
@@ -32,6 +32,7 @@ class TrialRow:
     replica: str | None
     reason: str | None
     copied_from: int | None
+    macs: int | None = None
 
     @property
     def stopped_by(self) -> int | None:
@@ -81,7 +82,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class StudySummary:
-    """All that a report shows of a study. `front` holds trial numbers, smallest budget last."""
+    """All that a report shows of a study. `front` holds trial numbers, smallest budget last.
+
+    `macs_length` are the positions a token attends to in the rows' `macs`.
+    """
 
     study: str
     model: str
@@ -92,6 +96,7 @@ class StudySummary:
     reference: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]
     facts: Mapping[str, str]
+    macs_length: int | None = None
 
     def test_score(self, trial: int) -> Score | None:
         """The latest test-split score of a trial's own factors, if there is one."""

@@ -89,9 +89,12 @@ def _further(summary: StudySummary) -> str:
     cells = further_cells(summary)
     if cells is None:
         return ""
-    note = "± is one standard error; kl and nll in nats/token, bias in % (likelihood_diff in nats)."
+    note = (
+        "MACs@L: of a token that attends to L positions. ± is one standard error; kl and nll in nats/token,"
+    )
+    note += " bias in %, likelihood_diff in nats."
     shown = table(cells.columns, cells.rows, "named")
-    return f'<section><h2>Further scores of the front</h2>{shown}<p class="note">{escape(note)}</p></section>'
+    return f'<section><h2>More about the front</h2>{shown}<p class="note">{escape(note)}</p></section>'
 
 
 def _ranks(summary: StudySummary, targets: Sequence[TargetSpec]) -> str:

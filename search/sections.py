@@ -202,6 +202,12 @@ class ScoringSection(Section):
         return tasks
 
 
+class CostSection(Section):
+    """What a token costs: MACs are of one that attends to `length` positions, by default a window."""
+
+    length: Positive | None = None
+
+
 class SpaceSection(Section):
     """The search space: targets that share a group share one level.
 

@@ -155,6 +155,7 @@ class SearchStudy:
             replica=score.replica if score else None,
             reason=result.get("reason"),
             copied_from=result.get("copied_from"),
+            macs=self._cost.macs(allocation),
         )
         if trial.state.is_finished():
             self._ended[trial.number] = row

@@ -29,6 +29,7 @@ TRIAL_FIELDS = (
     ("budget_linear", pa.float64()),
     ("budget_model", pa.float64()),
     ("budget_bytes", pa.float64()),
+    ("macs", pa.int64()),
     ("seconds", pa.float64()),
     ("replica", pa.string()),
     ("ranks", pa.list_(pa.int32())),
@@ -59,14 +60,19 @@ def trials_parquet(summary: StudySummary) -> bytes:
     """One row per trial; `value.<objective>` as told to the study, scores as `<split>.<metric>`.
 
     `ranks` and `methods` follow the targets named in the schema metadata (`targets`, JSON). A null rank is
-    dense; a null method is the configured one.
+    dense; a null method is the configured one. `macs` are those of a token at the metadata's `macs_length`.
     """
     targets = target_names(summary.rows)
     rows = [_trial(row, summary) for row in summary.rows]
     objectives = [objective.name for objective in summary.objectives]
     scored = [f"search.{name}" for name in (*ALWAYS, *(o for o in objectives if not o.startswith("budget.")))]
+    metadata = {
+        "targets": json.dumps(targets),
+        "macs_length": json.dumps(summary.macs_length),
+        **_identity(summary),
+    }
     fields = [*TRIAL_FIELDS, *((f"value.{name}", pa.float64()) for name in objectives)]
-    return parquet(rows, fields, scored, {"targets": json.dumps(targets), **_identity(summary)})
+    return parquet(rows, fields, scored, metadata)
 
 
 def evaluations_parquet(summary: StudySummary) -> bytes:
@@ -84,6 +90,7 @@ def front_json(summary: StudySummary) -> str:
         "objectives": [{"name": o.name, "minimize": o.minimize} for o in summary.objectives],
         "reference": [finite(value) for value in summary.reference],
         "hypervolume": finite(summary.hypervolume),
+        "macs_length": summary.macs_length,
         "facts": dict(summary.facts),
         "front": [_member(by_number[number], summary) for number in summary.front],
     }
@@ -149,6 +156,7 @@ def _member(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
         "budget_linear": row.budget_linear,
         "budget_model": row.budget_model,
         "budget_bytes": row.budget_bytes,
+        "macs": row.macs,
         "values": dict(zip(objectives, row.values, strict=True)) if row.values is not None else None,
         "search": score_values(row.score) if row.score is not None else None,
         "test": score_values(test) if test is not None else None,

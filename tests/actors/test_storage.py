@@ -32,7 +32,8 @@ def arrays(form: str, m: int, n: int, r: int, bias: bool, itemsize: int) -> list
 def counted(form: str, m: int, n: int, r: int, bias: bool, itemsize: int) -> Stored:
     found = arrays(form, m, n, r, bias, itemsize)
     parameters = sum(array.size for array in found if array.dtype != np.int32)
-    return Stored(form, parameters, sum(array.nbytes for array in found))
+    macs = sum(array.size for array in found if array.ndim == 2)
+    return Stored(form, parameters, sum(array.nbytes for array in found), macs)
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.data(), st.booleans(), itemsizes)

@@ -14,6 +14,7 @@ from actors.types import (
     Allocation,
     BiasScore,
     KlScore,
+    Operations,
     Prepared,
     RankfrontError,
     Score,
@@ -95,19 +96,32 @@ def test_score_survives_json_with_every_bit() -> None:
     assert Score.from_dict(json.loads(json.dumps(odd.to_dict()))) == odd
 
 
+PREPARED = Prepared(
+    model_folder="/m",
+    factor_store="/f",
+    targets=TARGETS,
+    model_parameters=7,
+    fingerprints={"model": "x"},
+    tokens={"search": 3},
+    examples={"search": {"arc_easy": 2}},
+    seconds={"load": 0.25},
+    reused=False,
+    operations=Operations(5, ((64, None), (64, 8))),
+)
+
+
 def test_prepared_survives_json() -> None:
-    prepared = Prepared(
-        model_folder="/m",
-        factor_store="/f",
-        targets=TARGETS,
-        model_parameters=7,
-        fingerprints={"model": "x"},
-        tokens={"search": 3},
-        examples={"search": {"arc_easy": 2}},
-        seconds={"load": 0.25},
-        reused=False,
-    )
-    assert Prepared.from_dict(json.loads(json.dumps(prepared.to_dict()))) == prepared
+    assert Prepared.from_dict(json.loads(json.dumps(PREPARED.to_dict()))) == PREPARED
+
+
+def test_operations_grow_with_the_length_as_far_as_a_token_attends() -> None:
+    found = Operations(5, ((64, None), (32, 8)))
+    assert [found.at(length) for length in (1, 8, 9, 100)] == [101, 773, 837, 6661]
+
+
+def test_a_record_from_before_operations_were_counted_is_read() -> None:
+    old = {key: value for key, value in PREPARED.to_dict().items() if key != "operations"}
+    assert Prepared.from_dict(old).operations is None
 
 
 def test_metrics_are_equal_means_over_the_tasks_that_define_them() -> None:

@@ -79,6 +79,7 @@ FREE = {
     "scoring.prefix_memory_mb": 64.0,
     "scoring.prefix_stride": 3,
     "scoring.stages": [2_048],
+    "cost.length": 4_096,
     "sampler.name": "random",
     "sampler.seed": 5,
     "sampler.population": 12,

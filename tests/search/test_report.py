@@ -67,6 +67,7 @@ def trial(number: int, kept: float, nll: float | None, origin: str = "tpe", **mo
         budget_linear=1 - (1 - kept) * 1.2,
         budget_model=kept,
         budget_bytes=kept + 0.001,
+        macs=int(kept * 10**12) + number,
         values=(kept, nll) if nll is not None else None,
         score=score(nll, tasks=more.pop("tasks", True)) if nll is not None else None,
         seconds=3.0 if nll is not None else None,
@@ -111,6 +112,7 @@ def study(tasks: bool = True, trials: int = 120) -> StudySummary:
         hypervolume=hypervolume(values, reference),
         reference=reference,
         evaluations=tuple(tested),
+        macs_length=512,
         facts={"method": "curvature", "calibration": f"WikiText-2 train, 65,536 tokens {EVIL}"},
     )
 
@@ -133,6 +135,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trials_come_back_from_parquet(written: Path) -> None:
     summary, table = study(), read(written / "trials.parquet")
+    assert table.schema.metadata[b"macs_length"] == b"512"
     assert json.loads(table.schema.metadata[b"targets"]) == [target.name for target in TARGETS]
     assert table.schema.field("ranks").type == pa.list_(pa.int32())
     assert {method for found in table["methods"].to_pylist() for method in found} == {None, *METHODS}
@@ -149,6 +152,7 @@ def test_trials_come_back_from_parquet(written: Path) -> None:
             "budget_linear",
             "budget_model",
             "budget_bytes",
+            "macs",
             "seconds",
             "replica",
         ):
@@ -217,7 +221,7 @@ def test_front_json_is_strict_and_complete(written: Path, tmp_path: Path) -> Non
         row = by_number[member["trial"]]
         assert member["ranks"] == row.allocation.to_dict()
         assert member["methods"] == dict(row.allocation.methods)
-        for name in ("budget_linear", "budget_model", "budget_bytes"):
+        for name in ("budget_linear", "budget_model", "budget_bytes", "macs"):
             assert member[name] == getattr(row, name)
         assert row.score is not None
         assert member["search"]["nll"] == row.score.text.nll
