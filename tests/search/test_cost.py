@@ -161,3 +161,24 @@ def test_uniform_spends_its_share_in_every_target(share: float) -> None:
         allowed = share * target.rows * target.cols
         assert parameters(arrays(target, rank, "pivoted", "none")) <= allowed
         assert parameters(arrays(target, rank + 1, "pivoted", "none")) > allowed
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_smollm2_at_seventy_percent_takes_a_quarter_off_its_bytes(itemsize: int) -> None:
+    """Its real shapes; an export holds exactly these bytes (tests/actors/test_export_families.py)."""
+    shapes = {
+        "q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576),
+        "gate": (1536, 576), "up": (1536, 576), "down": (576, 1536),
+    }  # fmt: skip
+    targets = tuple(
+        TargetSpec(f"{block}.{name}", *shape, False, block, name)
+        for block in range(30)
+        for name, shape in shapes.items()
+    )
+    linear = sum(target.parameters for target in targets)
+    whole = linear + 49_152 * 576 + 61 * 576
+    assert whole == 134_515_008
+    cost = CostModel(targets, whole, "auto", "mean", itemsize)
+    budgets = cost.budgets(cost.uniform((0.7 * whole - whole + linear) / linear))
+    assert 0.69 < budgets["budget.model"] <= 0.7
+    assert budgets["budget.bytes"] < 0.75
