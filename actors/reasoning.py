@@ -205,16 +205,21 @@ def log_likelihoods(model: nn.Module, task: Packed) -> Tensor:
 
 
 def score_task(model: nn.Module, task: PackedTask) -> TaskScore:
-    """Accuracy, normalised accuracy and margin over the task's examples.
+    """Accuracy, normalised accuracy and margin over the task's examples; raises as `log_likelihoods` does."""
+    return task_score(task, log_likelihoods(model, task))
+
+
+def task_score(task: PackedTask, sums: Tensor) -> TaskScore:
+    """The score of a task whose choices have the log-likelihoods `sums` (slots,).
 
     `acc`: the choice of highest log-likelihood is the gold one; `acc_norm`: of highest
     log-likelihood per character. Ties go to the first choice, as numpy's argmax does there.
     """
-    sums = log_likelihoods(model, task).tolist()
+    found = sums.tolist()
     hits, normalised, margins = [], [], []
     slot = 0
     for example in task.examples:
-        values = sums[slot : slot + len(example.continuations)]
+        values = found[slot : slot + len(example.continuations)]
         slot += len(values)
         per_character = [
             value / max(length, 1) for value, length in zip(values, example.lengths, strict=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from actors.types import RankfrontError
 from search.allocations import read_allocations
+from search.cli_evaluate import evaluate_command
 from search.cli_export import apply_command, export_command
 from search.config import load_config
 from search.findings import cells_table, front_table, headline
@@ -199,6 +200,7 @@ def enqueue_command(
 
 app.command("export")(export_command)
 app.command("apply")(apply_command)
+app.command("evaluate")(evaluate_command)
 
 
 def main() -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rich.console import Console
 
 from search.config import Config
-from search.evaluations import Evaluations
+from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
 from search.opening import opened
-from search.pareto import front
-from search.pool import Job, Pool
-from search.records import Evaluation, StudySummary
+from search.pool import Pool
+from search.records import StudySummary
 from search.references import reference_allocations
 from search.replicas import replicas
-from search.runner import TICK_SECONDS, Runner, Stop, minimised
+from search.runner import Runner, Stop
 from search.screen import Screen
 from search.signals import stop_on_signals
 from search.study import SearchStudy
@@ -38,7 +35,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         with replicas(session) as pool, stop_on_signals(stop, console):
             reason = _run(config, study, pool, stop, console)
             if not stop.reason:
-                score_test(folder, study, pool, stop, session.say)
+                score_test(folder, study, front_and_dense(study), pool, stop, session.say)
         return folder, report(folder, study), stop.reason or reason
 
 
@@ -55,37 +52,3 @@ def _run(config: Config, study: SearchStudy, pool: Pool, stop: Stop, console: Co
             staged=bool(config.scoring.stages),
         )
         return runner.run()
-
-
-def score_test(
-    folder: StudyFolder, study: SearchStudy, pool: Pool, stop: Stop, say: Callable[[str], None]
-) -> None:
-    """Score the front and the references once on the test split; known scores are not repeated."""
-    evaluations = Evaluations(folder.path)
-    fingerprint = folder.prepared.fingerprints["test"]
-    values, numbers = minimised(study)
-    rows = study.rows()
-    wanted = [
-        rows[number]
-        for number in sorted(
-            {
-                *numbers[front(values)].tolist(),
-                *(row.number for row in rows if row.finished and row.origin == "dense"),
-            }
-        )
-        if evaluations.get(number, "factors", "test", fingerprint) is None
-    ]
-    if not wanted:
-        return
-    tokens = folder.prepared.tokens["test.forward"]
-    say(f"test split: scoring {len(wanted)} trials of the front, {tokens:,} tokens each")
-    queue = list(wanted)
-    while (queue or pool.outstanding) and not stop.reason:
-        while queue and pool.free:
-            row = queue.pop(0)
-            pool.submit(Job(row.number, row.allocation, "test"))
-        for outcome in pool.wait(TICK_SECONDS):
-            if outcome.score is None:
-                say(f"trial {outcome.job.key} has no test score: {outcome.reason}")
-            else:
-                evaluations.add(Evaluation(outcome.job.key, "factors", "test", fingerprint, outcome.score))

@@ -10,6 +10,7 @@ from rich.console import Console
 from actors.types import Allocation, Score
 from search.alone import Cell, Log
 from search.config import Config
+from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
 from search.opening import opened
 from search.pool import Job, Pool
@@ -18,7 +19,6 @@ from search.replicas import replicas
 from search.runner import TICK_SECONDS, Runner, Stop, problem_of
 from search.screen import Line, clock
 from search.sections import StopSection
-from search.session import score_test
 from search.signals import stop_on_signals
 from search.study import SearchStudy
 from search.surgical import Step, Walk, make_rule
@@ -50,7 +50,7 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
             with _Screen(console, walk, folder) as screen:
                 accept(walk, answers, pool, stop, screen.redraw)
             if not stop.reason:
-                score_test(folder, study, pool, stop, say)
+                score_test(folder, study, front_and_dense(study), pool, stop, say)
         return folder, report(folder, study), stop.reason or "every target is decided"
 
 

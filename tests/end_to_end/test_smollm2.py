@@ -123,3 +123,14 @@ def test_factors_are_built_once(study: Path):
     assert (stores[0] / "manifest.json").stat().st_mtime_ns == built
     assert json.loads((study / "prepared.json").read_text())["reused"]
     assert len(rows(study)) == 4
+
+
+def test_the_six_tasks_are_lm_evaluation_harness_own():
+    """The benchmark ends with an error where a number differs beyond what it states."""
+    script = ROOT / "benchmarks" / "parity.py"
+    run = subprocess.run(
+        [sys.executable, str(script), "--examples", "4"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for task in ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande"):
+        assert f"| {task} |" in run.stdout

@@ -1,0 +1,95 @@
+"""Measure a model folder, an export or any other: tasks by lm-evaluation-harness, perplexity by rankfront."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from actors.types import RankfrontError, TextScore, TextSource
+from search.files import write_atomic
+from search.findings import Cells, cells_table, perplexity
+from search.folder import PREPARED
+
+if TYPE_CHECKING:
+    from actors.harness import HarnessMetric
+
+# Tokens of a batch of windows, as in a search (`scoring.batch_tokens`).
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class HarnessSpec:
+    """What lm-evaluation-harness is asked: tasks by name, examples of each at most, questions in a batch."""
+
+    tasks: tuple[str, ...]
+    limit: int | None
+    batch_size: int
+    include_path: Path | None
+
+
+@dataclass(frozen=True)
+class FolderEvaluation:
+    """What was measured on a folder; `results` are the harness's own, whole."""
+
+    folder: Path
+    metrics: tuple[HarnessMetric, ...]
+    results: dict[str, Any] | None
+    text: TextScore | None
+
+    def tables(self) -> Iterator[Table]:
+        """For the terminal; ± is one standard error."""
+        if self.text is not None:
+            score = self.text
+            row = (score.name, f"{score.tokens:,}", f"{score.nll:.4f}±{score.stderr:.4f}")
+            cells = Cells(("text", "tokens", "nats/token", "ppl"), ((*row, perplexity(score.nll)),), "")
+            yield cells_table(cells, f"{self.folder}: perplexity", left=("text",))
+        if self.metrics:
+            rows = tuple(_metric_row(metric) for metric in self.metrics)
+            columns = ("task", "metric", "filter", "value", "examples")
+            cells = Cells(columns, rows, "± is one standard error, as lm-evaluation-harness tells it")
+            yield cells_table(cells, f"{self.folder}: tasks", left=columns[:3])
+
+    def write(self, output: Path) -> None:
+        """As JSON: the table's metrics, the text's score, and the harness's results as it gives them."""
+        document = {
+            "folder": str(self.folder),
+            "text": None if self.text is None else {**asdict(self.text), "nll": self.text.nll},
+            "metrics": [asdict(metric) for metric in self.metrics],
+            "lm_eval": self.results,
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(output, json.dumps(document, indent=1, default=str) + "\n")
+
+
+def _metric_row(metric: HarnessMetric) -> tuple[str, ...]:
+    error = "" if metric.stderr is None else f"±{metric.stderr:.4f}"
+    examples = "" if metric.examples is None else f"{metric.examples:,}"
+    return (metric.task, metric.metric, metric.filter, f"{metric.value:.4f}{error}", examples)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a path is a folder that transformers loads, not a study's."""
+    return (path / "config.json").is_file() and not (path / PREPARED).exists()
+
+
+def evaluate_folder(
+    folder: Path, harness: HarnessSpec | None, text: TextSource | None, window: int, tokens: int, device: str
+) -> FolderEvaluation:
+    """Load a folder and measure it in this process.
+
+    Raises:
+        RankfrontError: nothing was asked, or the folder, a task or the text is not what it must be.
+    """
+    if text is None and (harness is None or not harness.tasks):
+        raise RankfrontError("evaluate: name --tasks a,b or --text SOURCE, or both")
+    from actors.harness import LoadedFolder, metrics_of
+
+    loaded = LoadedFolder(folder, device)
+    score = None if text is None else loaded.perplexity(text, window, tokens, BATCH_TOKENS)
+    results = None if harness is None else loaded.harness(**vars(harness))
+    return FolderEvaluation(folder, tuple(metrics_of(results)) if results else (), results, score)

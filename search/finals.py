@@ -1,0 +1,100 @@
+"""Scores on the test split: of finished trials, once each, into the evaluations table and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from actors.types import RankfrontError
+from search.evaluations import Evaluations
+from search.findings import Cells, perplexity
+from search.folder import StudyFolder, report
+from search.opening import opened
+from search.pareto import front
+from search.pool import Job, Pool
+from search.records import Evaluation, StudySummary
+from search.replicas import replicas
+from search.runner import TICK_SECONDS, Stop, minimised
+from search.signals import stop_on_signals
+from search.study import SearchStudy
+
+
+def front_and_dense(study: SearchStudy) -> list[int]:
+    """Numbers of the front's trials and of the dense reference, in order."""
+    values, numbers = minimised(study)
+    dense = (row.number for row in study.rows() if row.finished and row.origin == "dense")
+    return sorted({*numbers[front(values)].tolist(), *dense})
+
+
+def score_test(
+    folder: StudyFolder,
+    study: SearchStudy,
+    numbers: Sequence[int],
+    pool: Pool,
+    stop: Stop,
+    say: Callable[[str], None],
+) -> None:
+    """Score finished trials once on the test split; known scores are not repeated."""
+    evaluations = Evaluations(folder.path)
+    fingerprint = folder.prepared.fingerprints["test"]
+    rows = study.rows()
+    queue = [rows[n] for n in numbers if evaluations.get(n, "factors", "test", fingerprint) is None]
+    if not queue:
+        return
+    tokens = folder.prepared.tokens["test.forward"]
+    say(f"test split: scoring {len(queue)} trials, {tokens:,} tokens each")
+    while (queue or pool.outstanding) and not stop.reason:
+        while queue and pool.free:
+            row = queue.pop(0)
+            pool.submit(Job(row.number, row.allocation, "test"))
+        for outcome in pool.wait(TICK_SECONDS):
+            if outcome.score is None:
+                say(f"trial {outcome.job.key} has no test score: {outcome.reason}")
+            else:
+                evaluations.add(Evaluation(outcome.job.key, "factors", "test", fingerprint, outcome.score))
+
+
+def evaluate_study(
+    folder: StudyFolder, numbers: Sequence[int], console: Console
+) -> tuple[StudySummary, str | None]:
+    """Score trials of a study (none named: the front and the dense model) on its test split.
+
+    Returns what the study's report then shows, and the signal that stopped it, if one did.
+
+    Raises:
+        RankfrontError: another driver holds the study, it is no longer the study that was searched, or a
+            trial has no score yet.
+    """
+    # The folder may have moved since the search.
+    config = folder.config.model_copy(update={"runs": str(folder.path.parent)})
+    with opened(config, console) as session:
+        study = session.folder.open_study()
+        rows = study.rows()
+        unknown = [str(n) for n in numbers if not (0 <= n < len(rows) and rows[n].finished)]
+        if unknown:
+            raise RankfrontError(f"--trial {', '.join(unknown)}: no finished trial of {config.study}")
+        stop = Stop()
+        with replicas(session) as pool, stop_on_signals(stop, console):
+            wanted = list(dict.fromkeys(numbers)) or front_and_dense(study)
+            score_test(session.folder, study, wanted, pool, stop, session.say)
+        return report(session.folder, study), stop.reason
+
+
+def split_cells(summary: StudySummary, numbers: Sequence[int]) -> Cells:
+    """Test scores of trials (none named: of all that have one) by falling budget, with standard errors."""
+    rows = [row for row in summary.rows if not numbers or row.number in numbers]
+    cells = []
+    for row in sorted(rows, key=lambda row: -row.budget_model):
+        score = summary.test_score(row.number)
+        if score is None:
+            continue
+        metrics, errors = score.metrics, score.stderrs
+        shown = f"{score.text.nll:.3f}±{score.text.stderr:.3f}"
+        tasks = [
+            f"{100 * metrics[name]:.1f}±{100 * errors[name]:.1f}" if name in metrics else ""
+            for name in ("reasoning.acc", "reasoning.acc_norm")
+        ]
+        kept = f"{100 * row.budget_model:.1f}%"
+        cells.append((str(row.number), kept, shown, perplexity(score.text.nll), *tasks))
+    return Cells(("trial", "kept", "nll", "ppl", "acc", "acc_norm"), tuple(cells), "± is one standard error")

@@ -1,0 +1,80 @@
+"""`rankfront evaluate`: a model folder or a study, and what either refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from actors.harness import HarnessMetric
+from actors.types import RankfrontError
+from search.cli import app
+from search.evaluating import FolderEvaluation, is_model_folder
+
+
+def evaluate(*arguments: object) -> str:
+    """What the command printed.
+
+    Raises:
+        RankfrontError: as the command does.
+    """
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    if isinstance(result.exception, RankfrontError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_folder_is_measured_on_a_text(llama: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"words": document}) for document in tiny.documents()]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    output = tmp_path / "new" / "out.json"
+    evaluate(llama, "--text", tmp_path / "text.jsonl", "--column", "words", "--window", 32, "--tokens", 100,
+             "--device", "cpu", "--output", output)  # fmt: skip
+    found = json.loads(output.read_text())
+    assert found["metrics"] == []
+    assert found["text"]["name"] == "text.jsonl@32"
+    assert found["text"]["tokens"] == 3 * 31
+    assert found["text"]["nll"] == found["text"]["nats"] / 93
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "name --tasks a,b or --text SOURCE"),
+        (("--tasks", " , "), "name --tasks a,b or --text SOURCE"),
+        (("--trial", "3"), "--trial and --budget choose from a study"),
+        (("--text", "./nothing.txt", "--window", "32"), "no file or folder"),
+        (("--text", "./nothing.txt"), "--window 512: the model reads 256 tokens"),
+    ],
+)
+def test_a_folder_refuses(llama: Path, arguments: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(RankfrontError, match=reason):
+        evaluate(llama, *arguments)
+
+
+def test_a_study_refuses_what_is_for_folders(tmp_path: Path) -> None:
+    with pytest.raises(RankfrontError, match="is no model folder, and --tasks"):
+        evaluate(tmp_path, "--tasks", "arc_easy")
+    with pytest.raises(RankfrontError, match="holds no study"):
+        evaluate("unknown", "--runs", tmp_path)
+
+
+def test_a_study_with_a_config_is_no_model_folder(llama: Path, tmp_path: Path) -> None:
+    assert is_model_folder(llama)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "prepared.json").write_text("{}")
+    assert not is_model_folder(tmp_path)
+
+
+def test_the_table_has_values_and_errors(tmp_path: Path) -> None:
+    metrics = (
+        HarnessMetric("t", "acc", "none", 0.5, 0.25, 4),
+        HarnessMetric("t", "f1", "none", 1.0, None, None),
+    )
+    (table,) = FolderEvaluation(tmp_path, metrics, {}, None).tables()
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert columns == [["t", "t"], ["acc", "f1"], ["none", "none"], ["0.5000±0.2500", "1.0000"], ["4", ""]]
