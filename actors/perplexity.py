@@ -57,7 +57,7 @@ def window_losses(
             raise ScoringError(f"{name}: non-finite loss in {where}")
         if dense is not None:
             kept = slice(start, start + len(batch))
-            kl.append(_window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept])).cpu())
+            kl.append(window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept])).cpu())
             if not torch.isfinite(kl[-1]).all():
                 raise ScoringError(f"{name}: non-finite divergence from the dense model in {where}")
     return WindowLosses(torch.cat(nats), torch.cat(kl) if kl else None)
@@ -102,7 +102,7 @@ def _window_nats(logits: Tensor, batch: Tensor) -> Tensor:
     return torch.cat(losses).view(batch.shape).double().sum(1)
 
 
-def _window_divergence(logits: Tensor, dense: DenseTop) -> Tensor:
+def window_divergence(logits: Tensor, dense: DenseTop) -> Tensor:
     """Divergence summed over the tokens each window predicts: (b, w, vocabulary) -> (b,) float64."""
     parts = zip(
         logits.flatten(0, 1).split(LOGIT_ROWS),
