@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 import actors.modeling_rankfront as modeling
 from actors.factors import FactorStore
 from actors.linears import bias_of, weight_of
-from actors.low_rank import TrialModel
+from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig, RankfrontForCausalLM
 from actors.models import copy_side_files, load_model, load_tokenizer
 from actors.pivoting import pivot
+from actors.refined import RefinedFactors
 from actors.replica import quieten
 from actors.scoring import load_split, score_split
 from actors.storage import FACTORED, FORMS, ITEMSIZE, PIVOTED, stored_layer, stored_target
@@ -41,7 +42,7 @@ NLL_TOLERANCE_HALF = 0.05
 
 
 def low_rank_layer(
-    dense: nn.Module, store: FactorStore, name: str, rank: int, storage: str, method: str | None = None
+    dense: nn.Module, store: Ranks, name: str, rank: int, storage: str, method: str | None = None
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """A target at a rank, stored in the dense layer's precision, and what the config says of it."""
     weight, own = weight_of(dense), bias_of(dense)
@@ -66,7 +67,7 @@ def _parts(form: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
 
 
 def low_rank_model(
-    dense: nn.Module, store: FactorStore, allocation: Allocation, storage: str
+    dense: nn.Module, store: Ranks, allocation: Allocation, storage: str
 ) -> RankfrontForCausalLM:
     """The exportable model: `dense` is changed in place and becomes its inside."""
     layers: dict[str, Mapping[str, Any]] = {}
@@ -101,8 +102,11 @@ def export(
     destination: Path,
     recorded: Score,
     facts: Mapping[str, Any],
+    refined: Path | None = None,
 ) -> list[str]:
     """Write `destination` whole or not at all; returns what was checked, in words.
+
+    With the file of its `refined` factors those are written, and `recorded` is their score.
 
     Raises:
         RankfrontError: the folder exists, the disk is full, or the reloaded model is not the scored one.
@@ -110,11 +114,7 @@ def export(
     quieten()
     if destination.exists():
         raise RankfrontError(f"{destination} exists already; name another folder with --to")
-    if not (Path(prepared.factor_store) / "manifest.json").exists():
-        raise RankfrontError(
-            f"the factor store {prepared.factor_store} is gone; run the search command again to rebuild it"
-        )
-    store = FactorStore(prepared.factor_store)
+    store = _ranks(prepared, refined)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -128,13 +128,24 @@ def export(
         if allocation.methods:
             description["methods"] = dict(allocation.methods)
         (partial / "ranks.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
-        lines = check(partial, preparation, prepared, allocation, storage, recorded)
+        lines = check(partial, preparation, prepared, allocation, storage, recorded, refined)
         partial.rename(destination)
     except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"export to {destination}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return lines
+
+
+def _ranks(prepared: Prepared, refined: Path | None) -> Ranks:
+    """The factors an export is made of: those of a refined file, or the study's."""
+    if refined is not None:
+        return RefinedFactors(refined)
+    if not (Path(prepared.factor_store) / "manifest.json").exists():
+        raise RankfrontError(
+            f"the factor store {prepared.factor_store} is gone; run the search command again to rebuild it"
+        )
+    return FactorStore(prepared.factor_store)
 
 
 @torch.inference_mode()
@@ -145,6 +156,7 @@ def check(
     allocation: Allocation,
     storage: str,
     recorded: Score,
+    refined: Path | None = None,
 ) -> list[str]:
     """Reload a written folder and hold it against the searched model, its cost and its recorded score.
 
@@ -155,7 +167,7 @@ def check(
             rounding.
     """
     tokenizer = load_tokenizer(folder, preparation.model)
-    store = FactorStore(prepared.factor_store)
+    store = _ranks(prepared, refined)
     model = load_model(prepared.model_folder, preparation.model)
     size, whole = tensor_bytes(folder), _own_bytes(model)
     counted = whole + _difference(preparation, prepared, allocation, storage)

@@ -266,7 +266,7 @@ def refine(
     top = dense_top(model, windows, spec.batch_tokens, spec.top_k, "calibration text")
     with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
         run = Refinement(model, moving, windows, top, spec)
-        ended = yield from _steps(run, spec, partial)
+        training, ended = yield from _steps(run, spec, partial)
         step, kl = run.best_score
         manifest = {
             **facts,
@@ -280,10 +280,13 @@ def refine(
         }
         write(path, run.best, manifest)
     partial.unlink(missing_ok=True)
+    yield _told(run, spec, training, ended)  # only now: who hears of an end finds its file
 
 
-def _steps(run: Refinement, spec: RefinementSpec, partial: Path) -> Generator[RefinementStep, None, str]:
-    """Steps until one of the ends; returns which, in words."""
+def _steps(
+    run: Refinement, spec: RefinementSpec, partial: Path
+) -> Generator[RefinementStep, None, tuple[float | None, str]]:
+    """Steps until one of the ends; returns the last training KL, and which end it was, in words."""
     if partial.exists():
         run.restore(*read(partial))
     else:
@@ -309,8 +312,7 @@ def _steps(run: Refinement, spec: RefinementSpec, partial: Path) -> Generator[Re
                         f"try a smaller refine.learning_rate than {spec.learning_rate:g}"
                     ) from error
                 ended = str(error)
-    yield _told(run, spec, training, ended)
-    return ended
+    return training, ended
 
 
 def _told(

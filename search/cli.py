@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,11 @@ from rich.console import Console
 
 from actors.types import RankfrontError
 from search.allocations import read_allocations
-from search.config import load_config
+from search.config import load_config, parse_config
 from search.findings import cells_table, front_table, headline
 from search.folder import StudyFolder, find_study, repair_if_idle, report
 from search.records import StudySummary, TrialRow
+from search.refine import comparison_cells, refine, refined_file
 from search.sections import SamplerSection
 from search.sensitivity import sensitivity
 from search.sensitivity_table import Sensitivity, found, module_cells, target_cells
@@ -201,12 +203,47 @@ def enqueue_command(
     console.print(f"Enqueued as trials: {listed}" + (f"; {known} are in the study already" if known else ""))
 
 
+@app.command("refine")
+def refine_command(
+    study: StudyName,
+    trial: Annotated[int | None, typer.Option(help="Which trial.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="The best front point at or under this model budget.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; refine.steps where not given.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step; refine.tokens where not given.")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Refine one trial's factors towards the dense model, ranks fixed, and score what came of it."""
+    if (trial is None) == (budget is None):
+        raise RankfrontError("refine: give either --trial N or --budget B")
+    folder = find_study(study, runs)
+    raw = folder.config.model_dump(mode="json")
+    raw["refine"] |= {k: v for k, v in (("steps", steps), ("tokens", tokens)) if v is not None}
+    folder = replace(folder, config=parse_config(raw, "refine"))
+    row = _choose(report(folder, folder.open_study()), trial, budget)
+    found = refine(folder, row, console)
+    console.print(f"Stopped: {found.ended}", soft_wrap=True)
+    if found.scores:
+        title = f"Trial {row.number}, {row.budget_model:.1%} of all parameters: {found.variant}"
+        console.print(cells_table(comparison_cells(found.scores), title, left=("split", "metric")))
+        report(folder, folder.open_study())
+        again = f"{_program()} export {folder.path} --trial {row.number} --variant {found.variant}"
+        console.print(f"\nNext:\n  {again}", soft_wrap=True)
+    _exit_if_stopped(found.ended)
+
+
 @app.command("export")
 def export_command(
     study: StudyName,
     trial: Annotated[int | None, typer.Option(help="Which trial.")] = None,
     budget: Annotated[
         float | None, typer.Option(help="The best front point at or under this model budget.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Refined factors of the trial, such as refined-0a1b2c3d.")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
     runs: Runs = Path("runs"),
@@ -218,21 +255,25 @@ def export_command(
     row = _choose(report(folder, folder.open_study()), trial, budget)
     from actors.export import export
 
-    destination = to or folder.path / "exports" / f"trial-{row.number:05d}"
+    name = f"trial-{row.number:05d}" + (f"-{variant}" if variant else "")
+    destination = to or folder.path / "exports" / name
     assert row.score is not None
+    file, score = refined_file(folder, row, variant) if variant else (None, row.score)
     check = export(
         folder.config.preparation(),
         folder.prepared,
         row.allocation,
         folder.config.storage,
         destination,
-        row.score,
+        score,
         {
             "study": folder.config.study,
             "trial": row.number,
             "budget.model": row.budget_model,
             "budget.bytes": row.budget_bytes,
+            **({"variant": variant} if variant else {}),
         },
+        file,
     )
     console.print(
         f"Trial {row.number} ({row.budget_model:.1%} of all parameters) written to [bold]{destination}/[/]"
