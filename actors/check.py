@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from actors.factors import FactorStore
-from actors.low_rank import TrialModel
+from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
 from actors.models import load_model, load_tokenizer
+from actors.refined import RefinedFactors
 from actors.scoring import load_split, score_split
 from actors.storage import FORMS, ITEMSIZE, stored_target
 from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, Score
@@ -42,13 +43,30 @@ PROBE_WORDS = 32
 
 @dataclass(frozen=True)
 class Scored:
-    """A scored allocation, and all that decides which model that is."""
+    """A scored allocation, and all that decides which model that is; `refined` is the file of its refined
+    factors, where the score is theirs."""
 
     preparation: PreparationSpec
     prepared: Prepared
     allocation: Allocation
     storage: str
     score: Score
+    refined: Path | None = None
+
+    def factors(self) -> Ranks:
+        """The factors it is cut from.
+
+        Raises:
+            RankfrontError: they are gone.
+        """
+        if self.refined is not None:
+            return RefinedFactors(self.refined)
+        store = self.prepared.factor_store
+        if not (Path(store) / "manifest.json").exists():
+            raise RankfrontError(
+                f"the factor store {store} is gone; run the search command again to rebuild it"
+            )
+        return FactorStore(store)
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Check
     """
     preparation, prepared = scored.preparation, scored.prepared
     tokenizer = load_tokenizer(folder, preparation.model)
-    store = FactorStore(prepared.factor_store)
+    store = scored.factors()
     model = load_model(prepared.model_folder, preparation.model)
     size, whole = tensor_bytes(folder), own_bytes(model)
     counted = whole + (_difference(scored) if added_bytes is None else added_bytes)

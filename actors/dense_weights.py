@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from actors.factors import FactorStore
 from actors.families import family_of
 from actors.linears import bias_of, is_linear, weight_of
+from actors.low_rank import Ranks
 from actors.types import Allocation, RankfrontError
 
 
 @torch.no_grad()
-def dense_model(dense: Any, store: FactorStore, allocation: Allocation) -> Any:
+def dense_model(dense: Any, store: Ranks, allocation: Allocation) -> Any:
     """`dense` with W_r = A_r B_r (m, n) for the weight of every target that has a rank, changed in place.
 
     Its config says `rankfront: {format: dense, smaller: false}`.

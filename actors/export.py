@@ -17,9 +17,9 @@ from torch import nn
 import actors.modeling_rankfront as modeling
 from actors.check import PROBE, Checked, Scored, check, own_bytes
 from actors.dense_weights import dense_model
-from actors.factors import FactorStore
 from actors.licence import copy_licence_files
 from actors.linears import bias_of, weight_of
+from actors.low_rank import Ranks
 from actors.modeling_rankfront import RankfrontConfig, RankfrontForCausalLM
 from actors.models import copy_side_files, load_model
 from actors.pivoting import pivot
@@ -39,7 +39,7 @@ the products of the factors as its weights, which is no smaller."""
 
 
 def low_rank_layer(
-    dense: nn.Module, store: FactorStore, name: str, rank: int, storage: str, method: str | None = None
+    dense: nn.Module, store: Ranks, name: str, rank: int, storage: str, method: str | None = None
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """A target at a rank, stored in the dense layer's precision, and what the config says of it."""
     weight, own = weight_of(dense), bias_of(dense)
@@ -76,7 +76,7 @@ def _pivoted_bias(bias: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype)
 
 
 def low_rank_model(
-    dense: nn.Module, store: FactorStore, allocation: Allocation, storage: str
+    dense: nn.Module, store: Ranks, allocation: Allocation, storage: str
 ) -> RankfrontForCausalLM:
     """The exportable model: `dense` is changed in place and becomes its inside."""
     layers: dict[str, Mapping[str, Any]] = {}
@@ -120,17 +120,14 @@ def export(
     refuse_existing(destination)
     destination = destination.expanduser().resolve()
     prepared, allocation = scored.prepared, scored.allocation
-    if not (Path(prepared.factor_store) / "manifest.json").exists():
-        raise RankfrontError(
-            f"the factor store {prepared.factor_store} is gone; run the search command again to rebuild it"
-        )
+    store = scored.factors()
     description = {**facts, "storage": scored.storage, "ranks": allocation.to_dict()}
     if allocation.methods:
         description["methods"] = dict(allocation.methods)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        added = _write_model(scored, partial, form)
+        added = _write_model(scored, store, partial, form)
         copy_side_files(prepared.model_folder, partial)
         copy_licence_files(prepared.model_folder, partial)
         text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
@@ -152,12 +149,11 @@ def refuse_existing(destination: Path) -> None:
         raise RankfrontError(f"{destination} exists already; name another folder with --to")
 
 
-def _write_model(scored: Scored, folder: Path, form: str) -> int | None:
+def _write_model(scored: Scored, store: Ranks, folder: Path, form: str) -> int | None:
     """Config and weights, and what they take more than the dense model's; None where the search counted that.
 
     The model is gone when this returns: what was written is all that is checked.
     """
-    store = FactorStore(scored.prepared.factor_store)
     dense = load_model(scored.prepared.model_folder, scored.preparation.model)
     if type(dense).__module__.startswith("transformers_modules."):
         raise RankfrontError(

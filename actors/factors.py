@@ -117,7 +117,7 @@ class StoreBuilder:
             for method, file in self._files(target).items():
                 if not (self.partial / file).exists():
                     factors = decompose(target.name, matrix, moments, method, self._spec.bias)
-                    _save(self.partial / file, _tensors(factors, DTYPES[self._spec.dtype]))
+                    save_whole(self.partial / file, _tensors(factors, DTYPES[self._spec.dtype]))
         except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
             raise RankfrontError(f"factor store {self.folder}: {error}") from error
 
@@ -177,11 +177,11 @@ def _tensors(factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The file appears whole, and stays whole through a power cut."""
+def save_whole(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """The file appears whole, with texts in its `header`, and stays whole through a power cut."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, partial)
+        save_file(tensors, partial, header)
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)

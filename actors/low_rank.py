@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
-from actors.factors import FactorStore
 from actors.linears import bias_of, weight_of
 from actors.types import Allocation, TargetSpec
 
 Tensor = torch.Tensor
+
+
+class Ranks(Protocol):
+    """Where the factors of a rank come from: a factor store, or refined factors."""
+
+    def rank(self, name: str, rank: int, method: str | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A_r^T (r, m), B_r (r, n) and what is added to the layer's bias (m,), None where nothing is."""
+        ...
+
+
+def factored_is_cheaper(rank: int, rows: int, cols: int, tokens: int) -> bool:
+    """Whether A_r (B_r x) takes no more operations than (A_r B_r) x, its product made once for `tokens`."""
+    return rank * (rows + cols) * tokens <= rows * cols * (tokens + rank)
 
 
 class TrialLinear(nn.Module):
@@ -40,9 +54,7 @@ class TrialLinear(nn.Module):
         self.rank = self.method = None
         self._left = self._right = self._bias = None
 
-    def install(
-        self, rank: int, store: FactorStore, name: str, tokens: int, method: str | None = None
-    ) -> None:
+    def install(self, rank: int, store: Ranks, name: str, tokens: int, method: str | None = None) -> None:
         """Run at `rank` from now on, cut from the factors of `method` (None: the configured one).
 
         `tokens` is how many tokens the trial will send through.
@@ -54,7 +66,7 @@ class TrialLinear(nn.Module):
         rows, cols = weight.shape
         self.rank, self.method = rank, method
         self._bias = bias if own is None else own if bias is None else own + bias
-        if rank * (rows + cols) * tokens <= rows * cols * (tokens + rank):
+        if factored_is_cheaper(rank, rows, cols, tokens):
             self._left, self._right = left.T, right
         else:
             if self._product is None:
@@ -74,7 +86,7 @@ class TrialLinear(nn.Module):
 class TrialModel:
     """A resident model whose targets can be set to any allocation; only changed ones are touched."""
 
-    def __init__(self, model: nn.Module, targets: tuple[TargetSpec, ...], store: FactorStore) -> None:
+    def __init__(self, model: nn.Module, targets: tuple[TargetSpec, ...], store: Ranks) -> None:
         self.model = model
         self._store = store
         self._layers: dict[str, TrialLinear] = {}
@@ -99,6 +111,12 @@ class TrialModel:
             else:
                 layer.install(rank, self._store, name, tokens, method)
         return changed
+
+    def use(self, store: Ranks) -> None:
+        """Cut ranks from `store` from now on; every target is dense until the next `install`."""
+        self._store = store
+        for layer in self._layers.values():
+            layer.restore()
 
     def layer(self, name: str) -> TrialLinear:
         return self._layers[name]

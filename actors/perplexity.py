@@ -73,7 +73,7 @@ def window_losses(
             what = "logits" if sound else "loss"
             raise ScoringError(f"{name}: non-finite {what} in {where}, {culprit(model, forward)}")
         if dense is not None:
-            kl.append(_window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept]), last).cpu())
+            kl.append(window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept]), last).cpu())
             if not torch.isfinite(kl[-1]).all():
                 raise ScoringError(
                     f"{name}: non-finite divergence from the dense model in {where}, "
@@ -147,7 +147,7 @@ def _window_nats(logits: Tensor, batch: Tensor, scored: Tensor) -> Tensor:
     return torch.cat(losses).view(batch.shape).double().sum(1)
 
 
-def _window_divergence(logits: Tensor, dense: DenseTop, scored: Tensor) -> Tensor:
+def window_divergence(logits: Tensor, dense: DenseTop, scored: Tensor) -> Tensor:
     """Divergence summed over the tokens each window predicts: (b, w, vocabulary), (b,) -> (b,) float64."""
     parts = zip(
         logits.flatten(0, 1).split(LOGIT_ROWS),

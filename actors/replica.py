@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from actors.refinement import RefinementSpec, RefinementStep
 from actors.types import (
     Allocation,
     BuildPlan,
@@ -78,3 +80,24 @@ class Replica:
 
     def score(self, allocation: Allocation, split: str, rivals: tuple[Rival, ...]) -> Score:
         return self._scorer.score(allocation, split, rivals)
+
+
+class Refiner:
+    """Refines allocations and scores them, refined or not; see `actors.refiner.Refiner`."""
+
+    def __init__(self, spec: ReplicaSpec, folder: str) -> None:
+        quieten()
+        import torch
+
+        from actors.refiner import Refiner
+
+        torch.set_num_threads(spec.threads)
+        self._refiner = Refiner(spec, Path(folder))
+
+    def refine(
+        self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
+    ) -> Iterator[RefinementStep]:
+        yield from self._refiner.refine(allocation, spec, facts)
+
+    def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
+        return self._refiner.score(allocation, split, file)

@@ -215,9 +215,8 @@ class Scorer:
         self.tokenizer = load_tokenizer(prepared.model_folder, preparation.model)
         self.model = load_model(prepared.model_folder, preparation.model, device)
         self.limit = getattr(self.model.config, "max_position_embeddings", None)
-        self.trial_model = TrialModel(
-            self.model, prepared.targets, FactorStore(prepared.factor_store, device)
-        )
+        self.store = FactorStore(prepared.factor_store, device)
+        self.trial_model = TrialModel(self.model, prepared.targets, self.store)
         self._splits: dict[str, SplitData] = {}
         self._dense: dict[str, DenseTop] = {}
         scoring, dense = preparation.scoring, Allocation.dense(prepared.targets)

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from search.config import Config, ConfigError, parse_config, set_key
 from search.folder import StudyFolder
-from search.records import StudySummary, TrialRow
+from search.records import FACTORS, StudySummary, TrialRow
 from search.sections import (
     CalibrationSection,
     FactorSection,
@@ -41,12 +41,14 @@ class AllocationFile(Section):
 
     `ranks` names targets: a rank, or null for dense, as targets are that are not named. `methods` names those
     with a rank whose method is not that of `factors`. `scores` maps search and test to metrics, and each
-    `<metric>_stderr` to its standard error. `fingerprints` are sha256 of what the study was prepared from.
+    `<metric>_stderr` to its standard error. `variant` names refined factors, whose scores they then are, and
+    which ranks alone do not make again. `fingerprints` are sha256 of what the study was prepared from.
     """
 
     format: Literal["rankfront-allocation-1"]
     study: str | None = None
     trial: int | None = None
+    variant: str | None = None
     budgets: dict[str, float] = Field(default_factory=dict)
     scores: dict[Literal["search", "test"], Metrics] = Field(default_factory=dict)
     fingerprints: dict[str, str] = Field(default_factory=dict)
@@ -66,10 +68,12 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **AllocationFile.model_json_schema()}
 
 
-def facts(folder: StudyFolder, row: TrialRow, summary: StudySummary) -> dict[str, Any]:
-    """All of a trial's configuration but its storage, ranks and methods."""
+def facts(
+    folder: StudyFolder, row: TrialRow, summary: StudySummary, variant: str = FACTORS
+) -> dict[str, Any]:
+    """All of a trial's configuration but its storage, ranks and methods; `row` has its variant's score."""
     assert row.score is not None
-    test = summary.test_score(row.number)
+    test = summary.test_score(row.number, variant)
     scores = {"search": row.score} | ({"test": test} if test is not None else {})
     budgets = {
         "budget.linear": row.budget_linear,
@@ -80,6 +84,7 @@ def facts(folder: StudyFolder, row: TrialRow, summary: StudySummary) -> dict[str
         "format": FORMAT,
         "study": folder.config.study,
         "trial": row.number,
+        **({} if variant == FACTORS else {"variant": variant}),
         "budgets": budgets,
         "scores": {split: metrics_of(score) for split, score in scores.items()},
         "fingerprints": dict(folder.prepared.fingerprints),

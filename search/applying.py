@@ -39,7 +39,7 @@ def apply_configuration(
     for line in _compared(found, scored.score, scored.prepared.fingerprints):
         say(line)
     described = {
-        **found.told,
+        **{name: value for name, value in found.told.items() if name != "variant"},
         "scores": {"search": metrics_of(scored.score)},
         "fingerprints": dict(scored.prepared.fingerprints),
         **sections(config),
@@ -70,6 +70,8 @@ def _compared(found: Configuration, score: Score, prints: Mapping[str, str]) -> 
     theirs = found.told.get("fingerprints", {}).get("model")
     if theirs is not None and theirs != prints["model"]:
         yield "the configuration was found on other weights: its scores do not carry over"
+    if "variant" in found.told:
+        yield f"its scores are those of {found.told['variant']}: ranks alone do not make refined factors"
     for name, value in found.recorded.items():
         if name in score.metrics:
             here = score.metrics[name]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +14,7 @@ from actors.types import RankfrontError
 from search.allocations import read_allocations
 from search.cli_evaluate import evaluate_command
 from search.cli_export import apply_command, export_command
+from search.cli_refine import refine_command
 from search.config import load_config
 from search.findings import cells_table, front_table, headline
 from search.folder import StudyFolder, find_study, repair_if_idle, report
@@ -26,7 +25,7 @@ from search.sensitivity import sensitivity
 from search.sensitivity_table import Sensitivity, found, module_cells, target_cells
 from search.session import search
 from search.surgical_run import surgical
-from search.terminal import Runs, StudyName, console, override
+from search.terminal import Runs, StudyName, console, exit_if_stopped, override, program
 
 app = typer.Typer(
     help="Search which rank each linear layer of a language model should keep.",
@@ -51,18 +50,12 @@ def search_command(
         overrides["stop.trials"] = trials
     folder, summary, reason = search(load_config(config, overrides), console)
     _print_end(folder, summary, reason, "search", _again(config, set_))
-    _exit_if_stopped(reason)
+    exit_if_stopped(reason)
 
 
 def _again(config: Path, set_: list[str] | None) -> str:
     """The config and its overrides, as they were given."""
     return " ".join([str(config), *(f"--set {shlex.quote(text)}" for text in set_ or [])])
-
-
-def _exit_if_stopped(reason: str) -> None:
-    """With the exit code of the signal that ended a command, if one did."""
-    if reason.startswith("SIG"):
-        raise typer.Exit(130 if reason == "SIGINT" else 143)
 
 
 def _print_front(summary: StudySummary) -> None:
@@ -92,7 +85,7 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command:
     console.print("  report.html, front.png   the front, to look at")
     console.print("  front.json, trials.parquet, evaluations.parquet   the same, to compute with")
     more = (folder.config.stop.trials or len(summary.rows)) + 40
-    me = _program()
+    me = program()
     console.print("\nNext:", style="bold")
     if reason.startswith("SIG"):
         console.print(f"  {me} {command} {config}   # goes on where it stopped", soft_wrap=True)
@@ -101,14 +94,6 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command:
         f"  {me} export {folder.path} --budget 0.9   # write the best model at <= 90%", soft_wrap=True
     )
     console.print(f"  {me} report {folder.path}   # write the report again")
-
-
-def _program() -> str:
-    """How this program can be called again from here: by name where that finds it, else by its path."""
-    found = shutil.which("rankfront")
-    if found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve():
-        return "rankfront"
-    return os.path.relpath(sys.argv[0])
 
 
 @app.command("surgical")
@@ -121,7 +106,7 @@ def surgical_command(
     """Search target by target, last block to first, as arXiv 2405.13039 does; or continue doing so."""
     folder, summary, reason = surgical(load_config(config, dict(map(override, set_ or []))), console)
     _print_end(folder, summary, reason, "surgical", _again(config, set_))
-    _exit_if_stopped(reason)
+    exit_if_stopped(reason)
 
 
 @app.command("sensitivity")
@@ -140,9 +125,9 @@ def sensitivity_command(
         console.print("  sensitivity.parquet   the same, to compute with")
     if reason.startswith("SIG"):
         console.print("\nNext:", style="bold")
-        again = f"{_program()} sensitivity {_again(config, set_)}"
+        again = f"{program()} sensitivity {_again(config, set_)}"
         console.print(f"  {again}   # goes on where it stopped", soft_wrap=True)
-    _exit_if_stopped(reason)
+    exit_if_stopped(reason)
 
 
 def _print_sensitivity(folder: Path, table: Sensitivity | None) -> None:
@@ -201,6 +186,7 @@ def enqueue_command(
 app.command("export")(export_command)
 app.command("apply")(apply_command)
 app.command("evaluate")(evaluate_command)
+app.command("refine")(refine_command)
 
 
 def main() -> None:

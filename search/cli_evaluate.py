@@ -13,7 +13,7 @@ from search.evaluating import HarnessSpec, evaluate_folder, is_model_folder
 from search.finals import evaluate_study, split_cells
 from search.findings import cells_table
 from search.folder import StudyFolder, find_study, summarise
-from search.terminal import Runs, console
+from search.terminal import Runs, console, exit_if_stopped
 
 
 def evaluate_command(
@@ -74,5 +74,4 @@ def _evaluate_study(folder: StudyFolder, trials: list[int], budget: float | None
     summary, reason = evaluate_study(folder, trials, console)
     console.print(cells_table(split_cells(summary, trials), f"{summary.study}: test split"))
     console.print(f"Saved in [bold]{folder.path}/[/]: evaluations.parquet, report.html", soft_wrap=True)
-    if reason is not None:
-        raise typer.Exit(130 if reason == "SIGINT" else 143)
+    exit_if_stopped(reason or "")

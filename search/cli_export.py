@@ -13,6 +13,7 @@ from search.applying import apply_configuration
 from search.choosing import chosen
 from search.exporting import check_folder, destinations, export_trial, write_configuration
 from search.folder import find_study, summarise
+from search.records import FACTORS
 from search.terminal import Runs, console, override
 
 
@@ -48,6 +49,9 @@ def export_command(
     all_front: Annotated[
         bool, typer.Option("--all-front", help="Every compressed point of the front, a folder each.")
     ] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Refined factors of the trial, such as refined-0a1b2c3d.")
+    ] = None,
     format_: FormOption = Form.rankfront,
     config_only: Annotated[
         bool, typer.Option("--config-only", help="The configuration alone, as YAML and JSON; no weights.")
@@ -71,13 +75,16 @@ def export_command(
     folder = find_study(study, runs)
     summary = summarise(folder, folder.open_study())
     rows = chosen(summary, trial, budget, max_nll, all_front)
-    places = destinations(folder, rows, to, all_front, "-config" if config_only else "")
+    if variant is not None and (config_only or all_front):
+        raise RankfrontError("export: --variant names the factors of one trial; ranks alone have none")
+    suffix = "-config" if config_only else "" if variant is None else f"-{variant}"
+    places = destinations(folder, rows, to, all_front, suffix)
     for row, place in zip(rows, places, strict=True):
         if config_only:
             write_configuration(folder, summary, row, place)
             console.print(f"Trial {row.number}: ranks.yaml, ranks.json in [bold]{place}/[/]", soft_wrap=True)
             continue
-        lines = export_trial(folder, summary, row, place, format_)
+        lines = export_trial(folder, summary, row, place, format_, variant or FACTORS)
         console.print(
             f"Trial {row.number} ({row.budget_model:.1%} of all parameters) written to [bold]{place}/[/]",
             soft_wrap=True,

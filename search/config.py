@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from actors.refinement import RefinementSpec
 from actors.types import (
     CalibrationSpec,
     CorpusSource,
@@ -32,6 +33,7 @@ from search.sections import (
     FactorSection,
     ModelSection,
     ReferenceSection,
+    RefineSection,
     ReplicaSection,
     SamplerSection,
     ScoringSection,
@@ -73,6 +75,7 @@ class Config(Section):
     references: ReferenceSection = ReferenceSection()
     sensitivity: SensitivitySection = SensitivitySection()
     surgical: SurgicalSection = SurgicalSection()
+    refine: RefineSection = RefineSection()
     stop: StopSection = StopSection()
     replicas: ReplicaSection = ReplicaSection()
 
@@ -96,6 +99,11 @@ class Config(Section):
     @property
     def named_objectives(self) -> tuple[Objective, ...]:
         return tuple(Objective(name, minimize=smaller_is_better(name)) for name in self.objectives)
+
+    @property
+    def refinement(self) -> RefinementSpec:
+        """How a trial is refined."""
+        return RefinementSpec(**self.refine.model_dump(), batch_tokens=self.scoring.batch_tokens)
 
     def preparation(self) -> PreparationSpec:
         """What the workers need of this config."""

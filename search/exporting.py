@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from search.allocation_file import facts, read_configuration, whole
 from search.card import CardFacts, model_card
 from search.folder import StudyFolder, factor_fact
 from search.panels import dense_row
-from search.records import StudySummary, TrialRow
+from search.records import FACTORS, StudySummary, TrialRow
+from search.refine import refined_file
 
 DESCRIPTION = "ranks.yaml"
 
@@ -43,41 +45,55 @@ def destinations(
 
 
 def export_trial(
-    folder: StudyFolder, summary: StudySummary, row: TrialRow, destination: Path, form: str
+    folder: StudyFolder,
+    summary: StudySummary,
+    row: TrialRow,
+    destination: Path,
+    form: str,
+    variant: str = FACTORS,
 ) -> list[str]:
-    """Write a trial as a model folder; returns what was checked, in words."""
+    """Write a trial, of its own factors or a refined variant, as a folder; what was checked, in words."""
     from actors.check import Scored
     from actors.export import export
     from actors.licence import base_licence
 
+    refined = None
+    if variant != FACTORS:
+        refined, score = refined_file(folder, row, variant)
+        row = replace(row, score=score)
     assert row.score is not None
     config, prepared = folder.config, folder.prepared
-    described = facts(folder, row, summary)
+    described = facts(folder, row, summary, variant)
     preparation = config.preparation()
     told = CardFacts(
         config=config,
         calibration_tokens=prepared.tokens["calibration"],
         licence=base_licence(preparation.model, prepared.model_folder),
         factors=factor_fact(config.factor_spec),
-        scores=_by_split(row, summary),
+        scores=_by_split(row, summary, variant),
         dense=_by_split(dense_row(summary), summary),
-        commands=(
-            f"rankfront export {shlex.quote(str(folder.path))} --trial {row.number}{_form_flag(form)}"
-            "  # in the study",
-            apply_command(config.model.source, form) + "  # anywhere",
-        ),
+        commands=_commands(folder, row, form, variant),
         smaller=form != "dense",
         study=config.study,
         trial=row.number,
     )
-    scored = Scored(preparation, prepared, row.allocation, config.storage, row.score)
+    scored = Scored(preparation, prepared, row.allocation, config.storage, row.score, refined)
     return export(scored, destination, described, lambda checked: model_card(told, checked), form)
 
 
-def _by_split(row: TrialRow | None, summary: StudySummary) -> dict[str, Score]:
+def _commands(folder: StudyFolder, row: TrialRow, form: str, variant: str) -> tuple[str, ...]:
+    """What makes the folder again; refined factors are in their study alone."""
+    flags = f"{_form_flag(form)}" + ("" if variant == FACTORS else f" --variant {variant}")
+    here = f"rankfront export {shlex.quote(str(folder.path))} --trial {row.number}{flags}  # in the study"
+    if variant != FACTORS:
+        return (here,)
+    return here, apply_command(folder.config.model.source, form) + "  # anywhere"
+
+
+def _by_split(row: TrialRow | None, summary: StudySummary, variant: str = FACTORS) -> dict[str, Score]:
     if row is None or row.score is None:
         return {}
-    test = summary.test_score(row.number)
+    test = summary.test_score(row.number, variant)
     return {"search": row.score} | ({"test": test} if test is not None else {})
 
 

@@ -13,7 +13,7 @@ from search.folder import StudyFolder, report
 from search.opening import opened
 from search.pareto import front
 from search.pool import Job, Pool
-from search.records import Evaluation, StudySummary
+from search.records import FACTORS, Evaluation, StudySummary
 from search.replicas import replicas
 from search.runner import TICK_SECONDS, Stop, minimised
 from search.signals import stop_on_signals
@@ -39,7 +39,7 @@ def score_test(
     evaluations = Evaluations(folder.path)
     fingerprint = folder.prepared.fingerprints["test"]
     rows = study.rows()
-    queue = [rows[n] for n in numbers if evaluations.get(n, "factors", "test", fingerprint) is None]
+    queue = [rows[n] for n in numbers if evaluations.get(n, FACTORS, "test", fingerprint) is None]
     if not queue:
         return
     tokens = folder.prepared.tokens["test.forward"]
@@ -52,7 +52,7 @@ def score_test(
             if outcome.score is None:
                 say(f"trial {outcome.job.key} has no test score: {outcome.reason}")
             else:
-                evaluations.add(Evaluation(outcome.job.key, "factors", "test", fingerprint, outcome.score))
+                evaluations.add(Evaluation(outcome.job.key, FACTORS, "test", fingerprint, outcome.score))
 
 
 def evaluate_study(

@@ -57,6 +57,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("references", "free", "missing ones are added"),
     Rule("sensitivity", "free", "missing scores are added"),
     Rule("surgical", "free", "another walk over scores that are kept"),
+    Rule("refine", "free", "other settings make another variant"),
     Rule("stop", "free", "how far to go"),
     Rule("replicas", "free", "how fast to go"),
 )

@@ -8,6 +8,9 @@ from typing import Any
 
 from actors.types import Allocation, Score
 
+FACTORS = "factors"
+"""The variant that is a trial's own factors."""
+
 
 @dataclass(frozen=True)
 class TrialRow:
@@ -98,9 +101,7 @@ class StudySummary:
     facts: Mapping[str, str]
     macs_length: int | None = None
 
-    def test_score(self, trial: int) -> Score | None:
-        """The latest test-split score of a trial's own factors, if there is one."""
-        found = [
-            e for e in self.evaluations if e.trial == trial and e.split == "test" and e.variant == "factors"
-        ]
+    def test_score(self, trial: int, variant: str = FACTORS) -> Score | None:
+        """The latest test-split score of a trial's variant, if there is one."""
+        found = [e for e in self.evaluations if (e.trial, e.split, e.variant) == (trial, "test", variant)]
         return found[-1].score if found else None

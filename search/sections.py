@@ -267,6 +267,22 @@ class SurgicalSection(Section):
     ranks: Literal["scan", "bisect"] = "scan"
 
 
+class RefineSection(Section):
+    """`rankfront refine`: steps of KL to the dense model on the calibration text. See `RefinementSpec`."""
+
+    steps: Positive = 200
+    tokens: Positive = 1_536
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
+    warmup: Annotated[int, Field(ge=0)] = 10
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    evaluate_every: Positive = 10
+    patience: Positive = 5
+    top_k: Positive = 64
+    seed: Annotated[int, Field(ge=0)] = 0
+    checkpointed: bool = False
+
+
 class PlateauSection(Section):
     """Stop when the hypervolume grew by no more than `tolerance` (relative) over `trials` trials."""
 

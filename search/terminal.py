@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,3 +34,17 @@ def override(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
+
+
+def exit_if_stopped(reason: str) -> None:
+    """With the exit code of the signal that ended a command, if one did."""
+    if reason.startswith("SIG"):
+        raise typer.Exit(130 if reason == "SIGINT" else 143)
+
+
+def program() -> str:
+    """How this program can be called again from here: by name where that finds it, else by its path."""
+    found = shutil.which("rankfront")
+    if found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve():
+        return "rankfront"
+    return os.path.relpath(sys.argv[0])

@@ -337,7 +337,17 @@ def test_a_cluster_that_does_not_answer_is_said(
 
 def test_every_command_has_help() -> None:
     names = [command.name for command in app.registered_commands]
-    assert names == ["search", "surgical", "sensitivity", "report", "enqueue", "export", "apply", "evaluate"]
+    assert names == [
+        "search",
+        "surgical",
+        "sensitivity",
+        "report",
+        "enqueue",
+        "export",
+        "apply",
+        "evaluate",
+        "refine",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "search.cli", "--help"], capture_output=True, text=True, timeout=240
     )

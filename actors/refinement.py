@@ -1,0 +1,84 @@
+"""What a refinement is asked for, how far it is, and the name of what it leaves. Standard library only.
+
+The maths is in `actors.refine`, the file in `actors.refined`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from actors.types import Allocation, digest
+
+# Part of every fingerprint: raised when the steps or the file mean something else.
+FORMAT = 1
+FOLDER = "refined"
+"""Of a study: its refined factors, one file each, `<first 16 digits of the fingerprint>.safetensors`."""
+
+# What changes rounding, time and memory, not what is computed.
+SPEED = ("batch_tokens", "checkpointed")
+
+
+@dataclass(frozen=True)
+class RefinementSpec:
+    """Adam on the KL to the dense model over calibration windows, ranks fixed.
+
+    A step reads `tokens` (rounded down to whole windows, at least one), in batches of `batch_tokens`. The
+    learning rate rises over `warmup` steps and falls as a cosine to a tenth at `steps`; `clip` bounds the
+    norm of all gradients together. The last `held_out` share of the windows is never trained on: it is
+    scored every `evaluate_every` steps, and after `patience` scores without a better one the run ends.
+    `checkpointed` computes activations twice instead of keeping them.
+    """
+
+    steps: int = 200
+    tokens: int = 1_536
+    learning_rate: float = 3e-4
+    warmup: int = 10
+    clip: float = 1.0
+    held_out: float = 0.1
+    evaluate_every: int = 10
+    patience: int = 5
+    top_k: int = 64
+    seed: int = 0
+    batch_tokens: int = 1_024
+    checkpointed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RefinementStep:
+    """How far a refinement is. `training` is the KL of this step's own windows before it, None at the start;
+    `held_out` the last score of the held-out windows and `best` the lowest, at `best_step`: nats/token.
+    `ended` says why no step follows, None while one does."""
+
+    step: int
+    steps: int
+    training: float | None
+    held_out: float
+    best: float
+    best_step: int
+    ended: str | None = None
+
+
+def refinement_fingerprint(parts: Mapping[str, str], allocation: Allocation, spec: RefinementSpec) -> str:
+    """Identity of refined factors: model, calibration text, factors they begin with, ranks, and the steps.
+
+    `parts` are the fingerprints of a preparation.
+    """
+    chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "factors")}
+    steps = {key: value for key, value in spec.to_dict().items() if key not in SPEED}
+    return digest(["refined", FORMAT, chosen, allocation.key, steps])
+
+
+def variant_of(fingerprint: str) -> str:
+    """The name of refined factors in the evaluations table."""
+    return f"refined-{fingerprint[:8]}"
+
+
+def file_of(fingerprint: str) -> str:
+    """The name of their file in the study's `FOLDER`."""
+    return f"{fingerprint[:16]}.safetensors"

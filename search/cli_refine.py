@@ -1,0 +1,45 @@
+"""The command `refine`: wiring only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.choosing import chosen
+from search.config import parse_config
+from search.findings import cells_table
+from search.folder import find_study, report
+from search.refine import comparison_cells, refine
+from search.terminal import Runs, StudyName, console, exit_if_stopped, program
+
+
+def refine_command(
+    study: StudyName,
+    trial: Annotated[int | None, typer.Option(help="Which trial.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="The best front point at or under this model budget.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; refine.steps where not given.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step; refine.tokens where not given.")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Refine one trial's factors towards the dense model, ranks fixed, and score what came of it."""
+    folder = find_study(study, runs)
+    raw = folder.config.model_dump(mode="json")
+    raw["refine"] |= {k: v for k, v in (("steps", steps), ("tokens", tokens)) if v is not None}
+    folder = replace(folder, config=parse_config(raw, "refine"))
+    [row] = chosen(report(folder, folder.open_study()), trial, budget)
+    found = refine(folder, row, console)
+    console.print(f"Stopped: {found.ended}", soft_wrap=True)
+    if found.scores:
+        title = f"Trial {row.number}, {row.budget_model:.1%} of all parameters: {found.variant}"
+        console.print(cells_table(comparison_cells(found.scores), title, left=("split", "metric")))
+        report(folder, folder.open_study())
+        again = f"{program()} export {folder.path} --trial {row.number} --variant {found.variant}"
+        console.print(f"\nNext:\n  {again}", soft_wrap=True)
+    exit_if_stopped(found.ended)

@@ -1,0 +1,232 @@
+"""`rankfront refine`: refine one trial's factors in a worker, and score them beside the trial's own."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+from rich.console import Console
+
+from actors.refinement import (
+    FOLDER,
+    RefinementSpec,
+    RefinementStep,
+    file_of,
+    refinement_fingerprint,
+    variant_of,
+)
+from actors.replica import Refiner
+from actors.types import SPLITS, Allocation, RankfrontError, ReplicaSpec, Score
+from search.evaluations import Evaluations
+from search.failures import cause_of, process_died
+from search.findings import Cells
+from search.folder import StudyFolder
+from search.journal import driver_lock
+from search.pool import Machine, connect, thread_environment
+from search.records import FACTORS, Evaluation, TrialRow
+from search.runner import Stop
+from search.screen import Line, clock
+from search.signals import stop_on_signals
+
+Pair = tuple[Score, Score]
+"""A score before and a score after, of one split."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What came of a refinement: its variant and file, why it ended, scores by split (none if stopped)."""
+
+    variant: str
+    path: Path
+    ended: str
+    scores: dict[str, Pair]
+
+
+def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
+    """Refine a finished trial as the study's config says, or go on doing so, and score what is not scored.
+
+    Raises:
+        RankfrontError: another driver holds the study, its factors are gone, or there is nothing to refine.
+    """
+    store = Path(folder.prepared.factor_store)
+    if not (store / "manifest.json").exists():
+        raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
+    if row.allocation.is_dense:
+        raise RankfrontError(f"--trial {row.number}: every target is dense; there are no factors to refine")
+    spec = folder.config.refinement
+    fingerprint = refinement_fingerprint(folder.prepared.fingerprints, row.allocation, spec)
+    variant, path = variant_of(fingerprint), (folder.path / FOLDER / file_of(fingerprint)).resolve()
+    stop = Stop()
+    with (
+        driver_lock(folder.path),
+        _worker(folder, path.parent, connect()) as worker,
+        stop_on_signals(stop, console),
+        _mistakes_named(),
+    ):
+        ended = "it was refined before"
+        if not path.exists():
+            facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
+            steps = worker.refine(row.allocation, spec, facts)
+            ended = _watch(steps, stop, console) or ended
+        scores = {} if stop.reason else scored(folder, row, variant, path.name, worker)
+    return Refined(variant, path, stop.reason or ended, scores)
+
+
+class Worker(Protocol):
+    """Refines and scores: `actors.refiner.Refiner`, or one in another process."""
+
+    def refine(
+        self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
+    ) -> Iterator[RefinementStep]: ...
+
+    def score(self, allocation: Allocation, split: str, file: str | None) -> Score: ...
+
+
+class _Remote:
+    """One in an actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def refine(
+        self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
+    ) -> Iterator[RefinementStep]:
+        method = self._actor.refine.options(num_returns="streaming")
+        for reference in method.remote(allocation, spec, facts):
+            yield ray.get(reference)
+
+    def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
+        return ray.get(self._actor.score.remote(allocation, split, file))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _worker(folder: StudyFolder, place: Path, machine: Machine) -> Iterator[Worker]:
+    """A refiner that leaves its files at `place`, with all of a node's cores or a GPU; gone at the end."""
+    threads = folder.config.replicas.threads
+    count = machine.cores if threads == "auto" else threads
+    replica = ReplicaSpec("refiner", folder.config.preparation(), folder.prepared, count)
+    options = {
+        "num_cpus": 1,
+        "num_gpus": min(1, machine.gpus),
+        "runtime_env": thread_environment(count),
+    }
+    actor = ray.remote(Refiner).options(**options).remote(replica, str(place))
+    try:
+        yield _Remote(actor)
+    finally:
+        ray.kill(actor)
+
+
+@contextlib.contextmanager
+def _mistakes_named() -> Iterator[None]:
+    """Ray's errors as the user's mistakes they are, or as a process that died."""
+    try:
+        yield
+    except RayError as error:
+        if process_died(error):
+            raise RankfrontError(
+                f"the refining process died (out of memory?); the same command goes on where it was: {error}"
+            ) from error
+        raise cause_of(error) from error
+
+
+def _watch(steps: Iterable[RefinementStep], stop: Stop, console: Console) -> str | None:
+    """Draw the steps until they end or `stop` says so; returns why they ended, None if they did not."""
+    with _Screen(console) as screen:
+        for step in steps:
+            screen.redraw(step)
+            if step.ended is not None or stop.reason:
+                return step.ended
+    raise RankfrontError("the refining process ended without saying why")
+
+
+class _Screen(Line):
+    """The line of progress: how far, the KL trained on and held out, how long the rest will take at most."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._first: tuple[int, float] | None = None  # a step and its time
+
+    def redraw(self, step: RefinementStep) -> None:
+        if self._first is None:
+            self._first = (step.step, time.monotonic())
+        self.show(lambda now: self._line(step, now))
+
+    def _line(self, step: RefinementStep, now: float) -> str:
+        assert self._first is not None
+        parts = [f"refining {step.step}/{step.steps}"]
+        if step.training is not None:
+            parts.append(f"KL {step.training:.4f}")
+        parts.append(f"held out {step.held_out:.4f}, best {step.best:.4f} at {step.best_step}")
+        done = step.step - self._first[0]
+        if done:
+            parts.append(f"ETA {clock((now - self._first[1]) / done * (step.steps - step.step))}")
+        return " | ".join(parts)
+
+
+def scored(folder: StudyFolder, row: TrialRow, variant: str, file: str, worker: Worker) -> dict[str, Pair]:
+    """Both splits before and after, by the evaluations table or, where it has none, by asking: what is asked
+    is added. The trial's own score on the search split is the trial's. The caller holds the study's lock.
+    """
+    evaluations = Evaluations(folder.path)
+    assert row.score is not None
+
+    def known(name: str, split: str) -> Score:
+        fingerprint = folder.prepared.fingerprints[split]
+        found = evaluations.get(row.number, name, split, fingerprint)
+        if found is None:
+            score = worker.score(row.allocation, split, None if name == FACTORS else file)
+            found = Evaluation(row.number, name, split, fingerprint, score)
+            evaluations.add(found)
+        return found.score
+
+    return {
+        split: (row.score if split == "search" else known(FACTORS, split), known(variant, split))
+        for split in SPLITS
+    }
+
+
+def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path, Score]:
+    """The file of a trial's refined factors by their variant's name, and their score on the search split.
+
+    Raises:
+        RankfrontError: the trial has no such variant, or its file is gone.
+    """
+    rows = [e for e in Evaluations(folder.path).rows if e.trial == row.number and e.split == "search"]
+    scores = {e.variant: e.score for e in rows if e.variant != FACTORS}
+    if variant not in scores:
+        there = ", ".join(scores) or "none"
+        raise RankfrontError(f"--variant {variant}: trial {row.number} has no such variant; it has {there}")
+    files = list((folder.path / FOLDER).glob(f"{variant.removeprefix('refined-')}*.safetensors"))
+    if len(files) != 1:
+        raise RankfrontError(f"--variant {variant}: its file in {folder.path / FOLDER} is gone; refine again")
+    return files[0], scores[variant]
+
+
+def comparison_cells(scores: dict[str, Pair]) -> Cells:
+    """A row for each split and metric: before, after, and the paired difference, with standard errors."""
+    rows: list[tuple[str, ...]] = []
+    for split, (before, after) in scores.items():
+        perplexities = f"{before.text.perplexity:.2f}", f"{after.text.perplexity:.2f}"
+        rows.append((split, "perplexity", *perplexities, ""))
+        wanted = ("nll", "kl", "reasoning.acc", "reasoning.margin")
+        for metric in (name for name in wanted if name in before.metrics and name in after.metrics):
+            values = (
+                f"{score.metrics[metric]:.4f} ± {score.stderrs[metric]:.4f}" for score in (before, after)
+            )
+            rows.append((split, metric, *values, _difference(before, after, metric)))
+    return Cells(("split", "metric", "before", "after", "difference, paired"), tuple(rows), "")
+
+
+def _difference(before: Score, after: Score, metric: str) -> str:
+    try:
+        gap = after.minus(before, metric)
+    except RankfrontError:  # a score from before single values were kept
+        return "not kept"
+    return f"{gap.mean:+.4f} ± {gap.stderr:.4f}"

@@ -1,0 +1,261 @@
+"""Refinement against plain autograd of the whole-vocabulary divergence, and what it promises of its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from actors.calibration import collect_moments
+from actors.divergence import dense_top
+from actors.factors import FactorStore
+from actors.low_rank import TrialModel
+from actors.models import list_targets, load_model
+from actors.perplexity import window_losses
+from actors.refine import Refinement, chosen_windows, divided, rate, refinable, refine
+from actors.refined import RefinedFactors, read, write
+from actors.refinement import RefinementSpec, RefinementStep, refinement_fingerprint, variant_of
+from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, ScoringError, TargetSpec
+
+VOCABULARY = 384
+SPEC = RefinementSpec(
+    steps=12, tokens=128, learning_rate=3e-4, warmup=2, held_out=0.25, evaluate_every=4, top_k=VOCABULARY
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    folder: Path
+    targets: tuple[TargetSpec, ...]
+    store: FactorStore
+    allocation: Allocation
+    windows: torch.Tensor
+
+    def dense(self) -> Any:
+        return load_model(self.folder, ModelSource(str(self.folder)))
+
+    def steps(self, path: Path, spec: RefinementSpec = SPEC, **other: Any) -> Iterator[RefinementStep]:
+        store = other.get("store", self.store)
+        return refine(self.dense(), store, self.allocation, self.windows, spec, path, {"trial": 3})
+
+
+@pytest.fixture(scope="module", params=[("llama", "mean"), ("biased_llama", "none")])
+def setting(
+    request: pytest.FixtureRequest, ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Setting:
+    """Some targets dense, some at ranks that run as a product and some that run as factors."""
+    which, bias = request.param
+    folder: Path = request.getfixturevalue(which)
+    model = load_model(folder, ModelSource(str(folder)))
+    targets = list_targets(model)
+    place = tmp_path_factory.mktemp("stores") / "store"
+    store = tiny.tiny_store(
+        place, model, targets, collect_moments(model, targets, ids), FactorSpec("feature", bias=bias)
+    )
+    shares = (None, 0.25, 0.5, 0.75)
+    ranks = {
+        target.name: None if shares[n % 4] is None else int(target.full_rank * shares[n % 4])
+        for n, target in enumerate(targets)
+    }
+    return Setting(folder, targets, store, Allocation.of(ranks, targets), ids)
+
+
+@pytest.fixture(scope="module")
+def refined(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("refined") / "done.safetensors"
+    assert [step.step for step in setting.steps(path)] == [*range(13), 12]
+    return path
+
+
+def full_divergence(model: nn.Module, dense: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """KL(dense || model) over the whole vocabulary, per predicted token; log-softmax in float64."""
+    with torch.no_grad():
+        wanted = dense(windows).logits[:, :-1].double().log_softmax(-1)
+    found = model(windows).logits[:, :-1].double().log_softmax(-1)
+    return (wanted.exp() * (wanted - found)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_gradient_is_that_of_the_divergence_over_the_vocabulary(
+    setting: Setting, checkpointed: bool
+) -> None:
+    model, dense = setting.dense(), setting.dense()
+    top = dense_top(model, setting.windows, 1024, VOCABULARY, "text")
+    spec = replace(SPEC, batch_tokens=64, clip=float("inf"), checkpointed=checkpointed)
+    with refinable(model, setting.allocation, setting.store, 64) as moving:
+        run = Refinement(model, moving, setting.windows, top, spec)
+        chosen = chosen_windows(len(divided(setting.windows, spec.held_out)[0]), 4, 1, spec.seed)
+        expected = full_divergence(model, dense, setting.windows[chosen])
+        gradients = torch.autograd.grad(expected, list(moving.values()))
+        loss = run.advance()
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        for name, gradient in zip(moving, gradients, strict=True):
+            found = moving[name].grad
+            assert found is not None
+            assert torch.allclose(found, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item()), name
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_it_begins_at_the_trial_and_leaves_the_model_as_it_was(setting: Setting) -> None:
+    model, trial = setting.dense(), setting.dense()
+    before = model(setting.windows[:2]).logits
+    TrialModel(trial, setting.targets, setting.store).install(setting.allocation, 64)
+    with refinable(model, setting.allocation, setting.store, 64), torch.no_grad():
+        found = model(setting.windows[:2]).logits
+    assert torch.allclose(found, trial(setting.windows[:2]).logits, atol=1e-4)
+    assert torch.equal(model(setting.windows[:2]).logits, before)
+
+
+def test_the_held_out_divergence_falls_and_is_that_of_the_reloaded_factors(
+    setting: Setting, refined: Path
+) -> None:
+    factors = RefinedFactors(refined)
+    held_out = factors.manifest["held_out"]
+    assert held_out["after"] < held_out["before"]
+    assert factors.manifest["trial"] == 3
+    held = divided(setting.windows, SPEC.held_out)[1]
+    for store, kept in ((setting.store, held_out["before"]), (factors, held_out["after"])):
+        model = setting.dense()
+        top = dense_top(model, held, 1024, VOCABULARY, "text")
+        trial = TrialModel(model, setting.targets, setting.store)
+        trial.use(store)
+        trial.install(setting.allocation, 10**9)  # the other of two equal products, where there is one
+        found = window_losses(model, held, 1024, "text", top).kl
+        assert found is not None
+        assert found.sum().item() / (len(held) * 31) == pytest.approx(kept, rel=1e-4)
+
+
+def test_ranks_and_counted_parameters_stay(setting: Setting, refined: Path) -> None:
+    factors = RefinedFactors(refined)
+    assert factors.allocation == setting.allocation
+    ranked = [(name, rank) for name, rank in setting.allocation if rank is not None]
+    for name, rank in ranked:
+        mine, theirs = factors.rank(name, rank), setting.store.rank(name, rank)
+        assert [part.shape for part in mine[:2]] == [part.shape for part in theirs[:2]]
+        assert not torch.equal(mine[0], theirs[0])
+        own = setting.dense().get_submodule(name).bias is not None
+        assert (mine[2] is not None) == (own or theirs[2] is not None)
+    name, rank = ranked[0]
+    for wrong in ((rank + 1, None), (rank, "weight")):
+        with pytest.raises(RankfrontError, match=f"{name} is refined at rank {rank}, not at rank {wrong[0]}"):
+            factors.rank(name, *wrong)
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+def test_a_killed_run_goes_on_bit_for_bit(
+    setting: Setting, refined: Path, steps: int, tmp_path: Path
+) -> None:
+    """After a kill between two scores the steps since the last one are taken again."""
+    path = tmp_path / "again.safetensors"
+    for told in setting.steps(path):
+        if told.step == steps:
+            break
+    assert not path.exists()
+    again = [told.step for told in setting.steps(path)]
+    assert again[0] == (4 if steps > 4 else 0)
+    once, twice = load_file(refined), load_file(path)
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert read(path)[1] == read(refined)[1]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_steps_that_are_no_better_leave_the_start(setting: Setting, tmp_path: Path) -> None:
+    spec = replace(SPEC, learning_rate=0.5, evaluate_every=1, patience=2)
+    *_, last = setting.steps(tmp_path / "worse.safetensors", spec)
+    assert (last.step, last.best_step) == (2, 0)
+    assert last.ended == "no better held-out point in 2 scores"
+    factors = RefinedFactors(tmp_path / "worse.safetensors")
+    assert factors.manifest["held_out"]["after"] == factors.manifest["held_out"]["before"]
+    for name, rank in setting.allocation:
+        if rank is not None:
+            assert torch.equal(factors.rank(name, rank)[1], setting.store.rank(name, rank)[1])
+
+
+class Infinite:
+    """Factors of which one value is infinite."""
+
+    def __init__(self, store: FactorStore) -> None:
+        self._store = store
+
+    def rank(self, name: str, rank: int, method: str | None = None) -> Any:
+        left, right, bias = self._store.rank(name, rank, method)
+        return left, right.clone().index_fill_(0, torch.tensor([0]), torch.inf), bias
+
+
+def test_a_start_that_is_not_finite_is_refused(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(ScoringError, match="held-out calibration text: non-finite"):
+        list(setting.steps(tmp_path / "f.safetensors", store=Infinite(setting.store)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("good", [2, 6])
+def test_a_loss_that_is_not_finite_ends_it(
+    setting: Setting, good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the best point before it, and in an error where there is none."""
+    usual = Refinement._loss
+    path = tmp_path / "f.safetensors"
+
+    def loss(run: Refinement, chosen: torch.Tensor) -> torch.Tensor:
+        return usual(run, chosen) * (float("nan") if run.step >= good else 1.0)
+
+    monkeypatch.setattr(Refinement, "_loss", loss)
+    if good < SPEC.evaluate_every:
+        with pytest.raises(RankfrontError, match=r"the loss of step 3 is nan, and no step .*learning_rate"):
+            list(setting.steps(path))
+        return
+    *_, last = setting.steps(path)
+    assert (last.best_step, last.ended) == (4, "the loss of step 7 is nan")
+    assert RefinedFactors(path).manifest["step"] == 4
+
+
+def test_windows_come_in_turn_and_the_rate_rises_and_falls() -> None:
+    seen = torch.cat([chosen_windows(6, 4, step, seed=1) for step in range(1, 7)])
+    assert [sorted(turn.tolist()) for turn in seen.split(6)] == [list(range(6))] * 4
+    assert len({tuple(turn.tolist()) for turn in seen.split(6)}) > 1
+    rates = [rate(RefinementSpec(steps=10, learning_rate=1.0, warmup=2), step) for step in range(1, 11)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[5] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_too_little_to_refine_is_said(setting: Setting, tmp_path: Path) -> None:
+    model = setting.dense()
+    path = tmp_path / "f.safetensors"
+    with pytest.raises(RankfrontError, match="1 calibration window; two are needed"):
+        list(refine(model, setting.store, setting.allocation, setting.windows[:1], SPEC, path, {}))
+    nothing = Allocation.dense(setting.targets)
+    with pytest.raises(RankfrontError, match="every target is dense"):
+        list(refine(model, setting.store, nothing, setting.windows, SPEC, path, {}))
+    with pytest.raises(RankfrontError, match="float16"):
+        list(refine(model.half(), setting.store, setting.allocation, setting.windows, SPEC, path, {}))
+
+
+def test_damaged_refined_factors_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    write(path, {"x": torch.ones(2, 3)}, {"ranks": {}, "methods": {}})
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(RankfrontError, match=r"f\.safetensors: no refined factors can be read"):
+        RefinedFactors(path)
+
+
+def test_what_decides_the_numbers_decides_the_fingerprint(setting: Setting) -> None:
+    parts = dict.fromkeys(("model", "tokenizer", "calibration", "factors", "test"), "x")
+    mine = refinement_fingerprint(parts, setting.allocation, SPEC)
+    assert variant_of(mine) == f"refined-{mine[:8]}"
+    for same in (replace(SPEC, batch_tokens=7), replace(SPEC, checkpointed=True)):
+        assert refinement_fingerprint({**parts, "test": "y"}, setting.allocation, same) == mine
+    others = [
+        refinement_fingerprint({**parts, "factors": "y"}, setting.allocation, SPEC),
+        refinement_fingerprint(parts, Allocation.dense(setting.targets), SPEC),
+        refinement_fingerprint(parts, setting.allocation, replace(SPEC, steps=13)),
+    ]
+    assert len({mine, *others}) == 4

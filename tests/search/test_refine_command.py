@@ -1,0 +1,186 @@
+"""The refine command on a tiny study whose worker runs in this process, and the export of what it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from rich.console import Console
+
+import search.refine
+from actors.preparation import prepare
+from actors.refined import RefinedFactors
+from actors.refinement import RefinementStep
+from actors.refiner import Refiner
+from actors.types import Prepared, RankfrontError, ReplicaSpec, Score
+from search.cli import main
+from search.config import parse_config
+from search.evaluations import Evaluations
+from search.folder import StudyFolder
+from search.pool import Machine
+from search.records import TrialRow
+from search.refine import Refined, comparison_cells, refine, refined_file
+from search.runner import Stop
+
+
+@dataclass
+class Tiny:
+    """A study on disk with a dense trial and a compressed one, both scored."""
+
+    folder: StudyFolder
+    asked: list[tuple[str, str | None]]
+
+    def row(self, number: int = 1) -> TrialRow:
+        return self.folder.open_study().rows()[number]
+
+    def refine(self, number: int = 1) -> Refined:
+        return refine(self.folder, self.row(number), Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    root = tmp_path_factory.mktemp("refine")
+    settings = {"steps": 6, "tokens": 64, "warmup": 1, "held_out": 0.25, "evaluate_every": 2}
+    raw = tiny.tiny_config(root, refine=settings, scoring={"kl_top_k": 16})
+    config = parse_config(raw)
+    *_, prepared = prepare(config.preparation())
+    assert isinstance(prepared, Prepared)
+    folder = StudyFolder(config.folder, config, prepared)
+    folder.path.mkdir(parents=True)
+    worker = Refiner(ReplicaSpec("r", config.preparation(), prepared, 1, "cpu"), folder.path / "refined")
+    study = folder.open_study()
+    cost = folder.cost
+    study.enqueue([(cost.uniform(1.0), "dense"), (cost.uniform(0.6), "uniform")])
+    for _ in range(2):
+        planned = study.propose("random")
+        study.complete(planned, worker.score(planned.allocation, "search", None))
+    (folder.path / "config.yaml").write_text(config.to_yaml())
+    (folder.path / "prepared.json").write_text(json.dumps(prepared.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def study(made: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A copy of its own of the study, refined in this process."""
+    path = tmp_path / "tiny"
+    shutil.copytree(made.path, path)
+    study = Tiny(replace(made, path=path), [])
+
+    class Asked(Refiner):
+        def score(self, allocation: Any, split: str, file: str | None) -> Score:
+            study.asked.append((split, file))
+            return super().score(allocation, split, file)
+
+    @contextlib.contextmanager
+    def worker(folder: StudyFolder, place: Path, machine: Machine) -> Iterator[Refiner]:
+        spec = ReplicaSpec("refiner", folder.config.preparation(), folder.prepared, 1, "cpu")
+        yield Asked(spec, place)
+
+    monkeypatch.setattr(search.refine, "_worker", worker)
+    monkeypatch.setattr(search.refine, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
+    return study
+
+
+def test_a_trial_is_refined_scored_beside_its_own_factors_and_exported(
+    study: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study.folder.path
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["rankfront", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        return printed.out
+
+    out = run("refine", str(path), "--trial", "1", "--steps", "4")
+    assert "Stopped: 4 steps" in out
+    variant = re.search(r"--variant (refined-[0-9a-f]{8})", out)
+    assert variant
+    rows = {(e.trial, e.variant, e.split): e.score for e in Evaluations(path).rows}
+    name = variant[1]
+    assert set(rows) == {(1, "factors", "test"), (1, name, "search"), (1, name, "test")}
+    (file,) = (path / "refined").iterdir()
+    manifest = RefinedFactors(file).manifest
+    assert (manifest["trial"], manifest["spec"]["steps"], manifest["variant"]) == (1, 4, name)
+    assert f"{rows[1, name, 'test'].text.nll:.4f} ±" in out
+    assert study.asked == [("search", file.name), ("test", None), ("test", file.name)]
+
+    again = run("refine", str(path), "--trial", "1", "--steps", "4")
+    assert "Stopped: it was refined before" in again
+    assert len(study.asked) == 3, "known scores are not asked for again"
+
+    exported = run("export", str(path), "--trial", "1", "--variant", name)
+    assert f"nll on the search split: {rows[1, name, 'search'].text.nll:.6f} reloaded" in exported
+    description = yaml.safe_load((path / "exports" / f"trial-00001-{name}" / "ranks.yaml").read_text())
+    assert description["variant"] == name
+
+
+def test_a_stopped_run_goes_on(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Signalled(Stop):
+        """A signal that comes while the third step is drawn."""
+
+        looks = 0
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "reason":
+                Signalled.looks += 1
+                return "SIGINT" if Signalled.looks > 3 else None
+            return super().__getattribute__(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search.refine, "Stop", Signalled)
+        found = study.refine()
+    assert (found.ended, found.scores) == ("SIGINT", {})
+    assert study.asked == []
+    assert [file.suffix for file in found.path.parent.iterdir()] == [".partial"]
+    assert study.refine().ended == "6 steps"
+    assert [file.suffix for file in found.path.parent.iterdir()] == [".safetensors"]
+
+
+def test_what_cannot_be_refined_is_said(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RankfrontError, match="--trial 0: every target is dense"):
+        study.refine(0)
+    with pytest.raises(
+        RankfrontError, match=r"--variant refined-0: trial 1 has no such variant; it has none"
+    ):
+        refined_file(study.folder, study.row(), "refined-0")
+    gone = replace(study.folder.prepared, factor_store=str(study.folder.path / "nothing"))
+    study.folder = replace(study.folder, prepared=gone)
+    with pytest.raises(RankfrontError, match=r"the factor store .*nothing is gone"):
+        study.refine()
+
+
+def test_the_table_pairs_the_scores(study: Tiny) -> None:
+    before, after = study.row(1).score, study.row(0).score
+    assert before is not None
+    assert after is not None
+    cells = {row[:2]: row[2:] for row in comparison_cells({"search": (before, after)}).rows}
+    assert [metric for _, metric in cells] == ["perplexity", "nll", "kl", "reasoning.acc", "reasoning.margin"]
+    gap = after.minus(before, "nll")
+    assert cells["search", "nll"] == (
+        f"{before.text.nll:.4f} ± {before.text.stderr:.4f}",
+        f"{after.text.nll:.4f} ± {after.text.stderr:.4f}",
+        f"{gap.mean:+.4f} ± {gap.stderr:.4f}",
+    )
+    old = replace(before, text=replace(before.text, windows=""))
+    assert comparison_cells({"search": (old, after)}).rows[1][-1] == "not kept"
+
+
+def test_the_line_says_how_far_it_is() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with search.refine._Screen(console) as screen:
+        screen.redraw(RefinementStep(0, 20, None, 0.5, 0.5, 0))
+        line = screen._line(RefinementStep(10, 20, 0.25, 0.4, 0.375, 5), screen._first[1] + 30)  # type: ignore[index]
+    assert line == "refining 10/20 | KL 0.2500 | held out 0.4000, best 0.3750 at 5 | ETA 0:30"
