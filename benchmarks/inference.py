@@ -74,12 +74,13 @@ def prefill(model: Any, batch: int, length: int) -> float:
 def decode(model: Any, batch: int) -> float:
     """Tokens per second behind a prompt, one step after the other."""
     ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT), device=model.device)
-    state = model(ids, logits_to_keep=1)
+    prompt = model(ids, logits_to_keep=1)
 
     def steps() -> None:
+        state = prompt
         for _ in range(STEPS):
             token = state.logits[:, -1:].argmax(-1)
-            state.update(model(token, past_key_values=state.past_key_values))
+            state = model(token, past_key_values=state.past_key_values)
 
     return batch * STEPS / seconds(steps, model.device)
 
