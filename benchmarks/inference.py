@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ PREFILLS = ((1, 256), (16, 32))
 DECODES = (1, 16)
 PROMPT, STEPS = 32, 8
 SPREAD = 0.02
+COLUMNS = ["work", "form", "budget.model", "tokens/s (median)", "of dense (median)", "min..max"]
 
 
 def dense(config: Any, device: str, dtype: torch.dtype) -> Any:
@@ -73,12 +74,13 @@ def prefill(model: Any, batch: int, length: int) -> float:
 def decode(model: Any, batch: int) -> float:
     """Tokens per second behind a prompt, one step after the other."""
     ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT), device=model.device)
-    state = model(ids, logits_to_keep=1)
+    prompt = model(ids, logits_to_keep=1)
 
     def steps() -> None:
+        state = prompt
         for _ in range(STEPS):
             token = state.logits[:, -1:].argmax(-1)
-            state.update(model(token, past_key_values=state.past_key_values))
+            state = model(token, past_key_values=state.past_key_values)
 
     return batch * STEPS / seconds(steps, model.device)
 
@@ -93,14 +95,13 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measured(models: dict[tuple[str, float], Any], rounds: int) -> list[list[str]]:
+def measured(models: dict[tuple[str, float], Any], rounds: int) -> Iterator[list[str]]:
     """A row for each kind of work and side, from `rounds` turns after one that warms up."""
     works: dict[str, Callable[[Any], float]] = {
         f"prefill {batch} x {length}": lambda model, b=batch, n=length: prefill(model, b, n)
         for batch, length in PREFILLS
     }
     works |= {f"decode, batch {batch}": lambda model, b=batch: decode(model, b) for batch in DECODES}
-    rows = []
     for name, work in works.items():
         speeds: dict[tuple[str, float], list[float]] = {side: [] for side in models}
         for turn in range(rounds + 1):
@@ -113,8 +114,14 @@ def measured(models: dict[tuple[str, float], Any], rounds: int) -> list[list[str
             ratios = [one / other for one, other in zip(found, speeds["dense", 1.0], strict=True)]
             spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
             cells = [f"{statistics.median(found):,.1f}", f"{statistics.median(ratios):.3f}", spread]
-            rows.append([name, form, f"{budget:.0%}", *cells])
-    return rows
+            yield [name, form, f"{budget:.0%}", *cells]
+
+
+def print_table(models: dict[tuple[str, float], Any], rounds: int) -> None:
+    """Line by line, so that a run that is cut off leaves what it measured."""
+    print(table(COLUMNS, []), flush=True)
+    for row in measured(models, rounds):
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def main() -> None:
@@ -125,17 +132,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    columns = ["work", "form", "budget.model", "tokens/s (median)", "of dense (median)", "min..max"]
     folder = materialise(quick_start().preparation().model, CACHE)
     cpu = sides(AutoConfig.from_pretrained(folder), "cpu", torch.float32, arguments.budgets)
     print("SmolLM2-135M's shapes, float32\n")
-    print(table(columns, measured(cpu, arguments.rounds)))
+    print_table(cpu, arguments.rounds)
     print(f"\n{arguments.threads} threads, {arguments.rounds} rounds; {machine()}")
     if torch.cuda.is_available():
         del cpu
         gpu = sides(LlamaConfig(), "cuda", torch.bfloat16, arguments.budgets)
         print("\nLlama-7B's shapes, bfloat16\n")
-        print(table(columns, measured(gpu, arguments.rounds)))
+        print_table(gpu, arguments.rounds)
         print(f"\n{torch.cuda.get_device_name()}, {arguments.rounds} rounds")
 
 
