@@ -34,6 +34,7 @@ from search.sections import (
     SamplerSection,
     ScoringSection,
     Section,
+    SeedSection,
     SensitivitySection,
     SpaceSection,
     StopSection,
@@ -67,6 +68,7 @@ class Config(Section):
     space: SpaceSection = SpaceSection()
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
+    seeds: SeedSection = SeedSection()
     sensitivity: SensitivitySection = SensitivitySection()
     stop: StopSection = StopSection()
     replicas: ReplicaSection = ReplicaSection()

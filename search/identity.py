@@ -49,6 +49,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("space", "fixed", "the parameters of the study"),
     Rule("sampler", "free", "samplers learn from whatever trials there are"),
     Rule("references", "free", "missing ones are added"),
+    Rule("seeds", "free", "missing ones are added"),
     Rule("sensitivity", "free", "missing scores are added"),
     Rule("stop", "free", "how far to go"),
     Rule("replicas", "free", "how fast to go"),

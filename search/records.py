@@ -13,7 +13,7 @@ from actors.types import Allocation, Score
 class TrialRow:
     """One trial of the study as the reports see it.
 
-    `origin` says who proposed it: `dense`, `uniform`, `enqueued` or the sampler's name.
+    `origin` says who proposed it: `dense`, `uniform`, `seed`, `enqueued` or the sampler's name.
     `values` follow the study's objectives and are None unless the state is COMPLETE.
     `copied_from` is the trial whose score answered this one, where its allocation was known.
     """
