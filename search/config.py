@@ -38,6 +38,7 @@ from search.sections import (
     SamplerSection,
     ScoringSection,
     Section,
+    SeedSection,
     SensitivitySection,
     SpaceSection,
     StopSection,
@@ -73,6 +74,7 @@ class Config(Section):
     space: SpaceSection = SpaceSection()
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
+    seeds: SeedSection = SeedSection()
     sensitivity: SensitivitySection = SensitivitySection()
     surgical: SurgicalSection = SurgicalSection()
     refine: RefineSection = RefineSection()

@@ -14,12 +14,14 @@ from actors.types import Allocation, TargetSpec
 from search.findings import perplexity
 from search.panels import Panel, Point, front_rows, perplexity_ticks
 from search.pareto import hypervolume_history
-from search.plots import DENSE, FRONT, TRIAL, UNIFORM
+from search.plots import DENSE, FRONT, SEED, TRIAL, UNIFORM
 from search.records import StudySummary
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 GRID = "#e8ecf2"
 SHARES = [[0.0, "#f4f7fd"], [0.5, "#7fa3ea"], [1.0, "#163a8a"]]
+REFERENCES = ("dense", "uniform", "seed")
+"""Origins with marks of their own."""
 KEPT = "parameters kept, %  (more compression →)"
 
 
@@ -28,12 +30,13 @@ def panel_figure(panel: Panel) -> go.Figure:
     figure = _figure(KEPT, panel.label, height=460)
     hover = _hover(panel)
     members = {point.trial for point in panel.front}
-    others = [p for p in panel.trials if p.trial not in members and p.origin not in ("dense", "uniform")]
+    others = [p for p in panel.trials if p.trial not in members and p.origin not in REFERENCES]
     _dots(figure, "trial", others, hover, size=6, color=TRIAL, opacity=0.6)
     best = panel.best
     line = {"x": [p.kept for p in best], "y": [p.value for p in best], "line": {"color": FRONT, "width": 2}}
     figure.add_trace(go.Scatter(mode="lines", showlegend=False, hoverinfo="skip", **line))
     _dots(figure, "uniform", panel.uniform, hover, size=9, color=UNIFORM, symbol="square")
+    _dots(figure, "seed", panel.seeds, hover, size=9, color=SEED, symbol="triangle-up")
     errors = [p.stderr if math.isfinite(p.stderr) else None for p in panel.front]
     _dots(figure, "front, search split", panel.front, hover, errors, size=9, color=FRONT)
     _dots(figure, "front, test split", panel.test, hover, size=9, color=FRONT, symbol="diamond-open")

@@ -46,6 +46,7 @@ class Panel:
     front: tuple[Point, ...]
     best: tuple[Point, ...]
     uniform: tuple[Point, ...]
+    seeds: tuple[Point, ...]
     dense: Point | None
     test: tuple[Point, ...]
     limits: tuple[float, float]
@@ -135,6 +136,7 @@ def _panel(summary: StudySummary, metric: str, label: str, measure: Measure, hig
         front=members,
         best=tuple(sorted((members[i] for i in chosen), key=lambda point: -point.kept)),
         uniform=tuple(point for point in trials if point.origin == "uniform"),
+        seeds=tuple(point for point in trials if point.origin == "seed"),
         dense=dense[0] if dense else None,
         test=test,
         limits=limits,

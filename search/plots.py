@@ -20,13 +20,14 @@ SIZE = (1600, 700)
 FRONT = "#2457c5"
 TRIAL = "#9aa5b1"
 UNIFORM = "#c96a12"
+SEED = "#0f8a5f"
 DENSE = "#111827"
 LABEL_GAP = (44.0, 18.0)
 """Pixels, across and up, that keep two labels apart; a label that would come closer is left out."""
 
 
 def front_png(summary: StudySummary) -> bytes:
-    """PNG of SIZE pixels: every trial, the front, dense and uniform allocations, test-split values."""
+    """PNG of SIZE pixels: every trial, the front, dense, uniform and seed allocations, test-split values."""
     # Figure and canvas without pyplot: no global state, no display, safe in any thread.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,6 +75,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
     # A frame, larger than a front marker: uniform allocations that are on the front show as both.
     uniform = {"facecolors": "none", "edgecolors": UNIFORM, "linewidths": 1.8}
     _scatter(axis, panel.uniform, label="uniform allocation", marker="s", s=170, zorder=3, **uniform)
+    seeds = {"facecolors": "none", "edgecolors": SEED, "linewidths": 1.8}
+    _scatter(axis, panel.seeds, label="seed (equal marginal loss)", marker="^", s=170, zorder=3, **seeds)
     if panel.dense is not None:
         star = {"color": DENSE, "edgecolors": "white", "linewidths": 1.0}
         _scatter(axis, [panel.dense], label="dense model", marker="*", s=330, zorder=6, **star)

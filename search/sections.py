@@ -236,6 +236,15 @@ class ReferenceSection(Section):
     uniform: tuple[Share, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
 
 
+class SeedSection(Section):
+    """Scored after the references: allocations of equal marginal loss per parameter (`search.seeds`) at these
+    linear budgets. `spectra` are of the losses the factors predict, `sensitivity` of those that
+    `rankfront sensitivity` measured, where the study's folder has them."""
+
+    spectra: tuple[Share, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
+    sensitivity: tuple[Share, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
+
+
 class SensitivitySection(Section):
     """`rankfront sensitivity`: every target alone at each of these stored shares of its own parameters."""
 

@@ -229,6 +229,7 @@ def tiny_config(root: Path, **overrides: Any) -> dict[str, Any]:
         "objectives": ["budget.model", "nll"],
         "space": {"group": "module", "levels": 8, "floor": 0.4},
         "references": {"uniform": [0.8, 0.5]},
+        "seeds": {"spectra": [], "sensitivity": []},
         "stop": {"trials": 8},
         "replicas": {"count": 1, "threads": 1},
     }

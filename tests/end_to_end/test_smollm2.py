@@ -34,7 +34,12 @@ def rankfront(*arguments: str) -> str:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("smollm2")
     raw = yaml.safe_load((ROOT / "configs" / "smollm2.yaml").read_text())
-    raw |= {"runs": str(root / "runs"), "stop": {"trials": 3}, "references": {"uniform": [0.9]}}
+    raw |= {
+        "runs": str(root / "runs"),
+        "stop": {"trials": 3},
+        "references": {"uniform": [0.9]},
+        "seeds": {"spectra": []},
+    }
     raw["calibration"] |= {"tokens": 2048}
     raw["scoring"] |= {"tokens": {"search": 512, "test": 512}, "examples": {"search": 4, "test": 4}}
     config = root / "config.yaml"

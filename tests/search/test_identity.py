@@ -85,6 +85,8 @@ FREE = {
     "sampler.population": 12,
     "references.dense": False,
     "references.uniform": [0.5],
+    "seeds.spectra": [0.5],
+    "seeds.sensitivity": [0.5],
     "sensitivity.shares": [0.5],
     "surgical.mode": "task",
     "surgical.growth": 0.01,

@@ -488,3 +488,14 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_seeds_have_marks_of_their_own() -> None:
+    made = study()
+    rows = [dataclasses.replace(row, origin="seed") if 10 <= row.number < 13 else row for row in made.rows]
+    loss, _ = panels(dataclasses.replace(made, rows=tuple(rows)))
+    assert [point.trial for point in loss.seeds] == [10, 11, 12]
+    traces = {trace.name: trace for trace in panel_figure(loss).data if trace.name}
+    assert list(traces["seed"].x) == [point.kept for point in loss.seeds]
+    others = {*traces["trial"].x}
+    assert not others & {*traces["seed"].x}
