@@ -329,7 +329,7 @@ def test_a_cluster_that_does_not_answer_is_said(
 
 def test_every_command_has_help() -> None:
     names = [command.name for command in app.registered_commands]
-    assert names == ["search", "surgical", "sensitivity", "report", "enqueue", "export"]
+    assert names == ["search", "surgical", "sensitivity", "report", "enqueue", "refine", "export"]
     done = subprocess.run(
         [sys.executable, "-m", "search.cli", "--help"], capture_output=True, text=True, timeout=240
     )
