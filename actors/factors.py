@@ -117,7 +117,7 @@ class StoreBuilder:
             for method, file in self._files(target).items():
                 if not (self.partial / file).exists():
                     factors = decompose(target.name, matrix, moments, method, self._spec.bias)
-                    save_whole(self.partial / file, _tensors(factors, DTYPES[self._spec.dtype]))
+                    _save(self.partial / file, _tensors(factors, DTYPES[self._spec.dtype]))
         except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
             raise RankfrontError(f"factor store {self.folder}: {error}") from error
 
@@ -177,11 +177,17 @@ def _tensors(factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def save_whole(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """The file appears whole, with texts in its `header`, and stays whole through a power cut."""
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    with whole(path) as partial:
+        save_file(tensors, partial)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields where to write: the file then appears at `path` whole, and stays whole through a power cut."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, partial, header)
+        yield partial
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)

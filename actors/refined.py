@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from actors.factors import save_whole
+from actors.factors import whole
 from actors.types import Allocation, RankfrontError
 
 Tensor = torch.Tensor
@@ -28,8 +29,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_whole(path, whole, {_MANIFEST: json.dumps(manifest)})
+        content = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        with whole(path) as partial:
+            save_file(content, partial, {_MANIFEST: json.dumps(manifest)})
     except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"{path}: {error}") from error
 

@@ -179,6 +179,28 @@ def test_steps_that_are_no_better_leave_the_start(setting: Setting, tmp_path: Pa
             assert torch.equal(factors.rank(name, rank)[1], setting.store.rank(name, rank)[1])
 
 
+def test_a_bfloat16_model_is_refined_in_float32_and_kept_as_it_scores(
+    setting: Setting, tmp_path: Path
+) -> None:
+    """Steps are too small for bfloat16 to hold; what is promised is what a trial of the file scores."""
+    source = ModelSource(str(setting.folder), dtype="bfloat16")
+    path = tmp_path / "half.safetensors"
+    model = load_model(setting.folder, source)
+    list(refine(model, setting.store, setting.allocation, setting.windows, SPEC, path, {}))
+    factors = RefinedFactors(path)
+    name, rank = next((name, rank) for name, rank in setting.allocation if rank is not None)
+    right = factors.rank(name, rank)[1]
+    assert right.dtype == torch.float32
+    assert (factors.manifest["step"] == 0) == torch.equal(right, setting.store.rank(name, rank)[1])
+    held = divided(setting.windows, SPEC.held_out)[1]
+    top = dense_top(model, held, 1024, VOCABULARY, "text")
+    TrialModel(model, setting.targets, factors).install(setting.allocation, SPEC.tokens)
+    found = window_losses(model, held, 1024, "text", top).kl
+    assert found is not None
+    kept = factors.manifest["held_out"]["after"]
+    assert found.sum().item() / (len(held) * 31) == pytest.approx(kept, rel=1e-6)
+
+
 class Infinite:
     """Factors of which one value is infinite."""
 
