@@ -15,7 +15,7 @@ from actors.types import FactorSpec, Prepared, RankfrontError
 from search.config import Config, parse_config
 from search.cost import CostModel
 from search.evaluations import Evaluations
-from search.journal import JOURNAL, driver_lock, open_journal, repair
+from search.journal import driver_lock, open_journal, repair_journal
 from search.pareto import front
 from search.records import StudySummary
 from search.report import write_report
@@ -83,7 +83,7 @@ class StudyFolder:
 def repair_if_idle(folder: Path) -> None:
     """Before something is written beside a possible driver: a torn tail may stay only where one runs."""
     with contextlib.suppress(RankfrontError), driver_lock(folder):
-        repair(folder / JOURNAL)
+        repair_journal(folder)
 
 
 def find_study(name: str, runs: Path) -> StudyFolder:

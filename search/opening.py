@@ -18,7 +18,7 @@ from search.config import Config, parse_config
 from search.files import write_atomic
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.identity import config_differences, fingerprint_differences, refuse
-from search.journal import JOURNAL, LOCK, driver_lock, repair
+from search.journal import JOURNAL, LOCK, driver_lock, repair_journal
 from search.pool import Machine, connect
 from search.preparing import builder_count, prepare
 from search.screen import ProgressBar
@@ -50,7 +50,7 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
         if begun and (path / CONFIG).exists():
             saved = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
             refuse(config.study, config_differences(saved, config))
-        repaired = repair(path / JOURNAL)
+        repaired = repair_journal(path)
         if repaired:
             say(f"journal: {repaired}")
         machine = connect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,7 @@ from actors.types import RankfrontError, Score
 from search.pareto import hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
 from search.sections import StopSection
-from search.study import Planned, SearchStudy
+from search.study import Planned, SearchStudy, TakenError
 
 # How long one look for results may take: the screen is redrawn and Ctrl-C is seen this often.
 TICK_SECONDS = 0.25
@@ -110,8 +111,9 @@ class Runner:
 
     def run(self) -> str:
         """Returns why it stopped."""
+        self._study.replay()
         for planned in self._study.in_flight():
-            self._dispatch(planned)
+            self._start(planned)
         while True:
             reason = self._stop.reason or self._rule_met()
             if reason is None:
@@ -133,13 +135,18 @@ class Runner:
             try:
                 planned = self._study.propose(self._origin)
             except RankfrontError:
-                continue  # another program's trial, recorded as failed with its reason
-            source = self._study.scored_as(planned.allocation)
-            if source is not None:
-                self._study.copy_score(planned, source)
-                self._known_in_a_row += 1
-            else:
-                self._dispatch(planned)
+                continue  # another program's trial: recorded as failed with its reason, or started by it
+            self._start(planned)
+
+    def _start(self, planned: Planned) -> None:
+        """Answer a trial from the record of an equal allocation, or have it scored."""
+        source = self._study.scored_as(planned.allocation)
+        if source is None:
+            self._dispatch(planned)
+            return
+        with suppress(TakenError):
+            self._study.copy_score(planned, source)
+        self._known_in_a_row += 1
 
     def _dispatch(self, planned: Planned) -> None:
         key = planned.allocation.key
@@ -158,11 +165,13 @@ class Runner:
         reason = outcome.reason or problem_of(outcome.score)
         if outcome.score is None or reason:
             for each in (planned, *twins):
-                self._study.fail(each.number, reason or "no score")
+                with suppress(TakenError):  # what the other program wrote stays
+                    self._study.fail(each.number, reason or "no score")
         else:
-            self._study.complete(planned, outcome.score)
-            for twin in twins:
-                self._study.copy_score(twin, planned.number)
+            for each in (planned, *twins):
+                source = self._study.scored_as(each.allocation)  # a twin's is the trial it waited for
+                with suppress(TakenError):
+                    self._study.complete(each, outcome.score, copied_from=source)
         del self._planned[planned.number]
 
     def _rule_met(self) -> str | None:
