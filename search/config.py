@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from actors.types import (
     CalibrationSpec,
@@ -23,6 +23,7 @@ from actors.types import (
     ScoringSpec,
     TextSource,
 )
+from search.database import check_url
 from search.records import Objective
 from search.rules import METRICS, RULES
 from search.sections import (
@@ -57,6 +58,7 @@ class Config(Section):
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
     runs: str = "runs"
+    database: Annotated[str | None, PlainValidator(check_url)] = None
     model: ModelSection
     text: TextSection
     calibration: CalibrationSection = CalibrationSection()
