@@ -17,6 +17,7 @@ import psycopg
 
 # Its every character matters to a URL, so a password that is pasted into one unquoted fails.
 PASSWORD = "s3cr3t:/p@ss%20word"
+SECRET = "RANKFRONT_TEST_PASSWORD"
 START_SECONDS = 60
 
 
@@ -53,6 +54,14 @@ def running_server() -> Iterator[str]:
             server.wait()
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def new_database(server: str, name: str) -> str:
+    """The URL of an empty database as a config names it; the password is in the environment from now on."""
+    os.environ[SECRET] = PASSWORD
+    with psycopg.connect(host=server, user="postgres", password=PASSWORD, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}")
+    return f"postgresql://postgres:${{{SECRET}}}@/{name}?host={server}"
 
 
 def _copy_of_the_server(home: Path) -> Path:

@@ -14,7 +14,7 @@ from fakes import OBJECTIVES, TARGETS, cost_model, propose_and_complete, score_o
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
-from postgres import PASSWORD, running_server
+from postgres import PASSWORD, SECRET, new_database, running_server
 from sqlalchemy.exc import OperationalError
 
 from actors.types import Allocation, Prepared, RankfrontError
@@ -25,7 +25,6 @@ from search.samplers import make_sampler
 from search.sections import SamplerSection
 from search.study import SearchStudy, open_storage_study
 
-SECRET = "RANKFRONT_TEST_PASSWORD"
 NUMBERS = itertools.count()
 
 
@@ -38,11 +37,8 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def database(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of an empty database, as a config names it."""
-    monkeypatch.setenv(SECRET, PASSWORD)
-    name = f"made_up_{next(NUMBERS)}"
-    with psycopg.connect(host=server, user="postgres", password=PASSWORD, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}")
-    return f"postgresql://postgres:${{{SECRET}}}@/{name}?host={server}"
+    monkeypatch.setenv(SECRET, PASSWORD)  # and taken away again
+    return new_database(server, f"made_up_{next(NUMBERS)}")
 
 
 def study_of(storage: BaseStorage, sampler: str = "random") -> SearchStudy:
