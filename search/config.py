@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from actors.refinement import RefinementSpec
 from actors.types import (
@@ -25,6 +25,7 @@ from actors.types import (
     ScoringSpec,
     TextSource,
 )
+from search.database import check_url
 from search.records import Objective
 from search.rules import RULES, smaller_is_better
 from search.sections import (
@@ -62,6 +63,7 @@ class Config(Section):
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
     runs: str = "runs"
+    database: Annotated[str | None, PlainValidator(check_url)] = None
     model: ModelSection
     text: TextSection
     calibration: CalibrationSection = CalibrationSection()

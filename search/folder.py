@@ -9,13 +9,15 @@ from pathlib import Path
 
 import optuna
 import yaml
+from optuna.storages import BaseStorage
 
 from actors.storage import ITEMSIZE
 from actors.types import Allocation, FactorSpec, Prepared, RankfrontError
 from search.config import Config, parse_config
 from search.cost import CostModel
+from search.database import open_database
 from search.evaluations import Evaluations
-from search.journal import JOURNAL, driver_lock, open_journal, repair
+from search.journal import driver_lock, open_journal, repair_journal
 from search.pareto import front
 from search.records import StudySummary
 from search.report import write_report
@@ -30,11 +32,15 @@ CONFIG, PREPARED = "config.yaml", "prepared.json"
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """A study on disk: its config and what was prepared for it."""
+    """A study on disk: its config and what was prepared for it.
+
+    `leased` is the database's storage where this process drives the study there.
+    """
 
     path: Path
     config: Config
     prepared: Prepared
+    leased: BaseStorage | None = None
 
     @classmethod
     def open(cls, path: Path) -> StudyFolder:
@@ -49,9 +55,15 @@ class StudyFolder:
         config, cost = self.config, self.cost
         section = sampler or config.sampler
         objectives = config.named_objectives
-        study = open_storage_study(open_journal(self.path), config.study, objectives)
+        study = open_storage_study(self._storage(), config.study, objectives)
         space = Space(cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
         return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives)
+
+    def _storage(self) -> BaseStorage:
+        if self.leased is not None:
+            return self.leased
+        database = self.config.database
+        return open_journal(self.path) if database is None else open_database(database)
 
     @property
     def cost(self) -> CostModel:
@@ -86,7 +98,7 @@ class StudyFolder:
 def repair_if_idle(folder: Path) -> None:
     """Before something is written beside a possible driver: a torn tail may stay only where one runs."""
     with contextlib.suppress(RankfrontError), driver_lock(folder):
-        repair(folder / JOURNAL)
+        repair_journal(folder)
 
 
 def find_study(name: str, runs: Path) -> StudyFolder:

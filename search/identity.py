@@ -29,6 +29,7 @@ class Rule:
 RESUME_RULES: tuple[Rule, ...] = (
     Rule("study", "fixed", "the name is the folder"),
     Rule("runs", "free", "the folder may have moved"),
+    Rule("database", "fixed", "the trials are there; name another host by ${NAME}"),
     Rule("model", "fixed", "scores of two precisions do not compare"),
     Rule("model.source", "content", "weights and tokenizer, by fingerprint"),
     Rule("model.trust_remote_code", "free", "a permission, not a setting"),

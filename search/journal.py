@@ -14,6 +14,7 @@ from pathlib import Path
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal._file import get_lock_file
 
 from actors.types import RankfrontError
 
@@ -66,10 +67,30 @@ def _is_record(line: bytes) -> bool:
         return False
 
 
+def repair_journal(folder: Path) -> str | None:
+    """Repair the journal of a study (see `repair`) that others may be appending to: whoever enqueues.
+
+    What looks torn may be a write under way, so it is cut only while the journal's own lock is held.
+    """
+    path = folder / JOURNAL
+    if not path.exists() or not _torn(path):
+        return None
+    with get_lock_file(_write_lock(folder)):
+        return repair(path)
+
+
+def _torn(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return not all(map(_is_record, stream))
+
+
+def _write_lock(folder: Path) -> JournalFileOpenLock:
+    return JournalFileOpenLock(str(folder / JOURNAL), grace_period=LOCK_SECONDS)
+
+
 def open_journal(folder: Path) -> JournalStorage:
     """The storage of a study folder. The lock file guards single writes against `enqueue` and dashboards."""
-    path = str(folder / JOURNAL)
-    return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path, grace_period=LOCK_SECONDS)))
+    return JournalStorage(JournalFileBackend(str(folder / JOURNAL), _write_lock(folder)))
 
 
 @contextmanager
@@ -87,8 +108,18 @@ def driver_lock(folder: Path) -> Iterator[None]:
             raise RankfrontError(
                 f"{folder} has a driver already: {stream.read().strip() or 'it is just starting'}"
             ) from error
+        if not _is_file_at(stream.fileno(), folder / LOCK):
+            raise RankfrontError(f"{folder / LOCK} was taken away while it was opened: try again")
         stream.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         stream.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
         stream.flush()
         yield
+
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at `path`: a lock on a file that was removed holds nobody off."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from optuna.storages import BaseStorage
 from rich.console import Console
 from rich.markup import escape
 
+from search.begun import Identity, folder_identity, stored_identity, write_identity
 from search.config import Config, parse_config
+from search.database import leased
 from search.files import write_atomic
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.identity import config_differences, fingerprint_differences, refuse
-from search.journal import JOURNAL, LOCK, driver_lock, repair
+from search.journal import LOCK, driver_lock, repair_journal
 from search.pool import Machine, connect
 from search.preparing import builder_count, prepare
 from search.screen import ProgressBar
@@ -45,22 +47,38 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
     """
     path = config.folder
     say = _sayer(console)
-    with _study_folder(path):
-        begun = (path / JOURNAL).exists()
-        if begun and (path / CONFIG).exists():
-            saved = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
+    with _study_folder(path), _storage(config) as storage:
+        identity = _identity(config.study, path, storage)
+        if identity is not None:
+            saved = parse_config(identity.config, identity.where)
             refuse(config.study, config_differences(saved, config))
-        repaired = repair(path / JOURNAL)
+        repaired = repair_journal(path)
         if repaired:
             say(f"journal: {repaired}")
         machine = connect()
-        check = _fingerprint_check(config.study, path if begun else None)
+        check = _fingerprint_check(config.study, identity)
         count = builder_count(config.calibration.builders, machine)
         with ProgressBar(console) as bar:
             prepared = prepare(config.preparation(), machine, count, say, bar.progress, check)
         write_atomic(path / CONFIG, config.to_yaml())
         write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
-        yield Session(StudyFolder(path, config, prepared), machine, say)
+        if storage is not None:
+            write_identity(storage, config, prepared)
+        yield Session(StudyFolder(path, config, prepared, storage), machine, say)
+
+
+def _storage(config: Config) -> contextlib.AbstractContextManager[BaseStorage | None]:
+    """The study's database, held as its driver; None where the study is the journal of its folder."""
+    if config.database is None:
+        return contextlib.nullcontext()
+    return leased(config.database, config.study)
+
+
+def _identity(study: str, path: Path, storage: BaseStorage | None) -> Identity | None:
+    """What the study was begun with, None where it has no trial yet."""
+    found = None if storage is None else stored_identity(storage, study)
+    # The folder too: a study that is a journal does not move into a database by a change of its config.
+    return found or folder_identity(path, in_journal=storage is not None)
 
 
 @contextlib.contextmanager
@@ -76,15 +94,12 @@ def _study_folder(path: Path) -> Iterator[None]:
             shutil.rmtree(path)
 
 
-def _fingerprint_check(study: str, path: Path | None) -> Callable[[Mapping[str, str]], None]:
-    """Refuses fingerprints other than those the study at `path` was prepared with, if it was."""
-    known = None
-    if path is not None and (path / PREPARED).exists():
-        known = json.loads((path / PREPARED).read_text())["fingerprints"]
+def _fingerprint_check(study: str, identity: Identity | None) -> Callable[[Mapping[str, str]], None]:
+    """Refuses fingerprints other than those the study was prepared with, if it was."""
 
     def check(found: Mapping[str, str]) -> None:
-        if known is not None:
-            refuse(study, fingerprint_differences(known, found))
+        if identity is not None and identity.fingerprints is not None:
+            refuse(study, fingerprint_differences(identity.fingerprints, found))
 
     return check
 

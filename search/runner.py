@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,7 @@ from search.pareto import front, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
-from search.study import Planned, SearchStudy
+from search.study import Planned, SearchStudy, TakenError
 
 # How long one look for results may take: the screen is redrawn and Ctrl-C is seen this often.
 TICK_SECONDS = 0.25
@@ -113,8 +114,9 @@ class Runner:
 
     def run(self) -> str:
         """Returns why it stopped."""
+        self._study.replay()
         for planned in self._study.in_flight():
-            self._dispatch(planned)
+            self._start(planned)
         while True:
             reason = self._stop.reason or self._rule_met()
             if reason is None:
@@ -136,20 +138,26 @@ class Runner:
             try:
                 planned = self._study.propose(self._origin)
             except RankfrontError:
-                continue  # another program's trial, recorded as failed with its reason
-            if self._answered(planned):
-                self._known_in_a_row += 1
-            else:
-                self._dispatch(planned)
+                continue  # another program's trial: recorded as failed with its reason, or started by it
+            self._start(planned)
+
+    def _start(self, planned: Planned) -> None:
+        """Answer a trial from the record of an equal allocation, or have it scored."""
+        if self._answered(planned):
+            self._known_in_a_row += 1
+        else:
+            self._dispatch(planned)
 
     def _answered(self, planned: Planned) -> bool:
         """Whether the record could answer a trial, and did."""
         source = self._study.scored_as(planned.allocation)
         if source is None and self._may_stop(planned):
             source = self._study.stopped_as(planned.allocation)  # what dominated it still does
-        if source is not None:
+        if source is None:
+            return False
+        with suppress(TakenError):
             self._study.copy_score(planned, source)
-        return source is not None
+        return True
 
     def _may_stop(self, planned: Planned) -> bool:
         return self._staged and self._study.origin(planned.number) not in ASKED_FOR
@@ -179,12 +187,12 @@ class Runner:
         reason = outcome.reason or problem_of(outcome.score)
         if outcome.score is None or reason:
             for each in (planned, *twins):
-                self._study.fail(each.number, reason or "no score")
+                with suppress(TakenError):  # what the other program wrote stays
+                    self._study.fail(each.number, reason or "no score")
         else:
-            if outcome.score.stopped_by is None:
-                self._study.complete(planned, outcome.score)
-            else:
-                self._study.prune(planned, outcome.score)
+            source = self._study.scored_as(planned.allocation)
+            with suppress(TakenError):
+                self._study.record(planned, outcome.score, copied_from=source)
             for twin in twins:
                 if not self._answered(twin):  # one that was asked for is not content with a part
                     self._dispatch(twin)

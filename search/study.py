@@ -1,6 +1,7 @@
 """The study: an ordinary Optuna study on disk, and the in-memory mirror its sampler runs on.
 
 Order of writing: propose -> persist RUNNING -> (dispatch) -> persist the result -> tell the mirror.
+A trial that has its result but no final state was finished when its driver died: `replay` ends it.
 With 200 parameters `study.ask` on a journal writes each parameter apart, most of a second; a trial
 proposed on the mirror is stored whole in one write. The mirror holds the same trials under the same
 numbers; where another process added some, they are taken over before the next proposal.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -59,6 +61,10 @@ def open_storage_study(storage: BaseStorage, name: str, objectives: Sequence[Obj
     return study
 
 
+class TakenError(RankfrontError):
+    """Another program started or ended the trial: it is that program's, and what it wrote stays."""
+
+
 class SearchStudy:
     """One driver's view of a study. The caller holds the study's lock."""
 
@@ -85,18 +91,22 @@ class SearchStudy:
     # -- reading ------------------------------------------------------------------------------
 
     def sync(self) -> int:
-        """Take over trials that others added to the storage; returns how many."""
+        """Take over trials that others added, started or ended in the storage; returns how many are new."""
         trials = self._storage.get_all_trials(self._study._study_id, deepcopy=False)
+        known = len(self._ids)
+        open_ones = self._trials(TrialState.WAITING, TrialState.RUNNING)
+        if any(trials[trial.number].state != trial.state for trial in open_ones):
+            self._restart_mirror()
         new = trials[len(self._ids) :]
         for trial in new:
             self._ids.append(trial._trial_id)
             # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
             self._mirror._storage.create_new_trial(self._mirror._study_id, trial)
-            if trial.state == TrialState.COMPLETE:
+            if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
                 self._scored.setdefault(self._allocation(trial).key, trial.number)
             elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
                 self._stopped.setdefault(self._allocation(trial).key, trial.number)
-        return len(new)
+        return len(trials) - known
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._mirror.get_trials(deepcopy=False, states=states or None)
@@ -126,9 +136,14 @@ class SearchStudy:
         return len(self._trials(*states))
 
     def in_flight(self) -> list[Planned]:
-        """Trials that were RUNNING when the last driver ended: to be scored again under their number."""
-        running = self._trials(TrialState.RUNNING)
-        return [Planned(trial.number, self._allocation(trial)) for trial in running]
+        """Trials that were RUNNING without a result when the last driver ended: to be scored again under
+        their number."""
+        flying = []
+        for trial in self._trials(TrialState.RUNNING):
+            with contextlib.suppress(RankfrontError):  # no levels of this space: another program runs it
+                if RESULT not in trial.user_attrs:
+                    flying.append(Planned(trial.number, self._allocation(trial)))
+        return flying
 
     def rows(self) -> tuple[TrialRow, ...]:
         """Every trial, by number. Ended trials never change, so their rows are made once."""
@@ -225,6 +240,7 @@ class SearchStudy:
 
         Raises:
             RankfrontError: an enqueued trial's parameters are outside the space; it is recorded as failed.
+            TakenError: another program started the enqueued trial at this moment.
         """
         self.sync()
         self._refuse_foreign()
@@ -268,8 +284,21 @@ class SearchStudy:
 
     def _take_up(self, frozen: FrozenTrial) -> Planned:
         """Start a WAITING trial that the mirror just handed out."""
+        try:
+            started = self._start_stored(frozen)
+        except UpdateFinishedTrialError:
+            started = False
+        if not started:
+            self._rebuild()
+            raise TakenError(f"trial {frozen.number} was started by another program")
+        return Planned(frozen.number, self._allocation(frozen))
+
+    def _start_stored(self, frozen: FrozenTrial) -> bool:
+        """Write what the sampler added to a WAITING trial, then that it runs; False where it runs already."""
         stored_id = self._ids[frozen.number]
         stored = self._storage.get_trial(stored_id)
+        if stored.state != TrialState.WAITING:
+            return False
         for key, value in frozen.system_attrs.items():
             if stored.system_attrs.get(key) != value:
                 self._storage.set_trial_system_attr(stored_id, key, value)
@@ -279,13 +308,33 @@ class SearchStudy:
                 internal = distribution.to_internal_repr(value)
                 self._storage.set_trial_param(stored_id, name, internal, distribution)
         # Last, so that a trial that is RUNNING always has all of its levels.
-        self._storage.set_trial_state_values(stored_id, TrialState.RUNNING)
-        return Planned(frozen.number, self._allocation(frozen))
+        return self._storage.set_trial_state_values(stored_id, TrialState.RUNNING)
 
     def _rebuild(self) -> None:
+        self._restart_mirror()
+        self.sync()
+
+    def _restart_mirror(self) -> None:
         self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
         self._ids, self._scored, self._stopped, self._ended = [], {}, {}, {}
-        self.sync()
+
+    def replay(self) -> list[int]:
+        """End the trials whose result is stored but whose driver died before their final state.
+
+        Returns their numbers. Only the study's driver may call it, before it proposes or dispatches.
+        """
+        replayed = []
+        for trial in self._trials(TrialState.RUNNING):
+            result = trial.user_attrs.get(RESULT)
+            if result is None:
+                continue
+            if "score" in result:
+                planned = Planned(trial.number, self._allocation(trial))
+                self.record(planned, Score.from_dict(result["score"]), result.get("copied_from"))
+            else:
+                self.fail(trial.number, result["reason"])
+            replayed.append(trial.number)
+        return replayed
 
     def complete(self, planned: Planned, score: Score, copied_from: int | None = None) -> tuple[float, ...]:
         """Record a score: result first, then the state, then the mirror. Returns the values."""
@@ -309,11 +358,16 @@ class SearchStudy:
 
     def copy_score(self, planned: Planned, source: int) -> tuple[float, ...] | None:
         """Answer a trial from the record of an equal allocation. Returns the values; a part has none."""
-        score = self._score(source)
-        if score.stopped_by is not None:
-            self.prune(planned, score, copied_from=source)
-            return None
-        return self.complete(planned, score, copied_from=source)
+        return self.record(planned, self._score(source), copied_from=source)
+
+    def record(
+        self, planned: Planned, score: Score, copied_from: int | None = None
+    ) -> tuple[float, ...] | None:
+        """Record a score, whole or of the first stages. Returns the values; a part has none."""
+        if score.stopped_by is None:
+            return self.complete(planned, score, copied_from)
+        self.prune(planned, score, copied_from)
+        return None
 
     def add(self, allocation: Allocation, origin: str, score: Score) -> int | None:
         """Record an allocation that was scored already, RUNNING first as every trial; returns its number.
@@ -326,7 +380,7 @@ class SearchStudy:
             state=TrialState.RUNNING,
             params=self._space.params(allocation),
             distributions=self._space.distributions,
-            user_attrs={PLAN: self._plan(allocation, origin)},
+            user_attrs={PLAN: self._plan(allocation, origin), RESULT: {"score": score.to_dict()}},
         )
         number = self._storage.get_trial(self._storage.create_new_trial(self._study._study_id, trial)).number
         self.sync()
@@ -341,8 +395,12 @@ class SearchStudy:
         self, number: int, state: TrialState, values: tuple[float, ...] | None, result: Mapping[str, Any]
     ) -> None:
         stored = self._ids[number]
-        self._storage.set_trial_user_attr(stored, RESULT, dict(result))
-        self._storage.set_trial_state_values(stored, state, values)
+        try:
+            self._storage.set_trial_user_attr(stored, RESULT, dict(result))
+            self._storage.set_trial_state_values(stored, state, values)
+        except UpdateFinishedTrialError as error:
+            self._rebuild()
+            raise TakenError(f"trial {number} was ended by another program") from error
         memory = self._mirror._storage
         mirrored = memory.get_trial_id_from_study_id_trial_number(self._mirror._study_id, number)
         memory.set_trial_user_attr(mirrored, RESULT, dict(result))

@@ -23,6 +23,7 @@ from search.identity import (
 # Every key of a config that has all sections, with another value it may take.
 FIXED = {
     "study": "other",
+    "database": "postgresql://db.example/studies",
     "model.dtype": "bfloat16",
     "factors.method": "weight",
     "factors.methods": {"*.q_proj": "weight"},

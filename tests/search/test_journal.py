@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from fakes import open_study, score_of
 
 from actors.types import RankfrontError
-from search.journal import JOURNAL, driver_lock, open_journal, repair
+from search.journal import JOURNAL, LOCK, driver_lock, open_journal, repair, repair_journal
 
 
 @pytest.fixture
@@ -64,14 +65,14 @@ def test_every_torn_tail_is_cut_back_to_the_last_whole_record(journal: Path, tmp
 
 
 def test_a_repaired_journal_goes_on(journal: Path, tmp_path: Path) -> None:
-    """The last record tells that trial 2 is finished: without it the trial is in flight."""
+    """The last record tells that trial 2 is finished: without it, it has its result and no final state."""
     content = journal.read_bytes()
     journal.write_bytes(content[:-7])
     assert repair(journal) is not None
     assert states(tmp_path) == ["COMPLETE", "COMPLETE", "RUNNING"]
     study = open_study(tmp_path)
-    [planned] = study.in_flight()
-    study.complete(planned, score_of(planned.allocation))
+    assert study.in_flight() == []
+    assert study.replay() == [2]
     assert states(tmp_path) == ["COMPLETE"] * 3
 
 
@@ -120,6 +121,34 @@ def test_a_lock_file_left_behind_by_a_kill_holds_nobody_for_long(
     assert states(tmp_path)[-1] == "RUNNING"
 
 
+def test_a_write_under_way_is_waited_for_not_cut(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who enqueues while a driver starts holds the journal's lock, and half of its record is there."""
+    content = journal.read_bytes()
+    record = content.splitlines(keepends=True)[-1]
+    lock = Path(f"{journal}.lock")
+    lock.touch()
+    journal.write_bytes(content + record[:30])
+
+    def sleep(seconds: float) -> None:
+        journal.write_bytes(content + record)
+        lock.unlink(missing_ok=True)
+
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep)
+    monkeypatch.setattr("optuna.storages.journal._file.time", clock)
+    assert repair_journal(journal.parent) is None
+    assert journal.read_bytes() == content + record
+
+
+def test_a_torn_journal_that_nobody_writes_is_cut(journal: Path) -> None:
+    content = journal.read_bytes()
+    journal.write_bytes(content + b'{"torn')
+    said = repair_journal(journal.parent)
+    assert said is not None
+    assert "dropped 6 bytes" in said
+    assert journal.read_bytes() == content
+    assert repair_journal(journal.parent / "none") is None
+
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -145,6 +174,21 @@ def test_the_second_driver_is_refused_until_the_first_is_gone(tmp_path: Path) ->
         holder.communicate()
     with driver_lock(tmp_path):
         pass
+
+
+def test_a_lock_file_that_was_taken_away_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locked after someone removed it: another driver could make a new one and lock that."""
+    flock = fcntl.flock
+
+    def after_removal(stream: object, operation: int) -> None:
+        (tmp_path / LOCK).unlink()
+        flock(stream, operation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fcntl.flock", after_removal)
+    with pytest.raises(RankfrontError, match="taken away"), driver_lock(tmp_path):
+        raise AssertionError("a lock on nothing")
 
 
 def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import TARGETS
 from rich.console import Console
 
 import search.opening
 from actors.types import Prepared, RankfrontError
 from search.config import Config, parse_config
+from search.folder import CONFIG, StudyFolder
+from search.identity import FIXED_FINGERPRINTS
+from search.journal import JOURNAL
 from search.pool import Machine
 from search.replicas import replica_plan
 
 PREPARED = Prepared("", "", (), 10**9, {}, {}, {}, {}, reused=True)
 
 
-def config_of(tmp_path: Path, **sections: Mapping[str, Any]) -> Config:
+def config_of(tmp_path: Path, **sections: Any) -> Config:
     hub = {"model": {"source": "org/model"}, "text": {"source": "org/text"}}
     return parse_config({"study": "s", "runs": str(tmp_path), **hub, **sections})
 
@@ -43,6 +47,44 @@ def test_all_that_the_preparation_says_is_shown_as_it_is(
         pass
     assert [line.partition(" s  ")[2] for line in shown.getvalue().splitlines()] == lines
     assert not config.folder.exists()
+
+
+def test_a_study_in_a_database_is_the_same_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from another machine: what it was begun with is in the database, and binds the config there too."""
+    prints = dict.fromkeys(FIXED_FINGERPRINTS, "f1")
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+
+    def drive(runs: str, fingerprint: str = "f1", **changes: Any) -> int:
+        def prepare(spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any) -> Prepared:
+            check({**prints, "search": fingerprint})
+            return replace(PREPARED, targets=TARGETS, fingerprints=prints)
+
+        monkeypatch.setattr(search.opening, "prepare", prepare)
+        config = config_of(tmp_path, **{"runs": str(tmp_path / runs), "database": "${STUDIES}", **changes})
+        with search.opening.opened(config, Console(file=io.StringIO())) as session:
+            planned = session.folder.open_study().propose("random")
+            assert not (config.folder / JOURNAL).exists()
+            return planned.number
+
+    assert drive("here") == 0
+    assert drive("there", sampler={"name": "random"}) == 1
+    with pytest.raises(RankfrontError, match="objectives: was"):
+        drive("there", objectives=["budget.linear", "nll"])
+    with pytest.raises(RankfrontError, match="search: the content differs"):
+        drive("elsewhere", "f2")
+    with pytest.raises(RankfrontError, match=r"database: was '\${STUDIES}', now None"):
+        drive("there", database=None)
+    (tmp_path / "journal" / "s").mkdir(parents=True)
+    (tmp_path / "journal" / "s" / JOURNAL).touch()
+    (tmp_path / "journal" / "s" / CONFIG).write_text(config_of(tmp_path).to_yaml())
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'others.db'}")
+    with pytest.raises(RankfrontError, match="database: was None, now"):
+        drive("journal")
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+    assert StudyFolder.open(tmp_path / "there" / "s").open_study().propose("random").number == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import DENSE_NLL, TARGETS, MadeUpPool, loss, open_study, score_of
+from fakes import DENSE_NLL, TARGETS, MadeUpPool, loss, open_study, plain, score_of
+from optuna.trial import TrialState
 
 from actors.types import Allocation, KlScore, TextScore
 from search.journal import open_journal
@@ -243,6 +244,50 @@ def test_trials_in_flight_of_the_last_driver_are_scored_first(tmp_path: Path) ->
     assert [job.key for job in pool.submitted] == [0, 1, 3, 4, 5, 6, 7]
     assert states(study) == ["COMPLETE"] * 8
     assert [row.allocation for row in study.rows()[:5]] == [planned.allocation for planned in lost]
+
+
+def test_a_trial_in_flight_whose_score_is_known_is_answered_from_the_record(tmp_path: Path) -> None:
+    """The driver died after it recorded a trial, before it answered that trial's twin."""
+    before = open_study(tmp_path)
+    for _ in range(2):
+        before._study.enqueue_trial({"q_proj": 1, "up_proj": 2, "down_proj": 3})
+    first, _ = before.propose("random"), before.propose("random")
+    before.complete(first, score_of(first.allocation))
+    study, pool = open_study(tmp_path), MadeUpPool(size=1)
+    runner(study, pool, trials=2).run()
+    assert pool.submitted == []
+    assert [row.copied_from for row in study.rows()] == [None, 0]
+    assert states(study) == ["COMPLETE"] * 2
+
+
+def test_a_finished_result_is_replayed_before_anything_is_dispatched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_study(tmp_path)
+    planned = before.propose("random")
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(before._storage, "set_trial_state_values", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        before.complete(planned, score_of(planned.allocation))
+    study, pool = open_study(tmp_path), MadeUpPool(size=1)
+    runner(study, pool, trials=2).run()
+    assert [job.key for job in pool.submitted] == [1]
+    assert states(study) == ["COMPLETE"] * 2
+
+
+def test_trials_that_another_program_ends_do_not_end_the_search(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+
+    def answer(job: Job) -> Outcome:
+        if job.key in (1, 2):
+            plain(tmp_path).tell(job.key, state=TrialState.FAIL)
+        return Outcome(job, None, "broken") if job.key == 2 else Outcome(job, score_of(job.allocation))
+
+    runner(study, MadeUpPool(answer), trials=5).run()
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_stop_ends_the_loop_and_leaves_trials_to_the_next_run(tmp_path: Path) -> None:

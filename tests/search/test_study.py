@@ -20,11 +20,11 @@ from fakes import (
     space_of,
     stored,
 )
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError, Score
 from search.records import Objective
-from search.study import PLAN, RESULT, Planned
+from search.study import PLAN, RESULT, Planned, TakenError
 
 SAMPLERS = ("nsga2", "nsga3", "tpe", "random")
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
@@ -72,10 +72,48 @@ def test_the_result_is_written_before_the_state(tmp_path: Path, monkeypatch: pyt
     [trial] = stored(tmp_path)
     assert trial.state == TrialState.RUNNING
     assert RESULT in trial.user_attrs
-    again = open_study(tmp_path)
-    assert again.in_flight() == [planned]
-    again.complete(planned, score_of(planned.allocation))
-    assert stored(tmp_path)[0].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("end", ["complete", "copy", "fail", "add"])
+def test_a_result_without_its_state_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """The driver died between the two writes: the trial ends as it would have, and is not scored again."""
+
+    def driver(folder: Path, crash: bool) -> None:
+        folder.mkdir()
+        study = open_study(folder)
+        propose_and_complete(study, 1)
+        if crash:
+            monkeypatch.setattr(study._storage, "set_trial_state_values", interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            if end == "add":
+                study.add(some_allocation(7), "surgical", score_of(some_allocation(7)))
+                return
+            planned = study.propose("random")
+            if end == "complete":
+                study.complete(planned, score_of(planned.allocation))
+            elif end == "copy":
+                study.copy_score(planned, 0)
+            else:
+                study.fail(planned.number, "broken")
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    driver(tmp_path / "whole", crash=False)
+    driver(tmp_path / "crashed", crash=True)
+    assert stored(tmp_path / "crashed")[1].state == TrialState.RUNNING
+    again = open_study(tmp_path / "crashed")
+    assert again.in_flight() == []
+    assert again.replay() == [1]
+    assert again.replay() == []
+    whole = open_study(tmp_path / "whole")
+    assert again.rows() == whole.rows() == open_study(tmp_path / "crashed").rows()
+    ends = [stored(tmp_path / name)[1] for name in ("whole", "crashed")]
+    assert ends[0].values == ends[1].values
+    assert ends[0].user_attrs == ends[1].user_attrs
+    assert again.propose("random") == whole.propose("random")
 
 
 def test_a_failure_has_a_reason_and_no_values(tmp_path: Path) -> None:
@@ -317,6 +355,49 @@ def test_a_trial_that_slips_in_before_the_write_keeps_its_number(
     assert [trial.number for trial in after] == [0, 1, 2, 3, 4]
     assert after[3].values[1] == loss(planned.allocation)
     assert study.rows() == open_study(tmp_path).rows()
+
+
+def test_a_trial_that_another_program_ended_keeps_what_it_wrote(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    planned = study.propose("random")
+    plain(tmp_path).tell(0, [0.5, 3.0])
+    with pytest.raises(TakenError, match="trial 0 was ended"):
+        study.complete(planned, score_of(planned.allocation))
+    assert stored(tmp_path)[0].values == [0.5, 3.0]
+    assert study.rows()[0].values == (0.5, 3.0)
+    assert study.scored_as(planned.allocation) is None, "no score of ours to copy"
+    assert study.propose("random").number == 1
+
+
+def test_a_trial_that_another_program_started_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look at the storage and our write; and before our look."""
+    study = open_study(tmp_path)
+    for _ in range(2):
+        plain(tmp_path).enqueue_trial({"q_proj": 1, "up_proj": 2, "down_proj": 3})
+    start = study._start_stored
+
+    def after_another(trial: FrozenTrial) -> bool:
+        plain(tmp_path).ask()
+        return start(trial)
+
+    monkeypatch.setattr(study, "_start_stored", after_another)
+    with pytest.raises(TakenError, match="trial 0 was started"):
+        study.propose("random")
+    monkeypatch.undo()
+    plain(tmp_path).ask()
+    assert study.propose("random").number == 2
+
+
+def test_a_running_trial_without_levels_is_another_programs(tmp_path: Path) -> None:
+    plain_study = open_study(tmp_path) and plain(tmp_path)
+    plain_study.ask()
+    plain_study.tell(plain_study.ask(), [0.5, 3.0])
+    study = open_study(tmp_path)
+    assert study.in_flight() == []
+    assert [row.state for row in study.rows()] == ["RUNNING", "COMPLETE"]
+    assert study.propose("random").number == 2
 
 
 # -- duplicates -------------------------------------------------------------------------------

@@ -1,0 +1,60 @@
+"""What a study was begun with: kept beside its journal, or in its database where any machine finds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.storages import BaseStorage
+
+from actors.types import Prepared
+from search.config import Config
+from search.folder import CONFIG, PREPARED
+from search.journal import JOURNAL
+from search.study import IDENTITY, open_storage_study
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The config of a study as it was saved `where`, and the fingerprints it was prepared with, if it was."""
+
+    where: str
+    config: Mapping[str, Any]
+    fingerprints: Mapping[str, str] | None
+
+
+def folder_identity(path: Path, in_journal: bool) -> Identity | None:
+    """Of a study in a folder; None where it has no config, or no journal and so no trial.
+
+    Without `in_journal`, also of a study in a database that left its config in the folder.
+    """
+    if not (path / CONFIG).exists():
+        return None
+    config = yaml.safe_load((path / CONFIG).read_text())
+    if not (path / JOURNAL).exists() and (in_journal or config.get("database") is None):
+        return None
+    fingerprints = None
+    if (path / PREPARED).exists():
+        fingerprints = json.loads((path / PREPARED).read_text())["fingerprints"]
+    return Identity(str(path / CONFIG), config, fingerprints)
+
+
+def stored_identity(storage: BaseStorage, study: str) -> Identity | None:
+    """Of a study in a database; None where it has no trial, or no driver prepared it."""
+    found = next((known for known in storage.get_all_studies() if known.study_name == study), None)
+    if found is None or IDENTITY not in found.user_attrs or not storage.get_n_trials(found._study_id):
+        return None
+    kept = found.user_attrs[IDENTITY]
+    return Identity(f"study {study!r} of the database", kept["config"], kept["prepared"]["fingerprints"])
+
+
+def write_identity(storage: BaseStorage, config: Config, prepared: Prepared) -> None:
+    """Keep config and preparation with the study of a database, which is created if there is none."""
+    study = open_storage_study(storage, config.study, config.named_objectives)
+    identity = {"config": config.model_dump(mode="json"), "prepared": prepared.to_dict()}
+    if study.user_attrs.get(IDENTITY) != json.loads(json.dumps(identity)):
+        study.set_user_attr(IDENTITY, identity)

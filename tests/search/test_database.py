@@ -1,0 +1,300 @@
+"""A study on a real PostgreSQL: who may drive it, what comes back, and what is never said."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import optuna
+import psycopg
+import pytest
+from fakes import OBJECTIVES, TARGETS, cost_model, propose_and_complete, score_of, space_of
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+from postgres import PASSWORD, SECRET, new_database, running_server
+from sqlalchemy.exc import OperationalError
+
+from actors.types import Allocation, Prepared, RankfrontError
+from search.begun import stored_identity, write_identity
+from search.config import Config, ConfigError, parse_config
+from search.database import check_url, leased, open_database, resolve, shown
+from search.samplers import make_sampler
+from search.sections import SamplerSection
+from search.study import SearchStudy, open_storage_study
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with running_server() as socket:
+        yield socket
+
+
+@pytest.fixture
+def database(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty database, as a config names it."""
+    monkeypatch.setenv(SECRET, PASSWORD)  # and taken away again
+    return new_database(server, f"made_up_{next(NUMBERS)}")
+
+
+def study_of(storage: BaseStorage, sampler: str = "random") -> SearchStudy:
+    cost = cost_model()
+    section = SamplerSection(name=sampler, population=6)
+    study = open_storage_study(storage, "made-up", OBJECTIVES)
+    return SearchStudy(study, make_sampler(section), 0, space_of(cost), cost, OBJECTIVES)
+
+
+def seen(database: str) -> list[optuna.trial.FrozenTrial]:
+    """As any Optuna program sees them."""
+    url = resolve(database).render_as_string(hide_password=False)
+    return optuna.load_study(study_name="made-up", storage=url).get_trials()
+
+
+def config_of(database: object) -> Config:
+    hub = {"model": {"source": "org/model"}, "text": {"source": "org/text"}}
+    return parse_config({"study": "made-up", "database": database, **hub})
+
+
+# -- the study --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
+def test_a_reopened_study_is_the_study(database: str, sampler: str) -> None:
+    with leased(database, "made-up") as storage:
+        study = study_of(storage, sampler)
+        study.enqueue([(Allocation.of({"layers.1.up_proj": 7}, TARGETS), "enqueued")])
+        done = propose_and_complete(study, 8)
+        study.fail(study.propose(sampler).number, "broken")
+        flying = study.propose(sampler)
+        before = seen(database)
+        rows = study.rows()
+    with leased(database, "made-up") as storage:
+        again = study_of(storage, sampler)
+        assert again.rows() == rows
+        assert again.in_flight() == [flying]
+        assert seen(database) == before, "opening writes nothing"
+        again.complete(flying, score_of(flying.allocation))
+        assert again.propose(sampler).number == 10
+    trials = seen(database)
+    assert [trial.number for trial in trials] == list(range(11))
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 8 + ["FAIL", "COMPLETE", "RUNNING"]
+    assert [trial.values[1] for trial in trials[:8]] == [score_of(p.allocation).text.nll for p in done]
+
+
+def test_a_result_without_its_state_is_replayed(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with leased(database, "made-up") as storage:
+        study = study_of(storage)
+        planned = study.propose("random")
+        monkeypatch.setattr(storage, "set_trial_state_values", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            study.complete(planned, score_of(planned.allocation))
+    with leased(database, "made-up") as storage:
+        again = study_of(storage)
+        assert again.replay() == [0]
+    [trial] = seen(database)
+    assert (trial.state, trial.values[1]) == (TrialState.COMPLETE, score_of(planned.allocation).text.nll)
+
+
+def test_trials_are_enqueued_beside_a_driver(database: str) -> None:
+    """By our own command and by any Optuna program."""
+    mine = Allocation.of({"layers.1.up_proj": 7}, TARGETS)
+    with leased(database, "made-up") as storage:
+        study = study_of(storage)
+        propose_and_complete(study, 1)
+        study_of(open_database(database)).enqueue([(mine, "enqueued")])
+        plain = optuna.load_study(study_name="made-up", storage=open_database(database))
+        plain.enqueue_trial({"q_proj": 1, "up_proj": 2})
+        assert study.propose("random").allocation == mine
+        assert study.propose("random").number == 2
+    assert [trial.state.name for trial in seen(database)] == ["COMPLETE", "RUNNING", "RUNNING"]
+    assert seen(database)[2].params["up_proj"] == 2
+
+
+def test_what_a_study_was_begun_with_is_found_from_any_machine(database: str) -> None:
+    config = config_of(database)
+    prepared = Prepared("", "", TARGETS, 10, {"model": "f1"}, {}, {}, {}, reused=False)
+    with leased(database, "made-up") as storage:
+        assert stored_identity(storage, "made-up") is None
+        write_identity(storage, config, prepared)
+        assert stored_identity(storage, "made-up") is None, "no trial yet: nothing binds the config"
+        propose_and_complete(study_of(storage), 1)
+    storage = open_database(database)
+    found = stored_identity(storage, "made-up")
+    assert found is not None
+    assert parse_config(found.config) == config
+    assert found.fingerprints == {"model": "f1"}
+    [study] = storage.get_all_studies()
+    assert PASSWORD not in str(study.user_attrs)
+
+
+# -- the lease --------------------------------------------------------------------------------
+
+
+def test_the_second_driver_is_refused_and_told_who_drives(database: str) -> None:
+    with leased(database, "made-up"):
+        for _ in range(2):
+            with (
+                pytest.raises(
+                    RankfrontError, match=r"'made-up' has a driver already: rankfront process \d+ on"
+                ),
+                leased(database, "made-up"),
+            ):
+                raise AssertionError("two drivers")
+        with leased(database, "another"):
+            pass
+    with leased(database, "made-up"):
+        pass
+
+
+HOLD = """
+import sys
+from search.database import leased
+with leased(sys.argv[1], "made-up"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_driver_holds_nobody_off(database: str) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, database], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RankfrontError, match=f"process {holder.pid} on "), leased(database, "made-up"):
+            raise AssertionError("two drivers")
+    finally:
+        holder.kill()
+        holder.communicate()
+    _once_free(database)
+
+
+def _once_free(database: str) -> None:
+    """Take the lease of a driver that was just killed; its session ends when the server sees it is gone."""
+    for attempt in itertools.count():
+        try:
+            with leased(database, "made-up"):
+                return
+        except RankfrontError:
+            assert attempt < 100
+
+
+def cut(database: str) -> None:
+    """End every session of the database: what a restart of the server or a lost network does."""
+    url = resolve(database)
+    with psycopg.connect(host=str(url.query["host"]), user="postgres", password=PASSWORD) as admin:
+        admin.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", (url.database,)
+        )
+
+
+def test_a_driver_that_lost_its_lease_writes_nothing(database: str) -> None:
+    with leased(database, "made-up") as storage:
+        study = study_of(storage)
+        planned = study.propose("random")
+        cut(database)
+        with leased(database, "made-up") as other:
+            with pytest.raises((OperationalError, StorageInternalError)):
+                study.complete(planned, score_of(planned.allocation))
+            with pytest.raises(RankfrontError, match="has a driver already"):
+                study.complete(planned, score_of(planned.allocation))
+            with pytest.raises(RankfrontError, match="has a driver already"):
+                study.propose("random")
+            assert [trial.state.name for trial in seen(database)] == ["RUNNING"]
+            study_of(other).complete(planned, score_of(planned.allocation))
+    assert [trial.state.name for trial in seen(database)] == ["COMPLETE"]
+
+
+def test_a_database_that_goes_away_ends_the_run_in_one_line(database: str) -> None:
+
+    def drive() -> None:
+        with leased(database, "made-up") as storage:
+            study = study_of(storage)
+            cut(database)
+            study.propose("random")
+
+    with pytest.raises(RankfrontError) as ended:
+        drive()
+    assert str(ended.value).startswith("database: postgresql+psycopg://postgres:***@/made_up_")
+    assert "terminating connection" in str(ended.value)
+    assert PASSWORD not in str(ended.value)
+
+
+# -- names and secrets ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:hunter2@host/db",
+        "postgresql://me:x${A}hunter2@host/db",
+        "postgresql://me@host/db?password=hunter2",
+        "postgresql://me@host/db?sslpassword=hunter2",
+        ["postgresql://me:hunter2@host/db"],
+        "me:hunter2@host",
+    ],
+)
+def test_a_password_in_a_config_is_refused_and_not_repeated(url: object) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config_of(url)
+    [mistake] = refused.value.mistakes
+    assert mistake.startswith("database: ")
+    assert "${" in mistake
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", [None, "${DB}", "postgresql://me:${PW}@host/db", "postgresql://me@host/db", "sqlite:///a.db"]
+)
+def test_a_url_without_secrets_is_kept_as_it_is_written(
+    url: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PW", "hunter2")
+    monkeypatch.setenv("DB", "postgresql://me:hunter2@host/db")
+    assert check_url(url) == url
+    text = config_of(url).to_yaml()
+    assert "hunter2" not in text
+    assert config_of(url).database == url
+
+
+def test_variables_are_filled_in_when_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PW", "p@ss:/%20")
+    monkeypatch.setenv("HOST", "db.example")
+    url = resolve("postgresql://me:${PW}@${HOST}:5433/studies?sslmode=require")
+    assert (url.drivername, url.username, url.password) == ("postgresql+psycopg", "me", "p@ss:/%20")
+    assert (url.host, url.port, url.database, url.query["sslmode"]) == (
+        "db.example",
+        5433,
+        "studies",
+        "require",
+    )
+    assert shown(url) == "postgresql+psycopg://me:***@db.example:5433/studies?sslmode=require"
+    monkeypatch.setenv("DB", "postgresql://me:hunter2@host/db?sslpassword=hunter2")
+    assert resolve("${DB}").password == "hunter2"
+    assert "hunter2" not in shown(resolve("${DB}"))
+    monkeypatch.setenv("DB", "hunter2")
+    for template, says in (("${DB}", "the value of"), ("${NONE_SUCH}", "NONE_SUCH is not set")):
+        with pytest.raises(RankfrontError, match=says) as refused:
+            resolve(template)
+        assert "hunter2" not in str(refused.value)
+
+
+def test_a_refused_login_does_not_say_the_password(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, "not-the-password")
+    with pytest.raises(RankfrontError, match="password authentication failed") as refused:
+        open_database(database)
+    assert "not-the-password" not in str(refused.value)
+    assert refused.value.__suppress_context__
+
+
+def test_a_database_driver_that_is_not_installed_is_named() -> None:
+    with pytest.raises(RankfrontError, match="not installed"):
+        open_database("mysql://me@host/db")
