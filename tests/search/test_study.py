@@ -481,10 +481,11 @@ def test_a_part_is_written_before_the_state(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         study.prune(planned, part_of(planned))
     again = open_study(tmp_path)
-    assert again.in_flight() == [planned], "it is scored again, under its number"
-    assert again.stopped_as(planned.allocation) is None
-    again.complete(planned, score_of(planned.allocation))
-    assert [(row.state, row.stopped_by) for row in again.rows()] == [("COMPLETE", None)]
+    assert again.replay() == [planned.number], "what was written is enough to end it, in part"
+    assert again.in_flight() == []
+    assert again.stopped_as(planned.allocation) == planned.number
+    assert [(row.state, row.values) for row in again.rows()] == [("PRUNED", None)]
+    assert again.rows()[0].score == part_of(planned)
 
 
 @every_sampler
