@@ -27,6 +27,12 @@ def front_and_dense(study: SearchStudy) -> list[int]:
     return sorted({*numbers[front(values)].tolist(), *dense})
 
 
+def unscored(folder: StudyFolder, numbers: Sequence[int]) -> list[int]:
+    """Those trials that have no score on the test split."""
+    evaluations, fingerprint = Evaluations(folder.path), folder.prepared.fingerprints["test"]
+    return [n for n in numbers if evaluations.get(n, FACTORS, "test", fingerprint) is None]
+
+
 def score_test(
     folder: StudyFolder,
     study: SearchStudy,
@@ -39,7 +45,7 @@ def score_test(
     evaluations = Evaluations(folder.path)
     fingerprint = folder.prepared.fingerprints["test"]
     rows = study.rows()
-    queue = [rows[n] for n in numbers if evaluations.get(n, FACTORS, "test", fingerprint) is None]
+    queue = [rows[number] for number in unscored(folder, numbers)]
     if not queue:
         return
     tokens = folder.prepared.tokens["test.forward"]
@@ -75,9 +81,10 @@ def evaluate_study(
         if unknown:
             raise RankfrontError(f"--trial {', '.join(unknown)}: no finished trial of {config.study}")
         stop = Stop()
-        with replicas(session) as pool, stop_on_signals(stop, console):
-            wanted = list(dict.fromkeys(numbers)) or front_and_dense(study)
-            score_test(session.folder, study, wanted, pool, stop, session.say)
+        wanted = unscored(session.folder, list(dict.fromkeys(numbers)) or front_and_dense(study))
+        if wanted:
+            with replicas(session) as pool, stop_on_signals(stop, console):
+                score_test(session.folder, study, wanted, pool, stop, session.say)
         return report(session.folder, study), stop.reason
 
 
