@@ -29,6 +29,12 @@ assert len(uniform) == 5
 kept, losses = zip(*sorted((row["value.budget.model"], row["value.nll"]) for row in uniform), strict=True)
 assert list(losses) == sorted(losses, reverse=True), (kept, losses)
 
+seeds = [row for row in rows if row["origin"] == "seed"]
+assert len(seeds) == 5
+for seed in seeds:  # of about the same size, its ranks must do better than equal shares
+    near = min(uniform, key=lambda row: abs(row["value.budget.model"] - seed["value.budget.model"]))
+    assert seed["value.nll"] < near["value.nll"], (seed["value.nll"], near["value.nll"])
+
 front = json.loads((folder / "front.json").read_text())
 tested = {row["trial"] for row in parquet.read_table(folder / "evaluations.parquet").to_pylist()}
 members = {member["trial"] for member in front["front"]}
