@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
-from search.config import Config, ConfigError, parse_config, set_key
+from search.config import Config, ConfigError, adapter_of, parse_config, set_key
 from search.folder import StudyFolder
 from search.records import FACTORS, StudySummary, TrialRow
 from search.sections import (
@@ -173,12 +173,8 @@ def _own_mistakes(raw: Mapping[str, Any]) -> list[str]:
             if field.is_required():
                 mistakes.append(f"{key}: missing" + (f"; {FORMAT!r} is read" if key == "format" else ""))
             continue
-        annotation: Any = field.annotation
-        for constraint in field.metadata:
-            annotation = Annotated[annotation, constraint]
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
         try:
-            adapter.validate_python(raw[key])
+            adapter_of(field).validate_python(raw[key])
         except ValidationError as error:
             mistakes += [
                 f"{key}{_path(e['loc'])}: {e['input']!r}: {_lower(e['msg'])}" for e in error.errors()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from actors.refinement import RefinementSpec
 from actors.types import (
@@ -208,10 +209,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
             else:
                 sections[key] = field.get_default()
             continue
-        annotation: Any = field.annotation
-        for constraint in field.metadata:
-            annotation = Annotated[annotation, constraint]
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        adapter = adapter_of(field)
         try:
             sections[key] = adapter.validate_python(raw[key])
         except ValidationError as error:
@@ -224,6 +222,14 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
     if mistakes:
         raise ConfigError(where, mistakes)
     return Config(**sections)
+
+
+def adapter_of(field: FieldInfo) -> TypeAdapter[Any]:
+    """Checks a value as a model's field would, by itself."""
+    annotation: Any = field.annotation
+    for constraint in field.metadata:
+        annotation = Annotated[annotation, constraint]
+    return TypeAdapter(annotation)
 
 
 def _without(value: Any, error: ValidationError) -> Any:
