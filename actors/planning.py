@@ -55,16 +55,20 @@ def plan(
     everything = moments(targets)
     rows = max(1, BATCH_TOKENS.get(next(model.parameters()).device.type, 1024) // window)
     choices = [(rows, False), (1, False), (rows, True), (1, True)] if gradients else [(rows, True), (1, True)]
-    for number, (rows, checkpointed) in enumerate(choices):
+    found = []
+    for rows, checkpointed in choices:
         activations = probe.activations(rows * window, checkpointed, bool(gradients))
         left = memory - max(activations, work)
         # Recomputing costs less than a second pass: activations are kept only beside all moments.
-        if left >= everything or (number >= len(choices) - 2 and left > 0):
-            groups = _groups(targets, moments, left)
-            if groups is not None:
-                names = tuple(tuple(target.name for target in group) for group in groups)
-                largest = max(map(moments, groups))
-                return BuildPlan(names, probe.leaders, len(windows), rows, checkpointed, largest, activations)
+        groups = _groups(targets, moments, left) if checkpointed or left >= everything else None
+        if groups is not None:
+            names = tuple(tuple(target.name for target in group) for group in groups)
+            largest = max(map(moments, groups))
+            found.append(
+                BuildPlan(names, probe.leaders, len(windows), rows, checkpointed, largest, activations)
+            )
+    if found:
+        return min(found, key=lambda made: len(made.groups))  # on a tie the first: the larger batches
     one = max(moments([target]) for target in targets)
     needed = max(probe.activations(window, True, bool(gradients)), work) + one
     # A hundredth more: what is said is rounded, and must do.

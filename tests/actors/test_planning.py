@@ -67,6 +67,19 @@ def test_little_memory_takes_more_passes_to_the_same_moments(
 
 
 @pytest.mark.parametrize("gradients", [False, True])
+def test_more_memory_never_takes_more_passes(
+    gradients: bool, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    names = tiny_setting.names if gradients else []
+    budgets = [least[gradients] * (1 + step / 20) for step in range(60)]
+    made = [plan(tiny_setting.model, tiny_setting.targets, ids, names, memory) for memory in budgets]
+    passes = [len(each.groups) for each in made]
+    assert passes == sorted(passes, reverse=True)
+    assert passes[-1] == 1
+    assert plan(tiny_setting.model, tiny_setting.targets, ids, names, float("inf")).rows > 1
+
+
+@pytest.mark.parametrize("gradients", [False, True])
 def test_too_little_memory_says_how_much_is_enough(
     gradients: bool, least: dict[bool, int], tiny_setting: Setting, ids: torch.Tensor
 ) -> None:
