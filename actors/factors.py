@@ -259,6 +259,11 @@ class FactorStore:
         bias = tensors["offset"] - shift[:rank] @ left.to(shift.dtype)
         return left, right, bias.to(left.dtype)
 
+    def rest(self, name: str, rank: int, method: str | None = None) -> tuple[Tensor, Tensor]:
+        """What `rank` leaves out of A^T (k - r, m) and B (k - r, n): A_r B_r and theirs make W."""
+        tensors = self._read(name, method)
+        return tensors["left"][rank:], tensors["right"][rank:]
+
     def energy(self, name: str, method: str | None = None) -> Tensor:
         """Spectrum (k,) float64, in the method's own units, without damping."""
         return self._read(name, method)["energy"]

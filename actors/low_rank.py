@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -21,16 +21,29 @@ class Ranks(Protocol):
         ...
 
 
-def factored_is_cheaper(rank: int, rows: int, cols: int, tokens: int) -> bool:
-    """Whether A_r (B_r x) takes no more operations than (A_r B_r) x, its product made once for `tokens`."""
-    return rank * (rows + cols) * tokens <= rows * cols * (tokens + rank)
+@runtime_checkable
+class Nested(Ranks, Protocol):
+    """Whose full-rank factors multiply to the dense weight, W = A B."""
+
+    def rest(self, name: str, rank: int, method: str | None = None) -> tuple[Tensor, Tensor]:
+        """What rank r leaves out: the other rows of A^T (k - r, m) and of B (k - r, n)."""
+        ...
+
+
+def factored_is_cheaper(rank: int, rows: int, cols: int, tokens: int, cut: int | None = None) -> bool:
+    """Whether A_r (B_r x) takes no more operations than W_r x, with W_r made once for `tokens`.
+
+    W_r = A_r B_r takes r products of a row and a column; `cut` says how many where it is made otherwise.
+    """
+    return rank * (rows + cols) * tokens <= rows * cols * (tokens + (rank if cut is None else cut))
 
 
 class TrialLinear(nn.Module):
     """A target of the resident model: the dense weight stays, a rank is laid over it and taken off.
 
-    `install` picks the cheaper of two equal products for the number of tokens a trial scores:
-    y = (A_r B_r) x, at mn a token plus r mn once, or y = A_r (B_r x), at r (m + n) a token.
+    `install` picks the cheaper of two equal products for the number of tokens a trial scores: y = W_r x, at
+    mn a token plus the making of W_r, or y = A_r (B_r x), at r (m + n) a token. W_r is A_r B_r, or what is
+    left of W without the other k - r ranks where those are fewer: min(r, k - r) mn, once.
     `rank` is None while the dense layer runs; `method` is None where it is the configured one.
     """
 
@@ -66,13 +79,19 @@ class TrialLinear(nn.Module):
         rows, cols = weight.shape
         self.rank, self.method = rank, method
         self._bias = bias if own is None else own if bias is None else own + bias
-        if factored_is_cheaper(rank, rows, cols, tokens):
+        without = min(rows, cols) - rank
+        subtract = without < rank and isinstance(store, Nested)
+        if factored_is_cheaper(rank, rows, cols, tokens, without if subtract else rank):
             self._left, self._right = left.T, right
+            return
+        self._left = self._right = None
+        if self._product is None:
+            self._product = weight.new_empty(rows, cols)
+        if subtract:
+            left, right = (factor.to(weight.dtype) for factor in store.rest(name, rank, method))
+            torch.addmm(weight, left.T, right, alpha=-1, out=self._product)
         else:
-            if self._product is None:
-                self._product = weight.new_empty(rows, cols)
             torch.mm(left.T, right, out=self._product)
-            self._left = self._right = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rank is None:

@@ -130,8 +130,23 @@ def test_both_products_agree_and_the_cheaper_one_runs(setting: Setting) -> None:
                 outputs.append(trial.layer(target.name)(x))
             operations.append(counter.get_total_flops() // (2 * len(x)))
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
-        # for one token the product A B costs more than it saves; for many it is spread to nothing
-        assert operations == [r_mn := rank * (m + n), min(r_mn, m * n)]
+        # for one token making the product costs more than it saves, but for free at full rank; for many
+        # it is spread to nothing
+        factored = rank * (m + n)
+        assert operations == [m * n if rank == n else factored, min(factored, m * n)]
+
+
+def test_a_product_is_made_of_the_fewer_ranks(setting: Setting) -> None:
+    """Those that are kept, or those that are left out: never more than half of the full rank."""
+    _, trial = setting.trial()
+    target = next(target for target in setting.targets if target.module == "mlp.up_proj")
+    m, n = target.rows, target.cols
+    for rank in (22, 31, 32):  # of 32; mn / (m + n) = 21.3
+        with FlopCounterMode(display=False) as counter:
+            trial.install(Allocation.of({target.name: rank}, setting.targets), MANY)
+        counts = counter.get_flop_counts()["Global"]
+        assert counts.get(torch.ops.aten.addmm, 0) == 2 * (32 - rank) * m * n
+        assert counts.get(torch.ops.aten.mm, 0) <= 2 * rank * m  # the bias
 
 
 def test_both_products_give_the_same_logits(setting: Setting, ids: torch.Tensor) -> None:
