@@ -1,13 +1,15 @@
-"""Multiple-choice scoring: packed so that no token is encoded twice and none is padding.
+"""Multiple-choice scoring: packed so that no token is encoded twice and next to none is padding.
 
-The choices of an example share their longest common prefix; each is a branch behind it. Several
-such trees stand side by side in one row of the batch, kept apart by the attention mask and by
-position ids that restart. One forward pass over the row then scores all of its choices.
+The choices of an example share their longest common prefix; each is a branch behind it. Such trees
+lie in the lanes of a batch, several in one where they are short, kept apart by the attention mask and
+by position ids that restart. One forward pass over the batch then scores all of its choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,16 +24,20 @@ from actors.types import RankfrontError, ScoringError, TaskScore
 
 Tensor = torch.Tensor
 
-# Tokens of one packed row. Attention within a row is quadratic, and mostly between strangers.
-ROW_TOKENS = 512
+# Tokens of one forward pass; a tree of more has one of its own.
+BATCH_TOKENS = 512
+# Trees shorter than this share a lane. Attention is quadratic in the lane, and mostly between strangers.
+LANE_TOKENS = 128
+# A lane may begin with a tree this much shorter than the first one's: the rest of it may stay padding.
+FILLED = 7 / 8
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """One row of trees: input ids (L,), position ids (L,), mask (L, L) True where attention is allowed.
+class PackedBatch:
+    """Lanes of trees: input ids (B, L), position ids (B, L), mask (B, L, L) True where attention is allowed.
 
-    `keep` (p,) are the positions whose logits are needed; `index` (w,) into them, `token` (w,), and
-    `slot` (w,) say which wanted token adds to which choice (see `Packed.slots`).
+    `keep` (p,) are the positions whose logits are needed, counted through all lanes; `index` (w,) into them,
+    `token` (w,), and `slot` (w,) say which wanted token adds to which choice (see `Packed.slots`).
     """
 
     ids: Tensor
@@ -49,12 +55,12 @@ class Packed:
 
     name: str
     slots: int
-    rows: tuple[PackedRow, ...]
+    batches: tuple[PackedBatch, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward pass over all of them."""
-        return sum(len(row.ids) for row in self.rows)
+        """Tokens of one forward pass over all of them, padding included."""
+        return sum(batch.ids.numel() for batch in self.batches)
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,11 @@ def pack(
             where = example.origin or f"{name}: example {number}"
             raise RankfrontError(f"{where} has {longest} tokens, the model reads {limit}")
         trees.append(encoded)
-    return PackedTask(name, sum(map(len, trees)), pack_rows(trees), normalised, tuple(examples))
+    return PackedTask(name, sum(map(len, trees)), pack_trees(trees), normalised, tuple(examples))
 
 
-def pack_rows(encoded: Sequence[Sequence[tuple[list[int], int]]]) -> tuple[PackedRow, ...]:
-    """Trees side by side, the widest first: of each the choices' token ids, and how many are not scored.
+def pack_trees(encoded: Sequence[Sequence[tuple[list[int], int]]]) -> tuple[PackedBatch, ...]:
+    """Trees in lanes, the widest first: of each the choices' token ids, and how many are not scored.
 
     Choices have their slots in the order they are given.
     """
@@ -106,14 +112,25 @@ def pack_rows(encoded: Sequence[Sequence[tuple[list[int], int]]]) -> tuple[Packe
     for choices in encoded:
         trees.append(_Tree(choices, slot))
         slot += len(choices)
-    rows: list[list[_Tree]] = []
-    for tree in sorted(trees, key=lambda tree: -tree.size):
-        home = next((row for row in rows if sum(t.size for t in row) + tree.size <= ROW_TOKENS), None)
-        if home is None:
-            rows.append([tree])
-        else:
-            home.append(tree)
-    return tuple(_pack_row(row) for row in rows)
+    return tuple(map(_pack_batch, _lanes(trees)))
+
+
+def _lanes(trees: Sequence[_Tree]) -> Iterator[list[list[_Tree]]]:
+    """The lanes of each batch. A lane is filled with the widest trees that it has room for."""
+    waiting = sorted(trees, key=lambda tree: tree.size)
+    while waiting:
+        widest = waiting[-1].size
+        width = widest * max(1, LANE_TOKENS // widest)
+        lanes: list[list[_Tree]] = []
+        while waiting and len(lanes) < max(1, BATCH_TOKENS // width):
+            if lanes and waiting[-1].size < FILLED * widest:
+                break
+            lane, room = [], width
+            while at := bisect_right(waiting, room, key=lambda tree: tree.size):
+                lane.append(waiting.pop(at - 1))
+                room -= lane[-1].size
+            lanes.append(lane)
+        yield lanes
 
 
 class _Tree:
@@ -133,35 +150,42 @@ class _Tree:
         self.size = shared + sum(map(len, self.branches))
 
 
-def _pack_row(trees: Iterable[_Tree]) -> PackedRow:
+def _pack_batch(lanes: Sequence[Sequence[_Tree]]) -> PackedBatch:
+    width = max(sum(tree.size for tree in lane) for lane in lanes)
     ids: list[int] = []
     positions: list[int] = []
-    owner: list[tuple[int, int]] = []  # (tree, branch); branch -1 is the prefix
-    wanted: list[tuple[int, int, int]] = []  # (position in row, token, slot)
-    for number, tree in enumerate(trees):
-        start = len(ids)
-        ids += tree.prefix
-        positions += range(tree.shared)
-        owner += [(number, -1)] * tree.shared
-        for choice, branch in enumerate(tree.branches):
-            offset = len(ids) - tree.shared
-            whole, context = tree.encoded[choice]
-            for index in range(context, len(whole)):
-                place = index - 1
-                position = (start if place < tree.shared else offset) + place
-                wanted.append((position, whole[index], tree.slot + choice))
-            ids += branch
-            positions += range(tree.shared, tree.shared + len(branch))
-            owner += [(number, choice)] * len(branch)
+    owner: list[tuple[int, int]] = []  # (tree, branch) of each token; branch -1 is the prefix
+    wanted: list[tuple[int, int, int]] = []  # (position, token, slot)
+    for lane in lanes:
+        end = len(ids) + width
+        for number, tree in enumerate(lane):
+            start = len(ids)
+            ids += tree.prefix
+            positions += range(tree.shared)
+            owner += [(number, -1)] * tree.shared
+            for choice, branch in enumerate(tree.branches):
+                offset = len(ids) - tree.shared
+                whole, context = tree.encoded[choice]
+                for index in range(context, len(whole)):
+                    place = index - 1
+                    position = (start if place < tree.shared else offset) + place
+                    wanted.append((position, whole[index], tree.slot + choice))
+                ids += branch
+                positions += range(tree.shared, tree.shared + len(branch))
+                owner += [(number, choice)] * len(branch)
+        padding = end - len(ids)
+        ids += [0] * padding
+        positions += range(padding)
+        owner += [(len(lane), -1)] * padding  # a tree that nothing is read from
     keep = sorted({position for position, _, _ in wanted})
     at = {position: index for index, position in enumerate(keep)}
-    tree_of, branch_of = torch.tensor(owner, dtype=torch.int32).T
-    same_tree = tree_of[:, None] == tree_of[None, :]
-    reachable = (branch_of[None, :] == -1) | (branch_of[:, None] == branch_of[None, :])
-    causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    return PackedRow(
-        ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
+    tree_of, branch_of = torch.tensor(owner, dtype=torch.int32).view(len(lanes), width, 2).unbind(-1)
+    same_tree = tree_of[:, :, None] == tree_of[:, None, :]
+    reachable = (branch_of[:, None, :] == -1) | (branch_of[:, :, None] == branch_of[:, None, :])
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    return PackedBatch(
+        ids=torch.tensor(ids).view(len(lanes), width),
+        positions=torch.tensor(positions).view(len(lanes), width),
         mask=same_tree & reachable & causal,
         keep=torch.tensor(keep),
         index=torch.tensor([at[position] for position, _, _ in wanted]),
@@ -170,37 +194,51 @@ def _pack_row(trees: Iterable[_Tree]) -> PackedRow:
     )
 
 
+@contextlib.contextmanager
+def _head_reads(model: nn.Module, keep: Tensor) -> Iterator[None]:
+    """While open, the head is given the hidden states at `keep` (p,) alone, as one row: (1, p, hidden)."""
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1)[keep][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.inference_mode()
 def log_likelihoods(model: nn.Module, task: Packed) -> Tensor:
     """Summed log-probability of every choice of every tree, in order: (slots,) float64, nats.
 
     Raises:
-        ScoringError: a non-finite value, naming the task, the row (from 0) and the layer it began in.
+        ScoringError: a non-finite value, naming the task, the batch (from 0) and the layer it began in.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     lowest = torch.finfo(dtype).min
     sums = torch.zeros(task.slots, dtype=torch.float64)
-    for number, row in enumerate(task.rows):
-        mask = torch.zeros(row.mask.shape, dtype=dtype, device=device)
-        mask.masked_fill_(~row.mask.to(device), lowest)
+    for number, batch in enumerate(task.batches):
+        mask = torch.zeros(batch.mask.shape, dtype=dtype, device=device)
+        mask.masked_fill_(~batch.mask.to(device), lowest)
         forward = partial(
             model,
-            row.ids[None].to(device),
-            attention_mask=mask[None, None],
-            position_ids=row.positions[None].to(device),
-            logits_to_keep=row.keep.to(device),
+            batch.ids.to(device),
+            attention_mask=mask[:, None],
+            position_ids=batch.positions.to(device),
             use_cache=False,
         )
-        logits = forward().logits[0]
-        scores = logits.float().log_softmax(-1)[row.index.to(device), row.token.to(device)]
+        with _head_reads(model, batch.keep.to(device)):
+            logits = forward().logits[0]
+        scores = logits.float().log_softmax(-1)[batch.index.to(device), batch.token.to(device)]
         scores = scores.double().cpu()
         if not (torch.isfinite(scores).all() and all_finite(logits)):
             raise ScoringError(
-                f"{task.name}: non-finite log-likelihood in packed row {number} of {len(task.rows)}, "
+                f"{task.name}: non-finite log-likelihood in batch {number} of {len(task.batches)}, "
                 f"{culprit(model, forward)}"
             )
-        sums.index_add_(0, row.slot, scores)
+        sums.index_add_(0, batch.slot, scores)
     return sums
 
 

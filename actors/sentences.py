@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from actors.bias import BIAS_SETS, Comparison
-from actors.reasoning import Packed, log_likelihoods, pack_rows
+from actors.reasoning import Packed, log_likelihoods, pack_trees
 from actors.scores import BiasScore
 from actors.types import RankfrontError
 
@@ -61,7 +61,7 @@ def pack_sentences(
             raise RankfrontError(f"{where} has {longest} tokens, the model reads {limit}")
         encoded.append(found)
     lengths = tuple(len(ids) - begin for found in encoded for ids, begin in found)
-    return PackedSentences(name, len(lengths), pack_rows(encoded), tuple(comparisons), lengths)
+    return PackedSentences(name, len(lengths), pack_trees(encoded), tuple(comparisons), lengths)
 
 
 def score_sentences(model: nn.Module, packed: PackedSentences) -> BiasScore:

@@ -5,7 +5,7 @@
 Both sides answer the same questions in one process, task after task in turn: rankfront from the rows of the
 data sets, lm-evaluation-harness from its own task definitions on the same rows. The seconds of either side
 go from the questions' texts to log-likelihoods, tokenisation and packing included, in forward passes of at
-most the tokens of a packed row: lm-evaluation-harness's batch size is the largest that keeps to them. Ends
+most the tokens of a packed batch: lm-evaluation-harness's batch size is the largest that keeps to them. Ends
 with an error where accuracies differ at all, log-likelihoods by more than 1e-3 or perplexity by more than
 1e-5 relative. Speed is measured, not judged.
 """
@@ -32,7 +32,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from actors.models import load_model, load_tokenizer, materialise
 from actors.perplexity import score_text
-from actors.reasoning import ROW_TOKENS, encode_pair, log_likelihoods, pack, task_score
+from actors.reasoning import BATCH_TOKENS, encode_pair, log_likelihoods, pack, task_score
 from actors.replica import quieten
 from actors.rows import load_rows
 from actors.tasks import TASKS, Example, load_examples
@@ -124,7 +124,7 @@ def theirs(model: Any, tokenizer: Any, name: str, rows: datasets.Dataset) -> Sid
     task = harness_task(name, rows)
     task.build_all_requests()
     longest = max(len(encode_pair(tokenizer, *request.args)[0]) - 1 for request in task.instances)
-    batch = max(1, ROW_TOKENS // longest)
+    batch = max(1, BATCH_TOKENS // longest)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=batch)
     clock = Clock()
     answers = harness.loglikelihood(task.instances, disable_tqdm=True)
@@ -210,7 +210,7 @@ def main() -> None:
         f"\nPerplexity over {WINDOWS} windows of {WINDOW} tokens: {found:.6f}, a plain transformers loop "
         f"{plain:.6f}, {abs(found / plain - 1):.1e} relative.\n"
         f"\nSmolLM2-135M-Instruct in float32, {arguments.examples} examples of each task, at most "
-        f"{ROW_TOKENS} tokens a forward pass, {arguments.threads} thread(s); {machine()}, "
+        f"{BATCH_TOKENS} tokens a forward pass, {arguments.threads} thread(s); {machine()}, "
         f"lm-eval {version('lm_eval')}"
     )
     wrong = mistakes(sides, found, plain)

@@ -113,26 +113,38 @@ def test_packing_changes_no_log_likelihood(kind: str, model: LlamaForCausalLM, t
     assert np.ptp(expected) > 0.1  # the model tells the choices apart
 
 
-def test_tasks_fill_several_rows_and_leave_no_token_out(tokenizer: Any) -> None:
-    """Every token of every tree is in exactly one row, and no row is longer than it must be."""
+def test_tasks_fill_several_batches_and_leave_no_token_out(tokenizer: Any) -> None:
+    """Every wanted token of every choice is in one batch, and little of a batch is padding."""
     task = pack("arc_easy", True, asked("arc_easy", tokenizer), tokenizer, LIMIT)
-    assert len(task.rows) > 2
-    assert all(len(row.ids) <= reasoning.ROW_TOKENS for row in task.rows)
-    assert task.tokens == sum(len(row.ids) for row in task.rows)
-    separate = [pack("t", True, [example], tokenizer) for example in task.examples]
-    assert task.tokens == sum(alone.tokens for alone in separate)
-    whole = sum(
-        len(tokenizer(context + continuation)["input_ids"]) - 1
-        for example in task.examples
-        for context, continuation in zip(example.contexts, example.continuations, strict=True)
-    )
-    assert task.tokens < 0.7 * whole  # the shared questions are encoded once
+    assert len(task.batches) > 2
+    assert all(batch.ids.numel() <= reasoning.BATCH_TOKENS for batch in task.batches)
+    counts = torch.cat([batch.slot for batch in task.batches]).bincount().tolist()
+    pairs = [pair for e in task.examples for pair in zip(e.contexts, e.continuations, strict=True)]
+    encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
+    assert counts == [len(ids) - context for ids, context in encoded]
+    bare = sum(pack("t", True, [example], tokenizer).tokens for example in task.examples)
+    assert bare <= task.tokens < 1.1 * bare
+    whole = sum(len(tokenizer(context + continuation)["input_ids"]) - 1 for context, continuation in pairs)
+    assert bare < 0.7 * whole  # the shared questions are encoded once
     wide = pack("long", True, asked("long", tokenizer), tokenizer, LIMIT)
-    assert max(len(row.ids) for row in wide.rows) > reasoning.ROW_TOKENS
+    assert max(batch.ids.numel() for batch in wide.batches) > reasoning.BATCH_TOKENS
+
+
+@pytest.mark.parametrize("sizes", [[40] * 31, [600, 300, 299, 200, 9, 8, 7], [127, 128, 129], [5]])
+def test_lanes_hold_every_tree_once_and_begin_with_one_that_fills_them(sizes: list[int]) -> None:
+    batches = reasoning.pack_trees([[([1] * (size + 1), size)] for size in sizes])  # padding is 0
+    assert sorted(torch.cat([batch.slot for batch in batches]).tolist()) == list(range(len(sizes)))
+    assert sum(int(batch.ids.sum()) for batch in batches) == sum(sizes)
+    for batch in batches:
+        lanes, width = batch.ids.shape
+        assert lanes == 1 or lanes * width <= reasoning.BATCH_TOKENS
+        widest = max(sizes[slot] for slot in batch.slot)
+        assert min(batch.ids.sum(1)) >= reasoning.FILLED * widest
+        assert width <= max(widest, reasoning.LANE_TOKENS)
 
 
 def test_no_branch_sees_another_or_a_stranger(tokenizer: Any, model: LlamaForCausalLM) -> None:
-    """An example scores the same alone and among others, whatever its place in the row."""
+    """An example scores the same alone and among others, whatever its place in the batch."""
     examples = asked("piqa", tokenizer)[:6]
     together = log_likelihoods(model, pack("piqa", True, examples, tokenizer))
     for number, example in enumerate(examples):
@@ -229,6 +241,6 @@ def test_weights_that_are_no_numbers_fail_the_task(llama: Path, tokenizer: Any) 
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = torch.nan
     task: PackedTask = pack("piqa", True, asked("piqa", tokenizer), tokenizer)
-    where = rf"packed row 0 of {len(task.rows)}, first in model\.layers\.1\.mlp\.up_proj$"
+    where = rf"batch 0 of {len(task.batches)}, first in model\.layers\.1\.mlp\.up_proj$"
     with pytest.raises(ScoringError, match=f"piqa: non-finite log-likelihood in {where}"):
         score_task(model, task)
