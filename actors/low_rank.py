@@ -80,18 +80,18 @@ class TrialLinear(nn.Module):
         self.rank, self.method = rank, method
         self._bias = bias if own is None else own if bias is None else own + bias
         without = min(rows, cols) - rank
-        subtract = without < rank and isinstance(store, Nested)
-        if factored_is_cheaper(rank, rows, cols, tokens, without if subtract else rank):
+        nested = store if without < rank and isinstance(store, Nested) else None
+        if factored_is_cheaper(rank, rows, cols, tokens, rank if nested is None else without):
             self._left, self._right = left.T, right
             return
         self._left = self._right = None
         if self._product is None:
             self._product = weight.new_empty(rows, cols)
-        if subtract:
-            left, right = (factor.to(weight.dtype) for factor in store.rest(name, rank, method))
-            torch.addmm(weight, left.T, right, alpha=-1, out=self._product)
-        else:
+        if nested is None:
             torch.mm(left.T, right, out=self._product)
+        else:
+            left, right = (factor.to(weight.dtype) for factor in nested.rest(name, rank, method))
+            torch.addmm(weight, left.T, right, alpha=-1, out=self._product)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rank is None:
