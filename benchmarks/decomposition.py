@@ -263,7 +263,7 @@ def report(found: dict[str, float], measured: Sequence[str]) -> str:
     only = "" if set(measured) == set(parts()) else f" --only {' '.join(measured)}"
     sections = [
         "# Decomposition methods: perplexity of SmolLM2-135M on WikiText-2",
-        f"`{command}{only}` (all rows in one run)",
+        f"`{command}{only}` (points that an interrupted run had measured are kept)",
         f"{TEST_TOKENS:,} tokens of the raw test file in windows of {WINDOW}, uniform allocation, budget of "
         f"all parameters, dense perplexity {_cell(found['dense'])}. Calibration: the validation file, "
         "`<unk>` deleted with the space before it. How each row is made: see the script's head.",
