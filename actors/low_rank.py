@@ -74,7 +74,6 @@ class TrialLinear(nn.Module):
         """
         weight, own = weight_of(self.dense), bias_of(self.dense)
         left, right, bias = store.rank(name, rank, method)  # (r, m), (r, n), (m,) or None
-        left, right = left.to(weight.dtype), right.to(weight.dtype)
         bias = None if bias is None else bias.to(weight.dtype)
         rows, cols = weight.shape
         self.rank, self.method = rank, method
@@ -82,15 +81,17 @@ class TrialLinear(nn.Module):
         without = min(rows, cols) - rank
         nested = store if without < rank and isinstance(store, Nested) else None
         if factored_is_cheaper(rank, rows, cols, tokens, rank if nested is None else without):
-            self._left, self._right = left.T, right
+            self._left, self._right = left.to(weight.dtype).T, right.to(weight.dtype)
             return
         self._left = self._right = None
         if self._product is None:
             self._product = weight.new_empty(rows, cols)
+        if nested is not None:
+            left, right = nested.rest(name, rank, method)  # (k - r, m), (k - r, n)
+        left, right = left.to(weight.dtype), right.to(weight.dtype)
         if nested is None:
             torch.mm(left.T, right, out=self._product)
         else:
-            left, right = (factor.to(weight.dtype) for factor in nested.rest(name, rank, method))
             torch.addmm(weight, left.T, right, alpha=-1, out=self._product)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -134,58 +134,57 @@ def _lanes(trees: Sequence[_Tree]) -> Iterator[list[list[_Tree]]]:
 
 
 class _Tree:
-    """The token tree of one example: a shared prefix and one branch per choice."""
+    """The token tree of one example: a shared prefix and one branch per choice, one after another.
+
+    Of each of its `size` tokens: `ids`, `positions` in its choice, `branches` (-1 in the prefix). `wanted`
+    are (place of the token that predicts, token, slot of the choice).
+    """
 
     def __init__(self, encoded: Sequence[tuple[list[int], int]], slot: int) -> None:
-        self.encoded, self.slot = encoded, slot
         inputs = [ids[:-1] for ids, _ in encoded]  # the last token is only ever predicted
         shared = 0
         for column in zip(*inputs, strict=False):
             if any(token != column[0] for token in column):
                 break
             shared += 1
-        self.shared = shared
-        self.branches = [ids[shared:] for ids in inputs]
-        self.prefix = inputs[0][:shared]
-        self.size = shared + sum(map(len, self.branches))
+        self.ids = inputs[0][:shared]
+        self.positions = list(range(shared))
+        self.branches = [-1] * shared
+        self.wanted: list[tuple[int, int, int]] = []
+        for choice, (whole, context) in enumerate(encoded):
+            offset = len(self.ids) - shared
+            for place in range(context - 1, len(whole) - 1):
+                at = place if place < shared else offset + place
+                self.wanted.append((at, whole[place + 1], slot + choice))
+            self.ids += inputs[choice][shared:]
+            self.positions += range(shared, len(inputs[choice]))
+            self.branches += [choice] * (len(inputs[choice]) - shared)
+        self.size = len(self.ids)
 
 
 def _pack_batch(lanes: Sequence[Sequence[_Tree]]) -> PackedBatch:
     width = max(sum(tree.size for tree in lane) for lane in lanes)
-    ids: list[int] = []
-    positions: list[int] = []
-    owner: list[tuple[int, int]] = []  # (tree, branch) of each token; branch -1 is the prefix
-    wanted: list[tuple[int, int, int]] = []  # (position, token, slot)
-    for lane in lanes:
-        end = len(ids) + width
+    shape = len(lanes), width
+    # Padding is a tree of its own in each lane, that nothing is read from.
+    ids, positions, branch_of = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    tree_of = torch.full(shape, -1)
+    wanted: list[tuple[int, int, int]] = []  # (position through all lanes, token, slot)
+    for row, lane in enumerate(lanes):
+        start = 0
         for number, tree in enumerate(lane):
-            start = len(ids)
-            ids += tree.prefix
-            positions += range(tree.shared)
-            owner += [(number, -1)] * tree.shared
-            for choice, branch in enumerate(tree.branches):
-                offset = len(ids) - tree.shared
-                whole, context = tree.encoded[choice]
-                for index in range(context, len(whole)):
-                    place = index - 1
-                    position = (start if place < tree.shared else offset) + place
-                    wanted.append((position, whole[index], tree.slot + choice))
-                ids += branch
-                positions += range(tree.shared, tree.shared + len(branch))
-                owner += [(number, choice)] * len(branch)
-        padding = end - len(ids)
-        ids += [0] * padding
-        positions += range(padding)
-        owner += [(len(lane), -1)] * padding  # a tree that nothing is read from
+            there = row, slice(start, start + tree.size)
+            ids[there], positions[there] = torch.tensor(tree.ids), torch.tensor(tree.positions)
+            tree_of[there], branch_of[there] = number, torch.tensor(tree.branches)
+            wanted += [(row * width + start + at, token, slot) for at, token, slot in tree.wanted]
+            start += tree.size
     keep = sorted({position for position, _, _ in wanted})
     at = {position: index for index, position in enumerate(keep)}
-    tree_of, branch_of = torch.tensor(owner, dtype=torch.int32).view(len(lanes), width, 2).unbind(-1)
     same_tree = tree_of[:, :, None] == tree_of[:, None, :]
     reachable = (branch_of[:, None, :] == -1) | (branch_of[:, :, None] == branch_of[:, None, :])
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     return PackedBatch(
-        ids=torch.tensor(ids).view(len(lanes), width),
-        positions=torch.tensor(positions).view(len(lanes), width),
+        ids=ids,
+        positions=positions,
         mask=same_tree & reachable & causal,
         keep=torch.tensor(keep),
         index=torch.tensor([at[position] for position, _, _ in wanted]),

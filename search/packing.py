@@ -1,4 +1,4 @@
-"""What rankfront keeps in an Optuna trial (a plan at its creation, a result at its end), and the row it becomes."""
+"""What an Optuna trial holds of ours (a plan at its creation, a result at its end), and the row it makes."""
 
 from __future__ import annotations
 
