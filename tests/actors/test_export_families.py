@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from family_cases import CASES
 from safetensors import safe_open
-from test_families import CASES
 from transformers import AutoModelForCausalLM
 
 from actors.calibration import collect_moments

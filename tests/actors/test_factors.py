@@ -1,81 +1,41 @@
-"""The factor store: what it gives back, what it notices, what it leaves behind when it fails."""
+"""The factor store: what it gives back, and what its fingerprint is of."""
 
 from __future__ import annotations
 
-import errno
 import json
-import resource
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from stores import MIXED, SPEC, Setting, build, names, one_block, setting_of, weight
 
-import actors.factors
-from actors.calibration import collect_moments
 from actors.decompose import decompose
 from actors.factors import (
-    FactorStore,
-    StoreBuilder,
     needing_gradients,
     needing_spreads,
     refuse_idle_patterns,
     store_fingerprint,
     store_problem,
 )
-from actors.models import list_targets, load_model
-from actors.moments import Moments
-from actors.types import FactorSpec, ModelSource, RankfrontError, TargetSpec
+from actors.types import FactorSpec, RankfrontError, TargetSpec
 
 PARTS = {"model": "m", "tokenizer": "t", "calibration": "c", "search": "s", "test": "e"}
-SPEC = FactorSpec("feature")
 MANY = [
     TargetSpec(f"layers.{block}.{module}", 8, 8, False, block, module)
     for block in range(4)
     for module in ("q_proj", "up_proj", "down_proj")
 ]
 
-Setting = tuple[nn.Module, tuple[TargetSpec, ...], dict[str, Moments]]
-
 
 @pytest.fixture(scope="module")
 def setting(biased_llama: Path, ids: torch.Tensor) -> Setting:
-    model = load_model(biased_llama, ModelSource(str(biased_llama)))
-    targets = list_targets(model)
-    return model, targets, collect_moments(model, targets, ids, [target.name for target in targets], "data")
+    return setting_of(biased_llama, ids)
 
 
 @pytest.fixture(scope="module")
 def few(setting: Setting) -> Setting:
-    """The targets of one block: every file is synchronised with the disk, which may be slow."""
-    model, targets, moments = setting
-    return model, tuple(target for target in targets if target.block == 1), moments
-
-
-def weight(setting: Setting, target: TargetSpec) -> torch.Tensor:
-    return setting[0].get_submodule(target.name).weight
-
-
-def write(builder: StoreBuilder, setting: Setting) -> None:
-    """What is pending."""
-    for target in builder.pending():
-        builder.write(target, weight(setting, target), setting[2][target.name])
-
-
-def build(folder: Path, setting: Setting, spec: FactorSpec = SPEC, fingerprint: str = "print") -> FactorStore:
-    builder = StoreBuilder(folder, spec, setting[1])
-    with builder.locked():
-        write(builder, setting)
-        builder.finish(fingerprint)
-    return FactorStore(folder)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+    return one_block(setting)
 
 
 @pytest.mark.parametrize("method", ["feature", "weight", "curvature"])
@@ -151,11 +111,6 @@ def test_without_gradients_no_loss_is_stored(few: Setting, tmp_path: Path) -> No
     assert all(store.loss(target.name) is None for target in targets)
 
 
-MIXED = FactorSpec(
-    "feature", methods=(("*.up_proj", "weight"), ("*.mlp.*", "curvature")), choices=("weight",)
-)
-
-
 def test_every_target_has_a_file_for_each_of_its_methods(setting: Setting, tmp_path: Path) -> None:
     """The first pattern that fits names the method, the choices come on top, none of them twice."""
     store = build(tmp_path / "store", setting, MIXED)
@@ -217,168 +172,6 @@ def test_the_manifest_says_what_is_there(setting: Setting, tmp_path: Path) -> No
         assert name == f"{entry['target']}.{entry['method']}.safetensors"
         assert entry["bytes"] == (tmp_path / "store" / name).stat().st_size
     assert names(tmp_path) == ["store", "store.lock"]
-
-
-FILE = "model.layers.1.mlp.up_proj.feature.safetensors"
-
-
-def flip_a_byte(folder: Path) -> None:
-    content = bytearray((folder / FILE).read_bytes())
-    content[-1] ^= 1
-    (folder / FILE).write_bytes(content)
-
-
-def cut_a_byte(folder: Path) -> None:
-    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-1])
-
-
-def manifest_is(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "manifest.json").write_text(text) and None
-
-
-def manifest_says(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (flip_a_byte, f"{FILE} fails its checksum"),
-        (cut_a_byte, f"{FILE} fails its checksum"),
-        (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
-        (lambda folder: (folder / "manifest.json").unlink(), "there is none"),
-        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff" * 99), "cannot be read"),
-        (manifest_is("\0" * 99), "cannot be read"),
-        (manifest_is('{"format": 1, "fin'), "cannot be read"),
-        (manifest_is("[]"), "cannot be read"),
-        (manifest_is("{}"), "cannot be read"),
-        (manifest_is("null"), "cannot be read"),
-        (manifest_is("7"), "cannot be read"),
-        (manifest_says(files={}), "its manifest fails its checksum"),
-        (manifest_says(files=[]), "cannot be read"),
-        (manifest_says(targets=[]), "its manifest fails its checksum"),
-        (manifest_says(bias="none"), "its manifest fails its checksum"),
-    ],
-)
-def test_damage_is_noticed_and_built_over(
-    damage: Callable[[Path], None], problem: str, few: Setting, tmp_path: Path
-) -> None:
-    folder = tmp_path / "store"
-    build(folder, few)
-    damage(folder)
-    assert problem in (store_problem(folder, "print") or "")
-    build(folder, few)
-    assert store_problem(folder, "print") is None
-
-
-def test_another_fingerprint_another_format_and_no_store_at_all(
-    few: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build(tmp_path / "store", few)
-    assert store_problem(tmp_path / "store", "other") == "its fingerprint is another's"
-    assert store_problem(tmp_path / "nowhere", "print") == "there is none"
-    monkeypatch.setattr(actors.factors, "FORMAT", actors.factors.FORMAT + 1)
-    assert store_problem(tmp_path / "store", "print") == "its fingerprint is another's"
-
-
-def test_what_is_written_is_not_written_again(setting: Setting, tmp_path: Path) -> None:
-    """Another builder of the same store goes on with what one that died has left, method by method."""
-    first = StoreBuilder(tmp_path / "store", MIXED, setting[1])
-    for target in setting[1][:4]:
-        first.write(target, weight(setting, target), setting[2][target.name])
-    half_done = first.partial / f"{setting[1][3].name}.weight.safetensors"
-    half_done.unlink()
-    killed = first.partial / f"{setting[1][4].name}.feature.safetensors.99.tmp"
-    killed.write_bytes(b"half a file")
-    before = {path.name: path.stat().st_ino for path in first.partial.iterdir() if path != killed}
-    second = StoreBuilder(tmp_path / "store", MIXED, setting[1])
-    assert second.pending() == setting[1][3:]
-    write(second, setting)
-    assert second.pending() == ()
-    assert {name: (second.partial / name).stat().st_ino for name in before} == before
-    second.finish("print")
-    assert store_problem(tmp_path / "store", "print") is None
-    build(tmp_path / "whole", setting, MIXED)
-    assert names(tmp_path / "store") == names(tmp_path / "whole")
-    for name in names(tmp_path / "whole"):
-        assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "failure", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")]
-)
-def test_a_full_disk_is_said_and_leaves_whole_targets_only(
-    failure: Exception, few: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    builder = StoreBuilder(tmp_path / "store", SPEC, few[1])
-    save, room = actors.factors.save_file, [1] * 3
-
-    def save_while_there_is_room(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        if room:
-            room.pop()
-            save(tensors, path)
-        else:
-            path.write_bytes(b"half a file")
-            raise failure
-
-    with monkeypatch.context() as patch:
-        patch.setattr(actors.factors, "save_file", save_while_there_is_room)
-        with pytest.raises(
-            RankfrontError, match=r"factor store .*/store: .*No space left on device"
-        ) as caught:
-            write(builder, few)
-    assert caught.value.__cause__ is failure
-    assert names(builder.partial) == sorted(f"{t.name}.feature.safetensors" for t in few[1][:3])
-    assert builder.pending() == few[1][3:]
-    write(builder, few)
-    builder.finish("print")
-    assert store_problem(tmp_path / "store", "print") is None
-
-
-def test_a_disk_that_is_full_for_real_looks_the_same(setting: Setting, tmp_path: Path) -> None:
-    """A limit on file sizes stands for the full disk: the same failing write, from the same libraries."""
-    builder = StoreBuilder(tmp_path / "store", SPEC, setting[1])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
-    try:
-        with pytest.raises(RankfrontError, match=r"factor store .*/store: .*File too large"):
-            write(builder, setting)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert names(builder.partial) == []
-
-
-def test_a_disk_that_is_full_at_the_end_leaves_every_target(
-    few: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    builder = StoreBuilder(tmp_path / "store", SPEC, few[1])
-    write(builder, few)
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        with pytest.raises(RankfrontError, match=r"factor store .*/store: .*No space left"):
-            builder.finish("print")
-    assert store_problem(tmp_path / "store", "print") == "there is none"
-    assert builder.pending() == ()
-
-
-def test_a_weight_that_is_no_number_is_refused(setting: Setting, tmp_path: Path) -> None:
-    builder = StoreBuilder(tmp_path / "store", SPEC, setting[1])
-    target = setting[1][0]
-    bad = weight(setting, target).clone()
-    bad[3, 4] = torch.nan
-    with pytest.raises(RankfrontError, match=rf"{target.name}: 1 non-finite values in its weight") as caught:
-        builder.write(target, bad, setting[2][target.name])
-    assert caught.value.__cause__ is None  # no disk's fault: see Builder.build
-    builder.discard()
-    assert names(tmp_path) == []
 
 
 def test_fingerprint_is_of_all_that_decides_the_factors(setting: Setting) -> None:

@@ -10,115 +10,24 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_up import EVIL, METHODS, TARGETS, empty_study, score, study, three, trial
 from matplotlib.image import imread
 from rich.console import Console
 
 from actors.samples import pack_floats
-from actors.types import Allocation, Score, TargetSpec, TaskScore, TextScore
-from search.figures import hypervolume_figure, panel_figure, rank_figure
+from actors.types import Allocation
+from search.figures import panel_figure, rank_figure
 from search.files import write_atomic
 from search.findings import front_cells
-from search.panels import SHOWN_EXCESS, panels, perplexity_ticks
-from search.pareto import front, hypervolume
+from search.panels import panels
 from search.plots import SIZE, front_png
-from search.records import Evaluation, Objective, StudySummary, TrialRow
+from search.records import Evaluation, Objective, TrialRow
 from search.report import front_table, headline, report_html, write_report
-
-EVIL = "<script>alert('x')</script>"
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGETS = tuple(
-    TargetSpec(f"layers.{block}.{module}", 576, 576, False, block, module)
-    for block in range(30)
-    for module in MODULES
-)
-METHODS = ("feature", "weight")
-DENSE_NLL = 3.4
-
-
-def score(nll: float, split: str = "search", tasks: bool = True, tokens: int = 4096) -> Score:
-    acc = max(0.25, 0.55 - 0.1 * (nll - DENSE_NLL))
-    named = {
-        "arc_easy": TaskScore(400, acc, acc - 0.02, -0.5),
-        "boolq": TaskScore(300, acc + 0.05, None, 0.1),
-    }
-    text = TextScore("wikitext", nll * tokens, tokens, 0.02)
-    return Score(split, text, named if tasks else {}, tokens + 900, 2.5, "replica-0")
-
-
-def trial(number: int, kept: float, nll: float | None, origin: str = "tpe", **more: Any) -> TrialRow:
-    rng = np.random.default_rng(number)
-    ranks = {t.name: None if rng.random() < 0.2 else int(rng.integers(50, int(576 * kept))) for t in TARGETS}
-    methods = {name: METHODS[number % 2] for name, rank in ranks.items() if rank and rank % 3 == 0}
-    methods = {} if origin == "uniform" else methods
-    allocation = Allocation.of(ranks, TARGETS, methods=methods)
-    if origin == "dense":
-        allocation = Allocation.dense(TARGETS)
-    row = TrialRow(
-        number=number,
-        state="COMPLETE" if nll is not None else "FAIL",
-        origin=origin,
-        allocation=allocation,
-        budget_linear=1 - (1 - kept) * 1.2,
-        budget_model=kept,
-        budget_bytes=kept + 0.001,
-        macs=int(kept * 10**12) + number,
-        values=(kept, nll) if nll is not None else None,
-        score=score(nll, tasks=more.pop("tasks", True)) if nll is not None else None,
-        seconds=3.0 if nll is not None else None,
-        replica="replica-0",
-        reason=None,
-        copied_from=None,
-    )
-    return dataclasses.replace(row, **more)
-
-
-def study(tasks: bool = True, trials: int = 120) -> StudySummary:
-    """Random search around a known curve, broken and failed trials, dense and uniform ones."""
-    rng = np.random.default_rng(0)
-    rows = [trial(0, 1.0, DENSE_NLL, "dense", tasks=tasks)]
-    for kept in (0.9, 0.8, 0.7):
-        rows.append(trial(len(rows), kept, DENSE_NLL + 9 * (1 - kept) ** 1.3, "uniform", tasks=tasks))
-    for number in range(len(rows), trials):
-        kept = float(rng.uniform(0.6, 0.97))
-        nll = DENSE_NLL + 5 * (1 - kept) ** 1.3 * (1 + float(rng.exponential(0.5)))
-        nll = 12.0 + number / 100 if number % 40 == 0 else nll
-        rows.append(trial(number, kept, nll, tasks=tasks))
-    n = len(rows)
-    rows.append(trial(n, 0.5, None, reason=f"nll is nan on the search split {EVIL}"))
-    rows.append(trial(n + 1, 0.5, None, reason=f"nll is nan on the search split {EVIL}"))
-    rows.append(trial(n + 2, 0.5, None, state="RUNNING", replica=None))
-    rows.append(dataclasses.replace(rows[5], number=n + 3, copied_from=5))
-    done = [row for row in rows if row.values is not None]
-    values = np.array([row.values for row in done])
-    chosen = sorted((done[i] for i in front(values)), key=lambda row: -row.budget_model)
-    reference = (1.01, 6.0)
-    tested = [
-        Evaluation(r.number, "factors", "test", "f" * 8, score(r.score.text.nll + 0.05, "test", tasks))
-        for r in chosen
-        if r.score
-    ]
-    return StudySummary(
-        study=f"demo {EVIL}",
-        model=f"HuggingFaceTB/SmolLM2-135M {EVIL}",
-        objectives=(Objective("budget.model", True), Objective("nll", True)),
-        rows=tuple(rows),
-        front=tuple(row.number for row in chosen),
-        hypervolume=hypervolume(values, reference),
-        reference=reference,
-        evaluations=tuple(tested),
-        macs_length=512,
-        facts={"method": "curvature", "calibration": f"WikiText-2 train, 65,536 tokens {EVIL}"},
-    )
-
-
-def empty_study() -> StudySummary:
-    return dataclasses.replace(study(trials=4), rows=(), front=(), evaluations=(), hypervolume=0.0)
 
 
 def read(path: Path) -> pa.Table:
@@ -234,49 +143,12 @@ def test_front_json_is_strict_and_complete(written: Path, tmp_path: Path) -> Non
     assert broken["front"][0]["search"]["nll_stderr"] is None
 
 
-def decoded(png: bytes) -> Any:
-    return imread(io.BytesIO(png))
-
-
 def test_picture_is_an_image_of_the_stated_size(written: Path) -> None:
-    image = decoded((written / "front.png").read_bytes())
+    image = imread(written / "front.png")
     assert image.shape[:2] == (SIZE[1], SIZE[0])
     blue = np.abs(image[..., :3] - np.array([0x24, 0x57, 0xC5]) / 255).max(axis=-1) < 0.02
     assert blue[:, :800].sum() > 300
     assert blue[:, 800:].sum() > 300  # the front is drawn in both panels
-
-
-def test_picture_without_tasks_and_without_trials() -> None:
-    assert len(panels(study(tasks=False))) == 1
-    for summary in (study(tasks=False), empty_study()):
-        assert decoded(front_png(summary)).shape[:2] == (SIZE[1], SIZE[0])
-    name = "costs $5 and $x_{"  # half a formula
-    assert front_png(dataclasses.replace(study(trials=5), study=name, model="m" * 500))
-
-
-def test_broken_trials_do_not_squash_the_axis() -> None:
-    loss, accuracy = panels(study())
-    assert loss.limits[0] < DENSE_NLL
-    assert loss.limits[1] < DENSE_NLL + SHOWN_EXCESS + 0.2
-    assert {point.trial for point in loss.beyond} >= {40, 80}
-    assert "above the axis" in loss.note
-    assert "12.8" in loss.note
-    assert not accuracy.beyond
-    assert not set(loss.beyond) & set(loss.shown(loss.trials))
-
-
-def test_an_axis_never_hides_most_of_the_front() -> None:
-    rows = [trial(0, 1.0, DENSE_NLL, "dense"), *(trial(i, 1 - i / 10, 8.0 + i) for i in range(1, 5))]
-    loss = panels(dataclasses.replace(study(), rows=tuple(rows), front=(0, 1, 2, 3, 4)))[0]
-    assert len(loss.shown(loss.front)) >= 3
-
-
-def test_perplexity_ticks_are_round_and_few() -> None:
-    assert perplexity_ticks(math.log(9.5), math.log(101)) == [10, 15, 20, 30, 40, 50, 70, 100]
-    for low, high in ((3.3, 3.6), (0.0, 1.0), (3.3, 5.5), (1.0, 12.0)):
-        ticks = perplexity_ticks(low, high)
-        assert 1 <= len(ticks) <= 12
-        assert all(low <= math.log(tick) <= high for tick in ticks)
 
 
 class Page(HTMLParser):
@@ -367,44 +239,6 @@ def test_pages_of_young_studies() -> None:
         assert "<h2>Facts</h2>" in report_html(summary, TARGETS)
 
 
-def test_hypervolume_figure_ends_at_the_summary_whatever_the_directions() -> None:
-    figure = hypervolume_figure(study())
-    assert figure is not None
-    assert math.isclose(figure.data[0].y[-1], study().hypervolume)
-    summary = study()
-    rows = tuple(
-        dataclasses.replace(row, values=(row.values[0], -row.values[1])) if row.values else row
-        for row in summary.rows
-    )
-    objectives = (Objective("budget.model", True), Objective("negated", False))
-    flipped = dataclasses.replace(summary, rows=rows, objectives=objectives, reference=(1.01, -6.0))
-    figure = hypervolume_figure(flipped)
-    assert figure is not None
-    assert math.isclose(figure.data[0].y[-1], summary.hypervolume)
-
-
-def test_rank_map_shows_shares_of_full_rank() -> None:
-    summary = study()
-    figure = rank_figure(summary, TARGETS)
-    assert figure is not None
-    assert len(figure.data) == len(summary.front)
-    row = next(row for row in summary.rows if row.number == summary.front[-1])
-    share = figure.data[-1].z
-    for target in TARGETS:
-        rank = row.allocation.to_dict()[target.name]
-        assert share[MODULES.index(target.module)][target.block] == (1.0 if rank is None else rank / 576)
-
-
-def three(**more: Any) -> StudySummary:
-    """Dense at 3.0 nats, 88% at 3.25, 65% at 4.0; no tasks, no test scores."""
-    rows = (
-        trial(0, 1.0, 3.0, "dense", tasks=False),
-        trial(1, 0.88, 3.25, tasks=False),
-        trial(2, 0.65, 4.0, tasks=False),
-    )
-    return dataclasses.replace(study(), rows=rows, front=(0, 1, 2), evaluations=(), **more)
-
-
 def test_headline_names_the_best_point_of_each_rung_once() -> None:
     assert headline(three()) == [
         "Keeping 88% of the parameters costs 0.25 nats/token (perplexity 20.1 -> 25.8).",
@@ -488,14 +322,3 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
-
-
-def test_seeds_have_marks_of_their_own() -> None:
-    made = study()
-    rows = [dataclasses.replace(row, origin="seed") if 10 <= row.number < 13 else row for row in made.rows]
-    loss, _ = panels(dataclasses.replace(made, rows=tuple(rows)))
-    assert [point.trial for point in loss.seeds] == [10, 11, 12]
-    traces = {trace.name: trace for trace in panel_figure(loss).data if trace.name}
-    assert list(traces["seed"].x) == [point.kept for point in loss.seeds]
-    others = {*traces["trial"].x}
-    assert not others & {*traces["seed"].x}
