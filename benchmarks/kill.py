@@ -40,13 +40,14 @@ from actors.types import Allocation, FactorSpec, RankfrontError, Score, TargetSp
 from search.cost import CostModel
 from search.database import leased, resolve
 from search.journal import driver_lock, open_journal, repair_journal
+from search.packing import RESULT
 from search.pool import Job, Outcome
 from search.records import Objective
 from search.runner import Runner, Stop
 from search.samplers import make_sampler
 from search.sections import SamplerSection, StopSection
 from search.space import Space
-from search.study import RESULT, SearchStudy, open_storage_study
+from search.study import SearchStudy, open_storage_study
 
 NAME = "killed"
 TARGETS = tuple(TargetSpec(f"layers.{i}.proj", 48, 24, False, i, "proj") for i in range(12))

@@ -20,17 +20,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError, Score
-from search.allocations import method_list
 from search.cost import CostModel
+from search.packing import PLAN, RESULT, Packing, origin_of, result_of
 from search.records import Objective, TrialRow
 from search.samplers import reseed
 from search.space import Space
 
-# Our one attribute at a trial's creation, and our one packed result written before its final state.
-PLAN, RESULT = "rankfront.plan", "rankfront.result"
 IDENTITY = "rankfront.identity"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -80,6 +78,7 @@ class SearchStudy:
         self._study, self._storage = study, study._storage
         self._sampler, self._seed = sampler, seed
         self._space, self._cost = space, cost
+        self._packing = Packing(space, cost)
         self.objectives = tuple(objectives)
         self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
         self._ids: list[int] = []  # storage ids by trial number
@@ -103,24 +102,13 @@ class SearchStudy:
             # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
             self._mirror._storage.create_new_trial(self._mirror._study_id, trial)
             if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
-                self._scored.setdefault(self._allocation(trial).key, trial.number)
+                self._scored.setdefault(self._packing.allocation(trial).key, trial.number)
             elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
-                self._stopped.setdefault(self._allocation(trial).key, trial.number)
+                self._stopped.setdefault(self._packing.allocation(trial).key, trial.number)
         return len(trials) - known
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._mirror.get_trials(deepcopy=False, states=states or None)
-
-    def _allocation(self, trial: FrozenTrial) -> Allocation:
-        plan = trial.user_attrs.get(PLAN)
-        if plan is None or "ranks" not in plan:
-            return self._space.allocation(trial.params)
-        names = [target.name for target in self._cost.targets]
-        methods = zip(names, plan.get("methods", [None] * len(names)), strict=True)
-        return Allocation(
-            tuple(zip(names, plan["ranks"], strict=True)),
-            tuple((name, method) for name, method in methods if method is not None),
-        )
 
     @property
     def waiting(self) -> bool:
@@ -142,7 +130,7 @@ class SearchStudy:
         for trial in self._trials(TrialState.RUNNING):
             with contextlib.suppress(RankfrontError):  # no levels of this space: another program runs it
                 if RESULT not in trial.user_attrs:
-                    flying.append(Planned(trial.number, self._allocation(trial)))
+                    flying.append(Planned(trial.number, self._packing.allocation(trial)))
         return flying
 
     def rows(self) -> tuple[TrialRow, ...]:
@@ -150,36 +138,14 @@ class SearchStudy:
         return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self._trials())
 
     def _row(self, trial: FrozenTrial) -> TrialRow:
-        plan, result = trial.user_attrs.get(PLAN, {}), trial.user_attrs.get(RESULT, {})
-        allocation = Allocation.dense(self._cost.targets)
-        with contextlib.suppress(RankfrontError):  # another program's trial may have no ranks of this space
-            allocation = self._allocation(trial)
-        budgets = self._cost.budgets(allocation)
-        score = Score.from_dict(result["score"]) if "score" in result else None
-        row = TrialRow(
-            number=trial.number,
-            state=trial.state.name,
-            origin=plan.get("origin", "enqueued"),
-            allocation=allocation,
-            budget_linear=budgets["budget.linear"],
-            budget_model=budgets["budget.model"],
-            budget_bytes=budgets["budget.bytes"],
-            values=tuple(trial.values) if trial.state == TrialState.COMPLETE else None,
-            score=score,
-            seconds=score.seconds if score else None,
-            replica=score.replica if score else None,
-            reason=result.get("reason"),
-            copied_from=result.get("copied_from"),
-            macs=self._cost.macs(allocation),
-        )
+        row = self._packing.row(trial)
         if trial.state.is_finished():
             self._ended[trial.number] = row
         return row
 
     def origin(self, number: int) -> str:
         """Who proposed a trial; `enqueued` where another program did."""
-        trial = self._mirror.get_trials(deepcopy=False)[number]
-        return str(trial.user_attrs.get(PLAN, {}).get("origin", "enqueued"))
+        return origin_of(self._trials()[number])
 
     def scored_as(self, allocation: Allocation) -> int | None:
         """The number of the finished trial that scored this allocation, if there is one."""
@@ -208,7 +174,7 @@ class SearchStudy:
         What was scored in part is not in it yet.
         """
         known = {
-            self._allocation(trial).key
+            self._packing.allocation(trial).key
             for trial in self._trials()
             if PLAN in trial.user_attrs and trial.state != TrialState.PRUNED
         }
@@ -217,23 +183,11 @@ class SearchStudy:
             if allocation.key in known:
                 continue
             known.add(allocation.key)
-            trial = create_trial(
-                state=TrialState.WAITING,
-                params=self._space.params(allocation),
-                distributions=self._space.distributions,
-                user_attrs={PLAN: self._plan(allocation, origin)},
-            )
+            trial = self._packing.trial(allocation, origin, TrialState.WAITING)
             stored = self._storage.create_new_trial(self._study._study_id, trial)
             numbers.append(self._storage.get_trial(stored).number)
         self.sync()
         return numbers
-
-    def _plan(self, allocation: Allocation, origin: str) -> dict[str, Any]:
-        """The attribute: ranks by target, and methods likewise where any differs from the configured one."""
-        plan: dict[str, Any] = {"origin": origin, "ranks": [rank for _, rank in allocation]}
-        if allocation.methods:
-            plan["methods"] = method_list(allocation)
-        return plan
 
     def propose(self, origin: str) -> Planned:
         """The next trial, RUNNING in the storage when this returns: an enqueued one, or the sampler's.
@@ -250,7 +204,7 @@ class SearchStudy:
         if frozen.number < len(self._ids):
             return self._take_up(frozen)
         allocation = self._space.allocation(frozen.params)
-        frozen.user_attrs[PLAN] = self._plan(allocation, origin)
+        frozen.user_attrs[PLAN] = self._packing.plan(allocation, origin)
         self._mirror._storage.set_trial_user_attr(trial._trial_id, PLAN, frozen.user_attrs[PLAN])
         stored = self._storage.create_new_trial(self._study._study_id, frozen)
         number = self._storage.get_trial(stored).number
@@ -291,7 +245,7 @@ class SearchStudy:
         if not started:
             self._rebuild()
             raise TakenError(f"trial {frozen.number} was started by another program")
-        return Planned(frozen.number, self._allocation(frozen))
+        return Planned(frozen.number, self._packing.allocation(frozen))
 
     def _start_stored(self, frozen: FrozenTrial) -> bool:
         """Write what the sampler added to a WAITING trial, then that it runs; False where it runs already."""
@@ -329,7 +283,7 @@ class SearchStudy:
             if result is None:
                 continue
             if "score" in result:
-                planned = Planned(trial.number, self._allocation(trial))
+                planned = Planned(trial.number, self._packing.allocation(trial))
                 self.record(planned, Score.from_dict(result["score"]), result.get("copied_from"))
             else:
                 self.fail(trial.number, result["reason"])
@@ -340,19 +294,14 @@ class SearchStudy:
         """Record a score: result first, then the state, then the mirror. Returns the values."""
         metrics = {**self._cost.budgets(planned.allocation), **score.metrics}
         values = tuple(metrics[objective.name] for objective in self.objectives)
-        result: dict[str, Any] = {"score": score.to_dict()}
-        if copied_from is not None:
-            result["copied_from"] = copied_from
-        self._finish(planned.number, TrialState.COMPLETE, values, result)
+        self._finish(planned.number, TrialState.COMPLETE, values, result_of(score, copied_from))
         self._scored.setdefault(planned.allocation.key, planned.number)
         return values
 
     def prune(self, planned: Planned, score: Score, copied_from: int | None = None) -> None:
         """Record a partial score, in the same order. It gets no values: nothing takes it for a whole one."""
         reason = f"dominated by trial {score.stopped_by} after {score.forward_tokens:,} tokens"
-        result: dict[str, Any] = {"score": score.to_dict(), "reason": reason}
-        if copied_from is not None:
-            result["copied_from"] = copied_from
+        result = {**result_of(score, copied_from), "reason": reason}
         self._finish(planned.number, TrialState.PRUNED, None, result)
         self._stopped.setdefault(planned.allocation.key, planned.number)
 
@@ -376,12 +325,7 @@ class SearchStudy:
         """
         if self.scored_as(allocation) is not None:
             return None
-        trial = create_trial(
-            state=TrialState.RUNNING,
-            params=self._space.params(allocation),
-            distributions=self._space.distributions,
-            user_attrs={PLAN: self._plan(allocation, origin), RESULT: {"score": score.to_dict()}},
-        )
+        trial = self._packing.trial(allocation, origin, TrialState.RUNNING, result_of(score))
         number = self._storage.get_trial(self._storage.create_new_trial(self._study._study_id, trial)).number
         self.sync()
         self.complete(Planned(number, allocation), score)

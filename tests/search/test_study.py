@@ -23,8 +23,9 @@ from fakes import (
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError, Score
+from search.packing import PLAN, RESULT
 from search.records import Objective
-from search.study import PLAN, RESULT, Planned, TakenError
+from search.study import Planned, TakenError
 
 SAMPLERS = ("nsga2", "nsga3", "tpe", "random")
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
