@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
 
 from actors.types import RankfrontError
+from search.journal_storage import StudyJournal
 
 JOURNAL = "study.journal"
 LOCK = "driver.lock"
@@ -88,9 +88,9 @@ def _write_lock(folder: Path) -> JournalFileOpenLock:
     return JournalFileOpenLock(str(folder / JOURNAL), grace_period=LOCK_SECONDS)
 
 
-def open_journal(folder: Path) -> JournalStorage:
+def open_journal(folder: Path) -> StudyJournal:
     """The storage of a study folder. The lock file guards single writes against `enqueue` and dashboards."""
-    return JournalStorage(JournalFileBackend(str(folder / JOURNAL), _write_lock(folder)))
+    return StudyJournal(JournalFileBackend(str(folder / JOURNAL), _write_lock(folder)))
 
 
 @contextmanager

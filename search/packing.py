@@ -1,4 +1,4 @@
-"""What rankfront keeps in an Optuna trial (a plan at its creation, a result at its end), and the row it becomes."""
+"""What rankfront keeps in an Optuna trial (plan at creation, result at its end), and the row it becomes."""
 
 from __future__ import annotations
 

@@ -20,10 +20,13 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
+from optuna.study._tell import _tell_with_warning
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError, Score
 from search.cost import CostModel
+from search.journal_storage import grouped
+from search.memory import Memory
 from search.packing import PLAN, RESULT, Packing, origin_of, result_of
 from search.records import Objective, TrialRow
 from search.samplers import reseed
@@ -80,11 +83,7 @@ class SearchStudy:
         self._space, self._cost = space, cost
         self._packing = Packing(space, cost)
         self.objectives = tuple(objectives)
-        self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
-        self._ids: list[int] = []  # storage ids by trial number
-        self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
-        self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
-        self._ended: dict[int, TrialRow] = {}
+        self._restart_mirror()
         self.sync()
 
     # -- reading ------------------------------------------------------------------------------
@@ -93,14 +92,12 @@ class SearchStudy:
         """Take over trials that others added, started or ended in the storage; returns how many are new."""
         trials = self._storage.get_all_trials(self._study._study_id, deepcopy=False)
         known = len(self._ids)
-        open_ones = self._trials(TrialState.WAITING, TrialState.RUNNING)
-        if any(trials[trial.number].state != trial.state for trial in open_ones):
+        if any(trials[number].state != state for number, state in self._memory.open.items()):
             self._restart_mirror()
-        new = trials[len(self._ids) :]
-        for trial in new:
+        for trial in trials[len(self._ids) :]:
             self._ids.append(trial._trial_id)
             # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
-            self._mirror._storage.create_new_trial(self._mirror._study_id, trial)
+            self._memory.create_new_trial(self._mirror._study_id, trial)
             if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
                 self._scored.setdefault(self._packing.allocation(trial).key, trial.number)
             elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
@@ -108,20 +105,22 @@ class SearchStudy:
         return len(trials) - known
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._mirror.get_trials(deepcopy=False, states=states or None)
+        """Trials that wait or run, by number."""
+        numbers = sorted(number for number, state in self._memory.open.items() if state in states)
+        return [self._memory.get_trial(number) for number in numbers]
 
     @property
     def waiting(self) -> bool:
         """Whether an enqueued trial waits to be taken up."""
-        return bool(self._trials(TrialState.WAITING))
+        return self.count(TrialState.WAITING) > 0
 
     @property
     def started(self) -> int:
         """Trials that are running or ended."""
-        return len(self._ids) - len(self._trials(TrialState.WAITING))
+        return len(self._ids) - self.count(TrialState.WAITING)
 
     def count(self, *states: TrialState) -> int:
-        return len(self._trials(*states))
+        return sum(self._memory.counts[state] for state in states)
 
     def in_flight(self) -> list[Planned]:
         """Trials that were RUNNING without a result when the last driver ended: to be scored again under
@@ -135,7 +134,10 @@ class SearchStudy:
 
     def rows(self) -> tuple[TrialRow, ...]:
         """Every trial, by number. Ended trials never change, so their rows are made once."""
-        return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self._trials())
+        return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self._all())
+
+    def _all(self) -> list[FrozenTrial]:
+        return self._mirror.get_trials(deepcopy=False)
 
     def _row(self, trial: FrozenTrial) -> TrialRow:
         row = self._packing.row(trial)
@@ -145,7 +147,7 @@ class SearchStudy:
 
     def origin(self, number: int) -> str:
         """Who proposed a trial; `enqueued` where another program did."""
-        return origin_of(self._trials()[number])
+        return origin_of(self._memory.get_trial(number))
 
     def scored_as(self, allocation: Allocation) -> int | None:
         """The number of the finished trial that scored this allocation, if there is one."""
@@ -164,7 +166,7 @@ class SearchStudy:
         return self._score(self._scored[allocation.key])
 
     def _score(self, number: int) -> Score:
-        return Score.from_dict(self._trials()[number].user_attrs[RESULT]["score"])
+        return Score.from_dict(self._memory.get_trial(number).user_attrs[RESULT]["score"])
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class SearchStudy:
         """
         known = {
             self._packing.allocation(trial).key
-            for trial in self._trials()
+            for trial in self._all()
             if PLAN in trial.user_attrs and trial.state != TrialState.PRUNED
         }
         numbers = []
@@ -200,20 +202,27 @@ class SearchStudy:
         self._refuse_foreign()
         reseed(self._sampler, self._seed, len(self._ids))
         trial = self._mirror.ask(fixed_distributions=self._space.distributions)
-        frozen = self._mirror._storage.get_trial(trial._trial_id)
+        frozen = self._memory.get_trial(trial._trial_id)
         if frozen.number < len(self._ids):
             return self._take_up(frozen)
         allocation = self._space.allocation(frozen.params)
         frozen.user_attrs[PLAN] = self._packing.plan(allocation, origin)
-        self._mirror._storage.set_trial_user_attr(trial._trial_id, PLAN, frozen.user_attrs[PLAN])
         stored = self._storage.create_new_trial(self._study._study_id, frozen)
-        number = self._storage.get_trial(stored).number
+        number = self._number(stored, frozen.number)
         if number != frozen.number:
             # Someone enqueued between our look and our write: start the mirror over from the storage.
             self._rebuild()
         else:
             self._ids.append(stored)
         return Planned(number, allocation)
+
+    def _number(self, stored: int, expected: int) -> int:
+        """The number of a stored trial; asking whether it is the expected one costs next to nothing."""
+        with contextlib.suppress(KeyError):
+            study = self._study._study_id
+            if self._storage.get_trial_id_from_study_id_trial_number(study, expected) == stored:
+                return expected
+        return self._storage.get_trial(stored).number
 
     def _refuse_foreign(self) -> None:
         """Fail the next WAITING trial if another program gave it levels that are not of this space.
@@ -230,7 +239,7 @@ class SearchStudy:
             result = {"reason": str(error)}
             for storage, trial_id in (
                 (self._storage, self._ids[trial.number]),
-                (self._mirror._storage, trial._trial_id),
+                (self._memory, trial.number),
             ):
                 storage.set_trial_user_attr(trial_id, RESULT, result)
                 storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -269,8 +278,14 @@ class SearchStudy:
         self.sync()
 
     def _restart_mirror(self) -> None:
-        self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
-        self._ids, self._scored, self._stopped, self._ended = [], {}, {}, {}
+        self._memory = Memory()
+        self._mirror = optuna.create_study(
+            storage=self._memory, directions=self._study.directions, sampler=self._sampler
+        )
+        self._ids: list[int] = []  # storage ids by trial number
+        self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
+        self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
+        self._ended: dict[int, TrialRow] = {}
 
     def replay(self) -> list[int]:
         """End the trials whose result is stored but whose driver died before their final state.
@@ -340,12 +355,11 @@ class SearchStudy:
     ) -> None:
         stored = self._ids[number]
         try:
-            self._storage.set_trial_user_attr(stored, RESULT, dict(result))
-            self._storage.set_trial_state_values(stored, state, values)
+            with grouped(self._storage):
+                self._storage.set_trial_user_attr(stored, RESULT, dict(result))
+                self._storage.set_trial_state_values(stored, state, values)
         except UpdateFinishedTrialError as error:
             self._rebuild()
             raise TakenError(f"trial {number} was ended by another program") from error
-        memory = self._mirror._storage
-        mirrored = memory.get_trial_id_from_study_id_trial_number(self._mirror._study_id, number)
-        memory.set_trial_user_attr(mirrored, RESULT, dict(result))
-        self._mirror.tell(number, values, state=state)
+        self._memory.set_trial_user_attr(number, RESULT, dict(result))
+        _tell_with_warning(self._mirror, number, values, state)  # `tell` less a deep copy of the trial
