@@ -1,4 +1,4 @@
-"""The storage of a study's mirror: in memory, without deep copies, with the counts a driver asks for at hand."""
+"""The storage of a study's mirror: in memory, without deep copies, with the counts a driver asks for."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import TrialState
 
 from actors.types import RankfrontError, Rival, Score
-from search.pareto import front, hypervolume_history, plateaued
+from search.pareto import hypervolume, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
@@ -51,7 +51,7 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
     """Where the hypervolume is measured from, in the objectives' own units: budget 1, ten times the
     dense perplexity, log 10 nats of divergence, accuracy 0, the dense margin less 10 nats. None until dense
     is scored."""
-    dense = next((row.score for row in study.rows() if row.finished and row.allocation.is_dense), None)
+    dense = study.dense_score
     if dense is None:
         return None
     point = []
@@ -71,10 +71,9 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
 
 def minimised(study: SearchStudy) -> tuple[np.ndarray, np.ndarray]:
     """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished trials."""
-    signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
     rows = [(row.number, row.values) for row in study.rows() if row.values is not None]
-    values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(signs))
-    return values * signs, np.array([number for number, _ in rows], dtype=int)
+    values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(study.signs))
+    return values * study.signs, np.array([number for number, _ in rows], dtype=int)
 
 
 def hypervolumes(study: SearchStudy) -> np.ndarray:
@@ -82,8 +81,13 @@ def hypervolumes(study: SearchStudy) -> np.ndarray:
     reference = reference_point(study)
     if reference is None:
         return np.empty(0)
-    signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
-    return hypervolume_history(minimised(study)[0], np.array(reference) * signs)
+    return hypervolume_history(minimised(study)[0], study.signs * reference)
+
+
+def current_hypervolume(study: SearchStudy) -> float | None:
+    """Hypervolume of the front, the last of `hypervolumes`; None until there is a reference point."""
+    reference = reference_point(study)
+    return None if reference is None else hypervolume(study.front_values, study.signs * reference)
 
 
 class Runner:
@@ -165,10 +169,8 @@ class Runner:
     def _rivals(self, planned: Planned) -> tuple[Rival, ...]:
         if not self._may_stop(planned):
             return ()
-        values, numbers = minimised(self._study)
-        rows = self._study.rows()
-        members = [rows[number] for number in numbers[front(values)]]
-        return rivals_of(self._study.budgets(planned.allocation), members, self._study.objectives)
+        budgets = self._study.budgets(planned.allocation)
+        return rivals_of(budgets, self._study.front, self._study.objectives)
 
     def _dispatch(self, planned: Planned) -> None:
         key = planned.allocation.key

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
@@ -28,6 +30,7 @@ from search.cost import CostModel
 from search.journal_storage import grouped
 from search.memory import Memory
 from search.packing import PLAN, RESULT, Packing, origin_of, result_of
+from search.pareto import Front
 from search.records import Objective, TrialRow
 from search.samplers import reseed
 from search.space import Space
@@ -83,6 +86,7 @@ class SearchStudy:
         self._space, self._cost = space, cost
         self._packing = Packing(space, cost)
         self.objectives = tuple(objectives)
+        self.signs = np.array([1.0 if objective.minimize else -1.0 for objective in objectives])
         self._restart_mirror()
         self.sync()
 
@@ -98,6 +102,8 @@ class SearchStudy:
             self._ids.append(trial._trial_id)
             # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
             self._memory.create_new_trial(self._mirror._study_id, trial)
+            if trial.state == TrialState.COMPLETE:
+                self._front.add(trial.number, self.signs * trial.values)
             if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
                 self._scored.setdefault(self._packing.allocation(trial).key, trial.number)
             elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
@@ -136,6 +142,20 @@ class SearchStudy:
         """Every trial, by number. Ended trials never change, so their rows are made once."""
         return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self._all())
 
+    def row(self, number: int) -> TrialRow:
+        """One trial."""
+        return self._ended.get(number) or self._row(self._memory.get_trial(number))
+
+    @property
+    def front(self) -> list[TrialRow]:
+        """The finished trials that no other beats, by number."""
+        return [self.row(number) for number in self._front.keys]
+
+    @property
+    def front_values(self) -> NDArray[np.float64]:
+        """Their values (n, d), every objective minimised."""
+        return self._front.points
+
     def _all(self) -> list[FrozenTrial]:
         return self._mirror.get_trials(deepcopy=False)
 
@@ -160,6 +180,12 @@ class SearchStudy:
     def budgets(self, allocation: Allocation) -> dict[str, float]:
         """Its cost objectives, by name."""
         return self._cost.budgets(allocation)
+
+    @property
+    def dense_score(self) -> Score | None:
+        """The score of the dense model, None until there is one."""
+        number = self.scored_as(Allocation.dense(self._cost.targets))
+        return None if number is None else self.row(number).score
 
     def score(self, allocation: Allocation) -> Score:
         """The score of the finished trial of this allocation. Raises KeyError where there is none."""
@@ -286,6 +312,7 @@ class SearchStudy:
         self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
         self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
         self._ended: dict[int, TrialRow] = {}
+        self._front = Front(len(self.objectives))
 
     def replay(self) -> list[int]:
         """End the trials whose result is stored but whose driver died before their final state.
@@ -362,4 +389,6 @@ class SearchStudy:
             self._rebuild()
             raise TakenError(f"trial {number} was ended by another program") from error
         self._memory.set_trial_user_attr(number, RESULT, dict(result))
+        if values is not None:
+            self._front.add(number, self.signs * values)
         _tell_with_warning(self._mirror, number, values, state)  # `tell` less a deep copy of the trial
