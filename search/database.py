@@ -18,11 +18,12 @@ from typing import Any
 import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
 
 from actors.types import RankfrontError
+from search.database_storage import StudyDatabase
 
 # A variable of the environment, written in a config in place of its value.
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -109,14 +110,14 @@ def open_database(template: str) -> BaseStorage:
     return optuna.storages.get_storage(_connected(resolve(template), {}))
 
 
-def _connected(url: URL, pool: dict[str, Any]) -> RDBStorage:
+def _connected(url: URL, pool: dict[str, Any]) -> StudyDatabase:
     arguments = {}
     if url.get_backend_name() == "postgresql":
         name = f"rankfront process {os.getpid()} on {socket.gethostname()}"[:_NAME_BYTES]
         arguments = {"application_name": name, "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
     with _said(url):
         try:
-            return RDBStorage(
+            return StudyDatabase(
                 url.render_as_string(hide_password=False),
                 {"connect_args": arguments, "hide_parameters": True, **pool},
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
+from optuna.distributions import BaseDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -33,6 +34,14 @@ class Memory(InMemoryStorage):
             trials.append(trial)
             self._note(None, trial)
             return trial._trial_id
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        """In place: a trial that is being asked for is nobody else's yet, and has hundreds of parameters."""
+        trial = self._get_trial(trial_id)
+        trial.params[param_name] = distribution.to_external_repr(param_value_internal)
+        trial.distributions[param_name] = distribution
 
     def _set_trial(self, trial_id: int, trial: FrozenTrial) -> None:
         self._note(self._get_trial(trial_id).state, trial)
