@@ -7,21 +7,24 @@ changed is read whole.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy
 from optuna.distributions import distribution_to_json
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.orm import Session
 
-from search.journal_storage import distribution_of
+from search.journal_storage import StudyJournal, distribution_of
+from search.memory import shared_copy
 
 # Trials that are read by one statement for each table: a hundred thousand rows of parameters.
 TRIALS_AT_ONCE = 500
@@ -30,15 +33,73 @@ TRIALS_AT_ONCE = 500
 class StudyDatabase(RDBStorage):
     """Tables that any Optuna program reads and writes; only the statements are others.
 
-    It stands beneath Optuna's cache, which calls the two methods. `_open` are the trials that had not ended
-    when they were last read. Intermediate values are not read: trials of several objectives have none.
+    It stands beneath Optuna's cache. `_open` are the trials that had not ended when they were last read, as
+    they were then and with what this process wrote since; others are read anew. Intermediate values are
+    not read: trials of several objectives have none.
     """
 
     def __init__(self, url: str, engine_kwargs: dict[str, Any]) -> None:
         super().__init__(url, engine_kwargs)
         self._open: dict[int, FrozenTrial] = {}
+        self._group: Session | None = None
 
     # -- writing ------------------------------------------------------------------------------
+
+    @contextmanager
+    def grouped(self) -> Iterator[None]:
+        """Attributes and states that are written inside are one transaction: all of them hold, or none."""
+        with _create_scoped_session(self.scoped_session) as session:
+            self._group = session
+            try:
+                yield
+            finally:
+                self._group = None
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        if self._group is not None:
+            yield self._group
+        else:
+            with _create_scoped_session(self.scoped_session) as session:
+                yield session
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        with self._session() as session:
+            self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, value)
+        if trial_id in self._open:
+            self._open[trial_id].user_attrs[key] = json.loads(json.dumps(value))
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        with self._session() as session:
+            self._set_trial_attr_without_commit(
+                session, models.TrialSystemAttributeModel, trial_id, key, value
+            )
+        if trial_id in self._open:
+            self._open[trial_id].system_attrs[key] = json.loads(json.dumps(value))
+
+    def _set_trial_param(self, trial_id: int, *arguments: Any) -> None:
+        self._open.pop(trial_id, None)
+        super()._set_trial_param(trial_id, *arguments)
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        if not state.is_finished():
+            self._open.pop(trial_id, None)
+            return super().set_trial_state_values(trial_id, state, values)
+        now = datetime.now()
+        with self._session() as session:
+            stored: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+            self.check_trial_is_updatable(trial_id, stored.state)
+            rows = _value_rows(trial_id, values or ())
+            if rows:
+                session.execute(sqlalchemy.insert(models.TrialValueModel), rows)
+            stored.state, stored.datetime_complete = state, now
+        if trial_id in self._open:
+            trial = self._open[trial_id]
+            trial.state, trial.datetime_complete = state, now
+            trial.values = None if values is None else [float(value) for value in values]
+        return True
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         if template_trial is None:
@@ -58,7 +119,7 @@ class StudyDatabase(RDBStorage):
             for model, rows in _rows_of(stored.trial_id, template_trial):
                 if rows:
                     session.execute(sqlalchemy.insert(model), rows)
-            trial = copy.copy(template_trial)
+            trial = shared_copy(template_trial)
             trial.number, trial._trial_id = stored.number, stored.trial_id
         if not trial.state.is_finished():
             self._open[trial._trial_id] = trial
@@ -84,9 +145,9 @@ class StudyDatabase(RDBStorage):
                 models.StudyModel.find_or_raise_by_id(study_id, session)
             changed = [i for i, state in found.items() if i not in self._open or self._open[i].state != state]
             read = self._read(session, study_id, changed)
-        self._open = {i: trial for i, trial in self._open.items() if i not in read}
         trials = [read[i] if i in read else self._open[i] for i in sorted(found)]
-        self._open |= {i: trial for i, trial in read.items() if not trial.state.is_finished()}
+        known = {**self._open, **read}
+        self._open = {i: trial for i, trial in known.items() if not trial.state.is_finished()}
         return trials if states is None else [trial for trial in trials if trial.state in states]
 
     def _read(self, session: Session, study_id: int, ids: Sequence[int]) -> dict[int, FrozenTrial]:
@@ -143,6 +204,14 @@ def _by_trial(
     return found
 
 
+def _value_rows(trial_id: int, values: Iterable[float]) -> list[dict[str, Any]]:
+    stored = map(models.TrialValueModel.value_to_stored_repr, values)
+    return [
+        {"trial_id": trial_id, "objective": objective, "value": value, "value_type": kind}
+        for objective, (value, kind) in enumerate(stored)
+    ]
+
+
 def _rows_of(trial_id: int, trial: FrozenTrial) -> Iterable[tuple[type, list[dict[str, Any]]]]:
     """What a trial is in each table beside its own."""
     yield (
@@ -157,14 +226,7 @@ def _rows_of(trial_id: int, trial: FrozenTrial) -> Iterable[tuple[type, list[dic
             for name, value in trial.params.items()
         ],
     )
-    stored = map(models.TrialValueModel.value_to_stored_repr, trial.values or ())
-    yield (
-        models.TrialValueModel,
-        [
-            {"trial_id": trial_id, "objective": objective, "value": value, "value_type": kind}
-            for objective, (value, kind) in enumerate(stored)
-        ],
-    )
+    yield models.TrialValueModel, _value_rows(trial_id, trial.values or ())
     for model, attributes in (
         (models.TrialUserAttributeModel, trial.user_attrs),
         (models.TrialSystemAttributeModel, trial.system_attrs),
@@ -174,3 +236,14 @@ def _rows_of(trial_id: int, trial: FrozenTrial) -> Iterable[tuple[type, list[dic
             for key, value in attributes.items()
         ]
         yield model, rows
+
+
+def grouped(storage: BaseStorage) -> AbstractContextManager[None]:
+    """A context in which a study's storage, be it journal or database, writes what is asked for at once.
+
+    It is durable at the end of the context; any other storage writes one after the other.
+    """
+    if isinstance(storage, StudyJournal):
+        return storage.grouped()
+    beneath = storage._backend if isinstance(storage, _CachedStorage) else storage
+    return beneath.grouped() if isinstance(beneath, StudyDatabase) else nullcontext()

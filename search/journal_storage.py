@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import JournalStorage
 from optuna.storages.journal._storage import JournalStorageReplayResult
 
 # Of a parameter's range there is one for all trials: reading each anew is most of the time an opening takes.
@@ -79,8 +79,3 @@ class _Replay(JournalStorageReplayResult):
         trial = self._trials[before]
         trial.distributions = found
         trial.params = {name: found[name].to_external_repr(value) for name, value in internal.items()}
-
-
-def grouped(storage: BaseStorage) -> Any:
-    """A context in which a storage that can writes everything at once at the end."""
-    return storage.grouped() if isinstance(storage, StudyJournal) else nullcontext()

@@ -26,7 +26,7 @@ class Memory(InMemoryStorage):
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Take over a template, or begin an empty trial that runs."""
         with self._lock:
-            trial = self._create_running_trial() if template_trial is None else _shared(template_trial)
+            trial = self._create_running_trial() if template_trial is None else shared_copy(template_trial)
             trials = self._studies[study_id].trials
             self._max_trial_id += 1
             trial.number = trial._trial_id = self._max_trial_id
@@ -59,8 +59,8 @@ class Memory(InMemoryStorage):
             self.open[trial.number] = trial.state
 
 
-def _shared(template: FrozenTrial) -> FrozenTrial:
-    """A copy that may be changed; values in it are those of the template."""
+def shared_copy(template: FrozenTrial) -> FrozenTrial:
+    """A copy whose parameters and attributes may be changed; their values are the template's."""
     trial = copy.copy(template)
     trial.params, trial.distributions = dict(trial.params), dict(trial.distributions)
     trial.user_attrs, trial.system_attrs = dict(trial.user_attrs), dict(trial.system_attrs)

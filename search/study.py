@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError, Score
 from search.cost import CostModel
-from search.journal_storage import grouped
+from search.database_storage import grouped
 from search.memory import Memory
 from search.packing import PLAN, RESULT, Packing, origin_of, result_of
 from search.pareto import Front

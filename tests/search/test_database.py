@@ -21,6 +21,7 @@ from actors.types import Allocation, Prepared, RankfrontError
 from search.begun import stored_identity, write_identity
 from search.config import Config, ConfigError, parse_config
 from search.database import check_url, leased, open_database, resolve, shown
+from search.packing import RESULT, result_of
 from search.samplers import make_sampler
 from search.sections import SamplerSection
 from search.study import SearchStudy, open_storage_study
@@ -85,16 +86,30 @@ def test_a_reopened_study_is_the_study(database: str, sampler: str) -> None:
     assert [trial.values[1] for trial in trials[:8]] == [score_of(p.allocation).text.nll for p in done]
 
 
-def test_a_result_without_its_state_is_replayed(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_and_its_state_are_there_together(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     with leased(database, "made-up") as storage:
         study = study_of(storage)
         planned = study.propose("random")
-        monkeypatch.setattr(storage, "set_trial_state_values", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            study.complete(planned, score_of(planned.allocation))
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "set_trial_state_values", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                study.complete(planned, score_of(planned.allocation))
+        [trial] = seen(database)
+        assert (trial.state, RESULT in trial.user_attrs) == (TrialState.RUNNING, False)
+        study.complete(planned, score_of(planned.allocation))
+    [trial] = seen(database)
+    assert (trial.state, RESULT in trial.user_attrs) == (TrialState.COMPLETE, True)
+
+
+def test_a_result_without_its_state_is_replayed(database: str) -> None:
+    """As a driver left it that wrote them apart."""
+    with leased(database, "made-up") as storage:
+        study = study_of(storage)
+        planned = study.propose("random")
+        storage.set_trial_user_attr(study._ids[0], RESULT, result_of(score_of(planned.allocation)))
     with leased(database, "made-up") as storage:
         again = study_of(storage)
         assert again.replay() == [0]
