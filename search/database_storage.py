@@ -117,13 +117,20 @@ class StudyDatabase(RDBStorage):
             session.flush()
             stored.number = stored.count_past_trials(session)
             for model, rows in _rows_of(stored.trial_id, template_trial):
-                if rows:
-                    session.execute(sqlalchemy.insert(model), rows)
+                self._insert(session, model, rows)
             trial = shared_copy(template_trial)
             trial.number, trial._trial_id = stored.number, stored.trial_id
         if not trial.state.is_finished():
             self._open[trial._trial_id] = trial
         return trial
+
+    def _insert(self, session: Session, model: Any, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows to a table; PostgreSQL takes hundreds of parameters fastest as an array of each column."""
+        if self.engine.name == "postgresql" and model is models.TrialParamModel and rows:
+            columns = {name: [row[name] for row in rows] for name in rows[0]}
+            session.execute(_PARAMETERS_AT_ONCE, columns)
+        elif rows:
+            session.execute(sqlalchemy.insert(model), rows)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -182,6 +189,13 @@ class StudyDatabase(RDBStorage):
         return found
 
 
+_PARAMETERS_AT_ONCE = sqlalchemy.text(
+    "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) "
+    "SELECT trial_id, param_name, param_value, distribution_json FROM unnest("
+    "CAST(:trial_id AS int[]), CAST(:param_name AS text[]), "
+    "CAST(:param_value AS float8[]), CAST(:distribution_json AS text[])) WITH ORDINALITY "
+    "AS given (trial_id, param_name, param_value, distribution_json, place) ORDER BY place"
+)
 _PARAM = ("param_id", "param_name", "param_value", "distribution_json")
 _VALUE = ("objective", "value", "value_type")
 _ATTRIBUTE = ("trial_id", "key", "value_json")
@@ -214,6 +228,8 @@ def _value_rows(trial_id: int, values: Iterable[float]) -> list[dict[str, Any]]:
 
 def _rows_of(trial_id: int, trial: FrozenTrial) -> Iterable[tuple[type, list[dict[str, Any]]]]:
     """What a trial is in each table beside its own."""
+    kinds = {id(kind): kind for kind in trial.distributions.values()}
+    texts = {key: distribution_to_json(kind) for key, kind in kinds.items()}
     yield (
         models.TrialParamModel,
         [
@@ -221,7 +237,7 @@ def _rows_of(trial_id: int, trial: FrozenTrial) -> Iterable[tuple[type, list[dic
                 "trial_id": trial_id,
                 "param_name": name,
                 "param_value": trial.distributions[name].to_internal_repr(value),
-                "distribution_json": distribution_to_json(trial.distributions[name]),
+                "distribution_json": texts[id(trial.distributions[name])],
             }
             for name, value in trial.params.items()
         ],
