@@ -117,6 +117,19 @@ def driver_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def lock_holder(folder: Path) -> str | None:
+    """Who drives the study of a folder, None where nobody does. Takes the lock, shared, for an instant."""
+    path = folder / LOCK
+    if not path.exists():
+        return None
+    with path.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return stream.read().strip() or "a process that is just starting"
+    return None
+
+
 def _is_file_at(descriptor: int, path: Path) -> bool:
     """Whether an open file is still the one at `path`: a lock on a file that was removed holds nobody off."""
     try:

@@ -12,6 +12,7 @@ import numpy as np
 from optuna.trial import TrialState
 
 from actors.types import RankfrontError, Rival, Score
+from search.events import Note, silent
 from search.pareto import hypervolume, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
 from search.rivals import ASKED_FOR, rivals_of
@@ -107,9 +108,11 @@ class Runner:
         stop: Stop,
         redraw: Callable[[Progress], None] = lambda progress: None,
         staged: bool = False,
+        note: Note = silent,
     ) -> None:
         self._study, self._pool, self._rules, self._origin = study, pool, rules, origin
         self._stop, self._redraw, self._staged = stop, redraw, staged
+        self._note = note
         self._planned: dict[int, Planned] = {}
         self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
         self._known_in_a_row = 0
@@ -134,15 +137,13 @@ class Runner:
     def _fill(self) -> None:
         """Keep every replica busy with one trial ahead, as far as that takes few proposals already known."""
         for _ in range(self._pool.free + KNOWN_PER_LOOK):
-            if self._pool.free == 0:
-                return
-            self._study.sync()
-            if self._rule_met():
+            if self._pool.free == 0 or self._rule_met():
                 return
             try:
                 planned = self._study.propose(self._origin)
             except RankfrontError:
                 continue  # another program's trial: recorded as failed with its reason, or started by it
+            self._note("proposed", trial=planned.number, origin=self._study.origin(planned.number))
             self._start(planned)
 
     def _start(self, planned: Planned) -> None:
@@ -161,6 +162,7 @@ class Runner:
             return False
         with suppress(TakenError):
             self._study.copy_score(planned, source)
+            self._note("copied", trial=planned.number, source=source)
         return True
 
     def _may_stop(self, planned: Planned) -> bool:
@@ -191,14 +193,24 @@ class Runner:
             for each in (planned, *twins):
                 with suppress(TakenError):  # what the other program wrote stays
                     self._study.fail(each.number, reason or "no score")
+                    self._note("failed", trial=each.number, reason=reason or "no score")
         else:
             source = self._study.scored_as(planned.allocation)
             with suppress(TakenError):
-                self._study.record(planned, outcome.score, copied_from=source)
+                values = self._study.record(planned, outcome.score, copied_from=source)
+                self._note_end(planned, outcome.score, values)
             for twin in twins:
                 if not self._answered(twin):  # one that was asked for is not content with a part
                     self._dispatch(twin)
         del self._planned[planned.number]
+
+    def _note_end(self, planned: Planned, score: Score, values: tuple[float, ...] | None) -> None:
+        facts = {"replica": score.replica, "seconds": score.seconds, "tokens": score.forward_tokens}
+        if values is None:
+            self._note("pruned", trial=planned.number, rival=score.stopped_by, **facts)
+        else:
+            named = {o.name: value for o, value in zip(self._study.objectives, values, strict=True)}
+            self._note("finished", trial=planned.number, values=named, **facts)
 
     def _rule_met(self) -> str | None:
         """The first stop rule that holds. Enqueued trials are scored whatever the number of trials."""

@@ -140,7 +140,7 @@ class SearchStudy:
 
     def rows(self) -> tuple[TrialRow, ...]:
         """Every trial, by number. Ended trials never change, so their rows are made once."""
-        return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self._all())
+        return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self.frozen())
 
     def row(self, number: int) -> TrialRow:
         """One trial."""
@@ -156,7 +156,8 @@ class SearchStudy:
         """Their values (n, d), every objective minimised."""
         return self._front.points
 
-    def _all(self) -> list[FrozenTrial]:
+    def frozen(self) -> list[FrozenTrial]:
+        """Every trial as Optuna keeps it, by number; not to be changed."""
         return self._mirror.get_trials(deepcopy=False)
 
     def _row(self, trial: FrozenTrial) -> TrialRow:
@@ -203,7 +204,7 @@ class SearchStudy:
         """
         known = {
             self._packing.allocation(trial).key
-            for trial in self._all()
+            for trial in self.frozen()
             if PLAN in trial.user_attrs and trial.state != TrialState.PRUNED
         }
         numbers = []
