@@ -10,7 +10,6 @@ numbers; where another process added some, they are taken over before the next p
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,6 @@ import optuna
 from numpy.typing import NDArray
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.study._tell import _tell_with_warning
 from optuna.trial import FrozenTrial, TrialState
 
@@ -34,6 +31,8 @@ from search.pareto import Front
 from search.records import Objective, TrialRow
 from search.samplers import reseed
 from search.space import Space
+from search.stored import number_of, start_stored
+from search.stored import open_storage_study as open_storage_study
 
 IDENTITY = "rankfront.identity"
 
@@ -46,23 +45,6 @@ class Planned:
 
     number: int
     allocation: Allocation
-
-
-def open_storage_study(storage: BaseStorage, name: str, objectives: Sequence[Objective]) -> optuna.Study:
-    """The Optuna study of that name, created if there is none; an existing one is not written to."""
-    directions = [
-        StudyDirection.MINIMIZE if objective.minimize else StudyDirection.MAXIMIZE for objective in objectives
-    ]
-    if name in {known.study_name for known in storage.get_all_studies()}:
-        study = optuna.load_study(study_name=name, storage=storage)
-        if study.metric_names is not None:
-            return study
-    else:
-        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names([objective.name for objective in objectives])
-    return study
 
 
 class TakenError(RankfrontError):
@@ -235,21 +217,13 @@ class SearchStudy:
         allocation = self._space.allocation(frozen.params)
         frozen.user_attrs[PLAN] = self._packing.plan(allocation, origin)
         stored = self._storage.create_new_trial(self._study._study_id, frozen)
-        number = self._number(stored, frozen.number)
+        number = number_of(self._storage, self._study._study_id, stored, frozen.number)
         if number != frozen.number:
             # Someone enqueued between our look and our write: start the mirror over from the storage.
             self._rebuild()
         else:
             self._ids.append(stored)
         return Planned(number, allocation)
-
-    def _number(self, stored: int, expected: int) -> int:
-        """The number of a stored trial; asking whether it is the expected one costs next to nothing."""
-        with contextlib.suppress(KeyError):
-            study = self._study._study_id
-            if self._storage.get_trial_id_from_study_id_trial_number(study, expected) == stored:
-                return expected
-        return self._storage.get_trial(stored).number
 
     def _refuse_foreign(self) -> None:
         """Fail the next WAITING trial if another program gave it levels that are not of this space.
@@ -284,21 +258,7 @@ class SearchStudy:
         return Planned(frozen.number, self._packing.allocation(frozen))
 
     def _start_stored(self, frozen: FrozenTrial) -> bool:
-        """Write what the sampler added to a WAITING trial, then that it runs; False where it runs already."""
-        stored_id = self._ids[frozen.number]
-        stored = self._storage.get_trial(stored_id)
-        if stored.state != TrialState.WAITING:
-            return False
-        for key, value in frozen.system_attrs.items():
-            if stored.system_attrs.get(key) != value:
-                self._storage.set_trial_system_attr(stored_id, key, value)
-        for name, value in frozen.params.items():
-            if name not in stored.params:
-                distribution = frozen.distributions[name]
-                internal = distribution.to_internal_repr(value)
-                self._storage.set_trial_param(stored_id, name, internal, distribution)
-        # Last, so that a trial that is RUNNING always has all of its levels.
-        return self._storage.set_trial_state_values(stored_id, TrialState.RUNNING)
+        return start_stored(self._storage, self._ids[frozen.number], frozen)
 
     def _rebuild(self) -> None:
         self._restart_mirror()
