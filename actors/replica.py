@@ -6,6 +6,7 @@ Nothing heavy is imported until an actor starts, so the driver can name these cl
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from actors.refinement import RefinementSpec, RefinementStep
 from actors.types import (
     Allocation,
     BuildPlan,
+    Place,
     PreparationSpec,
     Prepared,
     Progress,
@@ -72,11 +74,11 @@ class Replica:
         from actors.scoring import Scorer
 
         torch.set_num_threads(spec.threads)
-        self._name = spec.name
         self._scorer = Scorer(spec)
 
-    def ready(self) -> str:
-        return self._name
+    def ready(self) -> Place:
+        """Answers when the model is loaded."""
+        return Place(socket.gethostname(), os.getpid())
 
     def score(self, allocation: Allocation, split: str, rivals: tuple[Rival, ...]) -> Score:
         return self._scorer.score(allocation, split, rivals)

@@ -357,6 +357,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a replica runs: the name of its machine, and its process there."""
+
+    node: str
+    pid: int
+
+
+@dataclass(frozen=True)
 class ReplicaSpec:
     """Everything a replica needs to start: it loads these once and lives for the whole search."""
 

@@ -15,6 +15,7 @@ from search.allocations import read_allocations
 from search.cli_evaluate import evaluate_command
 from search.cli_export import apply_command, export_command
 from search.cli_refine import refine_command
+from search.cli_status import status_command
 from search.config import load_config
 from search.findings import cells_table, front_table, headline
 from search.folder import StudyFolder, find_study, repair_if_idle, report
@@ -187,6 +188,7 @@ app.command("export")(export_command)
 app.command("apply")(apply_command)
 app.command("evaluate")(evaluate_command)
 app.command("refine")(refine_command)
+app.command("status")(status_command)
 
 
 def main() -> None:

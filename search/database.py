@@ -14,15 +14,17 @@ import re
 import socket
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
 
 from actors.types import RankfrontError
+from search.database_storage import StudyDatabase
 
 # A variable of the environment, written in a config in place of its value.
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -61,6 +63,14 @@ def _secrets(url: URL) -> list[str | None]:
         url.password,
         *(value if isinstance(value, str) or value is None else str(value) for value in found),
     ]
+
+
+def secrets_of(template: str | None) -> list[str]:
+    """What must never be shown of a database as a config names it, in the clear and as a URL spells it."""
+    if template is None:
+        return []
+    found = [secret for secret in _secrets(resolve(template)) if secret]
+    return [*found, *(quote(secret, safe="") for secret in found)]
 
 
 def resolve(template: str) -> URL:
@@ -109,22 +119,61 @@ def open_database(template: str) -> BaseStorage:
     return optuna.storages.get_storage(_connected(resolve(template), {}))
 
 
-def _connected(url: URL, pool: dict[str, Any]) -> RDBStorage:
-    arguments = {}
-    if url.get_backend_name() == "postgresql":
-        name = f"rankfront process {os.getpid()} on {socket.gethostname()}"[:_NAME_BYTES]
-        arguments = {"application_name": name, "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
-    with _said(url):
-        try:
-            return RDBStorage(
-                url.render_as_string(hide_password=False),
-                {"connect_args": arguments, "hide_parameters": True, **pool},
-            )
-        except (ImportError, NoSuchModuleError) as error:
-            raise RankfrontError(
-                f"database: {shown(url)}: its driver is not installed; "
-                "for PostgreSQL: pip install 'rankfront[postgres]'"
-            ) from error
+def open_tables(template: str) -> BaseStorage | None:
+    """The storage of a database for one who only reads; None where it has no tables, and none are made.
+
+    Raises:
+        RankfrontError: as `open_database`.
+    """
+    url = resolve(template)
+    engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
+    with _said(url), _installed(url):
+        there = sqlalchemy.inspect(engine).has_table("studies")
+    engine.dispose()
+    return open_database(template) if there else None
+
+
+def lease_holder(template: str, study: str) -> str | None:
+    """Who drives a study of a PostgreSQL database, None where nobody does.
+
+    Raises:
+        RankfrontError: the database cannot be reached.
+    """
+    url = resolve(template)
+    if url.get_backend_name() != "postgresql":
+        return None
+    engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
+    with _said(url), engine.connect() as connection:
+        found = _Lease(study).holder(connection.connection.cursor())
+    engine.dispose()
+    return found
+
+
+def _connected(url: URL, pool: dict[str, Any]) -> StudyDatabase:
+    with _said(url), _installed(url):
+        return StudyDatabase(
+            url.render_as_string(hide_password=False),
+            {"connect_args": _arguments(url), "hide_parameters": True, **pool},
+        )
+
+
+def _arguments(url: URL) -> dict[str, Any]:
+    """What a connection tells PostgreSQL of itself."""
+    if url.get_backend_name() != "postgresql":
+        return {}
+    name = f"rankfront process {os.getpid()} on {socket.gethostname()}"[:_NAME_BYTES]
+    return {"application_name": name, "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
+
+
+@contextlib.contextmanager
+def _installed(url: URL) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, NoSuchModuleError) as error:
+        raise RankfrontError(
+            f"database: {shown(url)}: its driver is not installed; "
+            "for PostgreSQL: pip install 'rankfront[postgres]'"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -188,15 +237,19 @@ class _Lease:
             if cursor.fetchone()[0]:
                 connection.commit()  # the lock is the session's: it outlives the transaction
                 return
-            cursor.execute(
-                "SELECT a.application_name, to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS') "
-                "FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
-                "WHERE l.locktype = 'advisory' AND l.granted "
-                "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-                "AND l.classid = %s::int8::oid AND l.objid = %s::int8::oid",
-                (self._high % 2**32, self._low % 2**32),
-            )
-            row = cursor.fetchone()
+            holder = self.holder(cursor) or "it is just ending"
         connection.close()
-        holder = f"{row[0]} since {row[1]} (the database's clock)" if row else "it is just ending"
         raise RankfrontError(f"study {self._study!r} has a driver already: {holder}")
+
+    def holder(self, cursor: Any) -> str | None:
+        """Whose session holds the lock, None where none does."""
+        cursor.execute(
+            "SELECT a.application_name, to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS') "
+            "FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
+            "WHERE l.locktype = 'advisory' AND l.granted "
+            "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            "AND l.classid = %s::int8::oid AND l.objid = %s::int8::oid",
+            (self._high % 2**32, self._low % 2**32),
+        )
+        row = cursor.fetchone()
+        return f"{row[0]} since {row[1]} (the database's clock)" if row else None

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
 
 from actors.types import RankfrontError
+from search.journal_storage import StudyJournal
 
 JOURNAL = "study.journal"
 LOCK = "driver.lock"
@@ -88,9 +88,9 @@ def _write_lock(folder: Path) -> JournalFileOpenLock:
     return JournalFileOpenLock(str(folder / JOURNAL), grace_period=LOCK_SECONDS)
 
 
-def open_journal(folder: Path) -> JournalStorage:
+def open_journal(folder: Path) -> StudyJournal:
     """The storage of a study folder. The lock file guards single writes against `enqueue` and dashboards."""
-    return JournalStorage(JournalFileBackend(str(folder / JOURNAL), _write_lock(folder)))
+    return StudyJournal(JournalFileBackend(str(folder / JOURNAL), _write_lock(folder)))
 
 
 @contextmanager
@@ -115,6 +115,19 @@ def driver_lock(folder: Path) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
         stream.flush()
         yield
+
+
+def lock_holder(folder: Path) -> str | None:
+    """Who drives the study of a folder, None where nobody does. Takes the lock, shared, for an instant."""
+    path = folder / LOCK
+    if not path.exists():
+        return None
+    with path.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return stream.read().strip() or "a process that is just starting"
+    return None
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:

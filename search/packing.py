@@ -1,4 +1,4 @@
-"""What an Optuna trial holds of ours (a plan at its creation, a result at its end), and the row it makes."""
+"""What rankfront keeps in an Optuna trial (plan at creation, result at its end), and its row."""
 
 from __future__ import annotations
 

@@ -31,6 +31,30 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
     return np.array(sorted(indices), dtype=np.intp)
 
 
+class Front:
+    """The non-dominated of keyed points that come one by one, in any order; of equal ones the lowest key.
+
+    Invariant: `keys` are those that `front` finds among all points so far, ordered by key.
+    """
+
+    def __init__(self, dimensions: int) -> None:
+        self.keys: list[int] = []
+        self.points = np.empty((0, dimensions))
+
+    def add(self, key: int, point: Sequence[float] | Floats) -> None:
+        """Raises ValueError as `front`; a key is added once."""
+        new = _points(np.array([point], dtype=np.float64), self.points.shape[1])
+        below = (self.points <= new).all(axis=1)
+        equal = below & (self.points >= new).all(axis=1)
+        if (below & ~equal).any() or any(self.keys[index] < key for index in np.flatnonzero(equal)):
+            return
+        kept = np.flatnonzero(~(self.points >= new).all(axis=1))
+        keys = [*(self.keys[index] for index in kept), key]
+        order = np.argsort(keys)
+        self.keys = [keys[index] for index in order]
+        self.points = np.vstack([self.points[kept], new])[order]
+
+
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Volume dominated by `points` (n, d) and bounded by `reference` (d,), exact for d = 2 and d = 3.
 

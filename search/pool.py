@@ -5,6 +5,7 @@ A Ray task retry would hide how often a trial was tried, so Ray retries nothing;
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections import deque
@@ -16,8 +17,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.replica import Replica
-from actors.types import Allocation, RankfrontError, ReplicaSpec, Rival, Score
+from actors.types import Allocation, Place, RankfrontError, ReplicaSpec, Rival, Score
+from search.events import Note, silent
 from search.failures import cause_of
+from search.health import ReplicaHealth
 
 # One trial runs and one waits behind it: the driver's work between two trials costs a replica nothing.
 DEPTH = 2
@@ -49,7 +52,10 @@ class Outcome:
 
 @dataclass
 class _Slot:
-    """A replica and its queue; `since` is when the first job of the queue began."""
+    """A replica and its queue; `since` is when the first job of the queue began.
+
+    `starts` counts it and those before it in its place, of which the last ended for `failure`.
+    """
 
     spec: ReplicaSpec
     actor: Any
@@ -57,6 +63,9 @@ class _Slot:
     queue: deque[tuple[Any, Job]] = field(default_factory=deque)
     since: float = 0.0
     overdue: bool = False
+    starts: int = 1
+    failure: str | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,10 @@ class Pool:
         gpus_each: int,
         attempts: int,
         trial_seconds: float | None = None,
+        note: Note = silent,
     ) -> None:
         self._gpus, self._attempts, self._limit = gpus_each, attempts, trial_seconds
+        self._note = note
         self._queue: deque[Job] = deque()  # not yet with a replica
         self._failed_starts = 0
         self._slots = [self._start(spec) for spec in specs]
@@ -161,6 +172,8 @@ class Pool:
             if not slot.queue:
                 slot.since = time.monotonic()
             slot.queue.append((slot.actor.score.remote(job.allocation, job.split, job.rivals), job))
+            facts = {"trial": job.key, "split": job.split, "attempt": job.attempt}
+            self._note("dispatched", replica=slot.spec.name, **facts)
 
     def wait(self, seconds: float) -> Iterator[Outcome]:
         """Outcomes that are ready within `seconds`; jobs of dead replicas are tried elsewhere.
@@ -189,14 +202,16 @@ class Pool:
     def _note_started(self, slot: _Slot) -> None:
         """A replica has loaded, or died of it."""
         try:
-            ray.get(slot.starting)
+            slot.place = ray.get(slot.starting)
         except RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= START_FAILURES:
                 raise RankfrontError(f"replicas cannot start: {cause_of(error)}") from error
-            self._replace(slot)
+            self._replace(slot, f"it could not start: {_last_line(error)}")
         else:
             slot.starting, self._failed_starts = None, 0
+            facts = dataclasses.asdict(slot.place)
+            self._note("replica started", replica=slot.spec.name, starts=slot.starts, **facts)
 
     def _collect(self, slot: _Slot) -> Outcome | None:
         reference, job = slot.queue[0]
@@ -214,18 +229,22 @@ class Pool:
                 reason = f"no score within {self._limit} seconds, replica stopped"
             # Jobs queued behind the one that ran were not begun: they cost no attempt.
             self._queue.extendleft(queued for _, queued in reversed(list(slot.queue)[1:]))
-            self._replace(slot)
+            self._replace(slot, reason)
             return self._again_or_fail(job, reason)
         slot.queue.popleft()
         slot.since = time.monotonic()
         return Outcome(job, score)
 
-    def _replace(self, slot: _Slot) -> None:
+    def _replace(self, slot: _Slot, reason: str) -> None:
         """Start a new replica in a dead one's place."""
-        self._slots[self._slots.index(slot)] = self._start(slot.spec)
+        self._note("replica died", replica=slot.spec.name, reason=reason)
+        new = self._start(slot.spec)
+        new.starts, new.failure = slot.starts + 1, reason
+        self._slots[self._slots.index(slot)] = new
 
     def _again_or_fail(self, job: Job, reason: str) -> Outcome | None:
         if job.attempt < self._attempts:
+            self._note("retried", trial=job.key, attempt=job.attempt, reason=reason)
             self._queue.append(replace(job, attempt=job.attempt + 1))
             return None
         return Outcome(job, None, f"{reason} (attempt {job.attempt} of {self._attempts})")
@@ -237,6 +256,28 @@ class Pool:
             if slot.queue and not slot.overdue and time.monotonic() - slot.since > self._limit:
                 slot.overdue = True
                 ray.kill(slot.actor)  # its first job now ends in RayActorError, and is tried again
+
+    @property
+    def queued(self) -> int:
+        """Jobs that no replica has yet."""
+        return len(self._queue)
+
+    def health(self) -> tuple[ReplicaHealth, ...]:
+        """How every replica is."""
+        ago = time.time() - time.monotonic()
+        return tuple(
+            ReplicaHealth(
+                name=slot.spec.name,
+                state="loading" if slot.starting is not None else "busy" if slot.queue else "idle",
+                starts=slot.starts,
+                trials=tuple(job.key for _, job in slot.queue),
+                since=ago + slot.since if slot.queue else None,
+                node=slot.place.node if slot.place else None,
+                pid=slot.place.pid if slot.place else None,
+                failure=slot.failure,
+            )
+            for slot in self._slots
+        )
 
     def close(self) -> None:
         """Let go of every replica at once; jobs under way are dropped."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from actors.storage import ITEMSIZE
 from actors.types import Prepared, ReplicaSpec
 from search.config import Config
+from search.events import Note, silent
 from search.opening import Session
 from search.pool import Machine, Pool
 
@@ -18,23 +19,25 @@ WEIGHT_COPIES = 2.5
 
 
 @contextlib.contextmanager
-def replicas(session: Session) -> Iterator[Pool]:
+def replicas(session: Session, note: Note = silent) -> Iterator[Pool]:
     """The replicas of a study, gone at the end."""
-    pool = _start_pool(session.folder.config, session.folder.prepared, session.machine, session.say)
+    pool = _start_pool(session.folder.config, session.folder.prepared, session.machine, session.say, note)
     try:
         yield pool
     finally:
         pool.close()
 
 
-def _start_pool(config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None]) -> Pool:
+def _start_pool(
+    config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None], note: Note
+) -> Pool:
     count, threads = replica_plan(config, prepared, machine)
     say(f"replicas: {count}, {threads} threads each" + (", one GPU each" if machine.gpus else ""))
     specs = [
         ReplicaSpec(f"replica-{index}", config.preparation(), prepared, threads) for index in range(count)
     ]
     section = config.replicas
-    return Pool(specs, 1 if machine.gpus else 0, section.attempts, section.trial_seconds)
+    return Pool(specs, 1 if machine.gpus else 0, section.attempts, section.trial_seconds, note)
 
 
 def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[int, int]:

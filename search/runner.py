@@ -12,7 +12,8 @@ import numpy as np
 from optuna.trial import TrialState
 
 from actors.types import RankfrontError, Rival, Score
-from search.pareto import front, hypervolume_history, plateaued
+from search.events import Note, silent
+from search.pareto import hypervolume, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
@@ -51,7 +52,7 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
     """Where the hypervolume is measured from, in the objectives' own units: budget 1, ten times the
     dense perplexity, log 10 nats of divergence, accuracy 0, the dense margin less 10 nats. None until dense
     is scored."""
-    dense = next((row.score for row in study.rows() if row.finished and row.allocation.is_dense), None)
+    dense = study.dense_score
     if dense is None:
         return None
     point = []
@@ -71,10 +72,9 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
 
 def minimised(study: SearchStudy) -> tuple[np.ndarray, np.ndarray]:
     """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished trials."""
-    signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
     rows = [(row.number, row.values) for row in study.rows() if row.values is not None]
-    values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(signs))
-    return values * signs, np.array([number for number, _ in rows], dtype=int)
+    values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(study.signs))
+    return values * study.signs, np.array([number for number, _ in rows], dtype=int)
 
 
 def hypervolumes(study: SearchStudy) -> np.ndarray:
@@ -82,8 +82,13 @@ def hypervolumes(study: SearchStudy) -> np.ndarray:
     reference = reference_point(study)
     if reference is None:
         return np.empty(0)
-    signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
-    return hypervolume_history(minimised(study)[0], np.array(reference) * signs)
+    return hypervolume_history(minimised(study)[0], study.signs * reference)
+
+
+def current_hypervolume(study: SearchStudy) -> float | None:
+    """Hypervolume of the front, the last of `hypervolumes`; None until there is a reference point."""
+    reference = reference_point(study)
+    return None if reference is None else hypervolume(study.front_values, study.signs * reference)
 
 
 class Runner:
@@ -103,9 +108,11 @@ class Runner:
         stop: Stop,
         redraw: Callable[[Progress], None] = lambda progress: None,
         staged: bool = False,
+        note: Note = silent,
     ) -> None:
         self._study, self._pool, self._rules, self._origin = study, pool, rules, origin
         self._stop, self._redraw, self._staged = stop, redraw, staged
+        self._note = note
         self._planned: dict[int, Planned] = {}
         self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
         self._known_in_a_row = 0
@@ -130,15 +137,13 @@ class Runner:
     def _fill(self) -> None:
         """Keep every replica busy with one trial ahead, as far as that takes few proposals already known."""
         for _ in range(self._pool.free + KNOWN_PER_LOOK):
-            if self._pool.free == 0:
-                return
-            self._study.sync()
-            if self._rule_met():
+            if self._pool.free == 0 or self._rule_met():
                 return
             try:
                 planned = self._study.propose(self._origin)
             except RankfrontError:
                 continue  # another program's trial: recorded as failed with its reason, or started by it
+            self._note("proposed", trial=planned.number, origin=self._study.origin(planned.number))
             self._start(planned)
 
     def _start(self, planned: Planned) -> None:
@@ -157,6 +162,7 @@ class Runner:
             return False
         with suppress(TakenError):
             self._study.copy_score(planned, source)
+            self._note("copied", trial=planned.number, source=source)
         return True
 
     def _may_stop(self, planned: Planned) -> bool:
@@ -165,10 +171,8 @@ class Runner:
     def _rivals(self, planned: Planned) -> tuple[Rival, ...]:
         if not self._may_stop(planned):
             return ()
-        values, numbers = minimised(self._study)
-        rows = self._study.rows()
-        members = [rows[number] for number in numbers[front(values)]]
-        return rivals_of(self._study.budgets(planned.allocation), members, self._study.objectives)
+        budgets = self._study.budgets(planned.allocation)
+        return rivals_of(budgets, self._study.front, self._study.objectives)
 
     def _dispatch(self, planned: Planned) -> None:
         key = planned.allocation.key
@@ -189,14 +193,24 @@ class Runner:
             for each in (planned, *twins):
                 with suppress(TakenError):  # what the other program wrote stays
                     self._study.fail(each.number, reason or "no score")
+                    self._note("failed", trial=each.number, reason=reason or "no score")
         else:
             source = self._study.scored_as(planned.allocation)
             with suppress(TakenError):
-                self._study.record(planned, outcome.score, copied_from=source)
+                values = self._study.record(planned, outcome.score, copied_from=source)
+                self._note_end(planned, outcome.score, values)
             for twin in twins:
                 if not self._answered(twin):  # one that was asked for is not content with a part
                     self._dispatch(twin)
         del self._planned[planned.number]
+
+    def _note_end(self, planned: Planned, score: Score, values: tuple[float, ...] | None) -> None:
+        facts = {"replica": score.replica, "seconds": score.seconds, "tokens": score.forward_tokens}
+        if values is None:
+            self._note("pruned", trial=planned.number, rival=score.stopped_by, **facts)
+        else:
+            named = {o.name: value for o, value in zip(self._study.objectives, values, strict=True)}
+            self._note("finished", trial=planned.number, values=named, **facts)
 
     def _rule_met(self) -> str | None:
         """The first stop rule that holds. Enqueued trials are scored whatever the number of trials."""

@@ -13,8 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from actors.types import Progress as Step
-from search.pareto import front
-from search.runner import Progress, hypervolumes, minimised
+from search.runner import TICK_SECONDS, Progress, current_hypervolume
 from search.study import SearchStudy
 
 # A log file gets a line this often at most.
@@ -84,18 +83,20 @@ class Screen(Line):
         super().__init__(console)
         self._study, self._goal, self._before = study, goal, done_before
         self._shown = -1
-        self._facts = ""
+        self._facts, self._drawn = "", 0.0
 
     def redraw(self, progress: Progress) -> None:
         """Show where the search stands."""
-        ended = self._study.count(TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
-        if ended != self._shown:
-            self._shown, self._facts = ended, self._findings()
-        self.show(lambda now: self._line(progress, now))
+        now = time.monotonic()
+        if now - self._drawn >= TICK_SECONDS:  # the loop comes by as often as that where nothing ends
+            self._drawn = now
+            self.show(lambda now: self._line(progress, now))
 
     def _line(self, progress: Progress, now: float) -> str:
         counts = {state: self._study.count(state) for state in TrialState}
         ended = counts[TrialState.COMPLETE] + counts[TrialState.FAIL] + counts[TrialState.PRUNED]
+        if ended != self._shown:
+            self._shown, self._facts = ended, self._findings()
         minutes = (now - progress.started) / 60
         rate = (ended - self._before) / minutes if minutes > 0 else 0.0
         goal = f"/{self._goal}" if self._goal else ""
@@ -112,16 +113,13 @@ class Screen(Line):
         return " | ".join(part for part in parts if part)
 
     def _findings(self) -> str:
-        values, numbers = minimised(self._study)
-        if not len(values):
+        members = self._study.front
+        if not members:
             return ""
-        chosen = front(values)
-        parts = [f"front {len(chosen)}"]
-        volumes = hypervolumes(self._study)
-        if len(volumes):
-            parts.append(f"HV {volumes[-1]:.4f}")
-        rows = self._study.rows()
-        members = [rows[numbers[index]] for index in chosen]
+        parts = [f"front {len(members)}"]
+        volume = current_hypervolume(self._study)
+        if volume is not None:
+            parts.append(f"HV {volume:.4f}")
         scored = [(row.budget_model, row.score.text.nll) for row in members if row.score]
         rungs = []
         for rung in LADDER:

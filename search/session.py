@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from actors.types import Allocation
 from search.alone import FILE, Log
+from search.beacon import Beacon
 from search.config import Config
+from search.database import secrets_of
+from search.event_log import event_log
+from search.events import Note, told
 from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
+from search.metrics import RayMetrics
 from search.opening import opened
 from search.pool import Pool
 from search.records import StudySummary
 from search.references import reference_allocations
 from search.replicas import replicas
-from search.runner import Runner, Stop
+from search.runner import Progress, Runner, Stop
 from search.screen import Screen
 from search.seeds import seed_allocations
 from search.signals import stop_on_signals
@@ -37,11 +43,18 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         if config.stop.plateau is not None:  # the hypervolume is measured from the dense model
             references = references.model_copy(update={"dense": True})
         study.enqueue([*reference_allocations(references, folder.cost), *_seeds(folder, session.say)])
-        stop = Stop()
-        with replicas(session) as pool, stop_on_signals(stop, console):
-            reason = _run(config, study, pool, stop, console)
-            if not stop.reason:
-                score_test(folder, study, front_and_dense(study), pool, stop, session.say)
+        stop, metrics = Stop(), RayMetrics(config.study)
+        with event_log(folder.path, secrets_of(config.database), session.say) as log:
+            note = told(log, metrics.note)
+            note("resumed" if study.started else "started", study=config.study, trials=study.started)
+            with (
+                replicas(session, note) as pool,
+                stop_on_signals(stop, console),
+                _told_of(Beacon(folder.path, study, pool, metrics), note, stop) as beacon,
+            ):
+                reason = _run(config, study, pool, stop, console, beacon, note)
+                if not stop.reason:
+                    score_test(folder, study, front_and_dense(study), pool, stop, session.say)
         return folder, report(folder, study), stop.reason or reason
 
 
@@ -65,16 +78,44 @@ def _seeds(folder: StudyFolder, say: Callable[[str], None]) -> Iterator[tuple[Al
     )
 
 
-def _run(config: Config, study: SearchStudy, pool: Pool, stop: Stop, console: Console) -> str:
+@contextmanager
+def _told_of(beacon: Beacon, note: Note, stop: Stop) -> Iterator[Beacon]:
+    """Tell how it ended, however that was."""
+    reason = "done"
+    try:
+        yield beacon
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        note("stopped", reason=stop.reason or reason)
+        beacon.stop(stop.reason or reason)
+
+
+def _run(
+    config: Config,
+    study: SearchStudy,
+    pool: Pool,
+    stop: Stop,
+    console: Console,
+    beacon: Beacon,
+    note: Note,
+) -> str:
     before = len([row for row in study.rows() if row.state not in ("WAITING", "RUNNING")])
     with Screen(console, study, config.stop.trials, before) as screen:
+
+        def redraw(progress: Progress) -> None:
+            screen.redraw(progress)
+            beacon.tick()
+
         runner = Runner(
             study,
             pool,
             config.stop,
             config.sampler.name,
             stop,
-            screen.redraw,
+            redraw,
             staged=bool(config.scoring.stages),
+            note=note,
         )
         return runner.run()

@@ -44,7 +44,8 @@ class Space:
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Levels of each group, then the methods of each module type, in the model's order."""
-        found: dict[str, BaseDistribution] = {name: IntDistribution(0, self._levels) for name in self._groups}
+        # One for all of them, which storages write out and compare.
+        found: dict[str, BaseDistribution] = dict.fromkeys(self._groups, IntDistribution(0, self._levels))
         if self._methods:
             for target in self._cost.targets:
                 found.setdefault(_method_parameter(target), CategoricalDistribution(self._methods))

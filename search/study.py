@@ -10,24 +10,29 @@ numbers; where another process added some, they are taken over before the next p
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
+from optuna.study._tell import _tell_with_warning
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError, Score
 from search.cost import CostModel
+from search.database_storage import grouped
+from search.memory import Memory
 from search.packing import PLAN, RESULT, Packing, origin_of, result_of
+from search.pareto import Front
 from search.records import Objective, TrialRow
 from search.samplers import reseed
 from search.space import Space
+from search.stored import number_of, start_stored
+from search.stored import open_storage_study as open_storage_study
 
 IDENTITY = "rankfront.identity"
 
@@ -40,23 +45,6 @@ class Planned:
 
     number: int
     allocation: Allocation
-
-
-def open_storage_study(storage: BaseStorage, name: str, objectives: Sequence[Objective]) -> optuna.Study:
-    """The Optuna study of that name, created if there is none; an existing one is not written to."""
-    directions = [
-        StudyDirection.MINIMIZE if objective.minimize else StudyDirection.MAXIMIZE for objective in objectives
-    ]
-    if name in {known.study_name for known in storage.get_all_studies()}:
-        study = optuna.load_study(study_name=name, storage=storage)
-        if study.metric_names is not None:
-            return study
-    else:
-        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names([objective.name for objective in objectives])
-    return study
 
 
 class TakenError(RankfrontError):
@@ -80,11 +68,8 @@ class SearchStudy:
         self._space, self._cost = space, cost
         self._packing = Packing(space, cost)
         self.objectives = tuple(objectives)
-        self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
-        self._ids: list[int] = []  # storage ids by trial number
-        self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
-        self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
-        self._ended: dict[int, TrialRow] = {}
+        self.signs = np.array([1.0 if objective.minimize else -1.0 for objective in objectives])
+        self._restart_mirror()
         self.sync()
 
     # -- reading ------------------------------------------------------------------------------
@@ -93,14 +78,14 @@ class SearchStudy:
         """Take over trials that others added, started or ended in the storage; returns how many are new."""
         trials = self._storage.get_all_trials(self._study._study_id, deepcopy=False)
         known = len(self._ids)
-        open_ones = self._trials(TrialState.WAITING, TrialState.RUNNING)
-        if any(trials[trial.number].state != trial.state for trial in open_ones):
+        if any(trials[number].state != state for number, state in self._memory.open.items()):
             self._restart_mirror()
-        new = trials[len(self._ids) :]
-        for trial in new:
+        for trial in trials[len(self._ids) :]:
             self._ids.append(trial._trial_id)
             # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
-            self._mirror._storage.create_new_trial(self._mirror._study_id, trial)
+            self._memory.create_new_trial(self._mirror._study_id, trial)
+            if trial.state == TrialState.COMPLETE:
+                self._front.add(trial.number, self.signs * trial.values)
             if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
                 self._scored.setdefault(self._packing.allocation(trial).key, trial.number)
             elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
@@ -108,20 +93,22 @@ class SearchStudy:
         return len(trials) - known
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._mirror.get_trials(deepcopy=False, states=states or None)
+        """Trials that wait or run, by number."""
+        numbers = sorted(number for number, state in self._memory.open.items() if state in states)
+        return [self._memory.get_trial(number) for number in numbers]
 
     @property
     def waiting(self) -> bool:
         """Whether an enqueued trial waits to be taken up."""
-        return bool(self._trials(TrialState.WAITING))
+        return self.count(TrialState.WAITING) > 0
 
     @property
     def started(self) -> int:
         """Trials that are running or ended."""
-        return len(self._ids) - len(self._trials(TrialState.WAITING))
+        return len(self._ids) - self.count(TrialState.WAITING)
 
     def count(self, *states: TrialState) -> int:
-        return len(self._trials(*states))
+        return sum(self._memory.counts[state] for state in states)
 
     def in_flight(self) -> list[Planned]:
         """Trials that were RUNNING without a result when the last driver ended: to be scored again under
@@ -135,7 +122,25 @@ class SearchStudy:
 
     def rows(self) -> tuple[TrialRow, ...]:
         """Every trial, by number. Ended trials never change, so their rows are made once."""
-        return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self._trials())
+        return tuple(self._ended.get(trial.number) or self._row(trial) for trial in self.frozen())
+
+    def row(self, number: int) -> TrialRow:
+        """One trial."""
+        return self._ended.get(number) or self._row(self._memory.get_trial(number))
+
+    @property
+    def front(self) -> list[TrialRow]:
+        """The finished trials that no other beats, by number."""
+        return [self.row(number) for number in self._front.keys]
+
+    @property
+    def front_values(self) -> NDArray[np.float64]:
+        """Their values (n, d), every objective minimised."""
+        return self._front.points
+
+    def frozen(self) -> list[FrozenTrial]:
+        """Every trial as Optuna keeps it, by number; not to be changed."""
+        return self._mirror.get_trials(deepcopy=False)
 
     def _row(self, trial: FrozenTrial) -> TrialRow:
         row = self._packing.row(trial)
@@ -145,7 +150,7 @@ class SearchStudy:
 
     def origin(self, number: int) -> str:
         """Who proposed a trial; `enqueued` where another program did."""
-        return origin_of(self._trials()[number])
+        return origin_of(self._memory.get_trial(number))
 
     def scored_as(self, allocation: Allocation) -> int | None:
         """The number of the finished trial that scored this allocation, if there is one."""
@@ -159,12 +164,18 @@ class SearchStudy:
         """Its cost objectives, by name."""
         return self._cost.budgets(allocation)
 
+    @property
+    def dense_score(self) -> Score | None:
+        """The score of the dense model, None until there is one."""
+        number = self.scored_as(Allocation.dense(self._cost.targets))
+        return None if number is None else self.row(number).score
+
     def score(self, allocation: Allocation) -> Score:
         """The score of the finished trial of this allocation. Raises KeyError where there is none."""
         return self._score(self._scored[allocation.key])
 
     def _score(self, number: int) -> Score:
-        return Score.from_dict(self._trials()[number].user_attrs[RESULT]["score"])
+        return Score.from_dict(self._memory.get_trial(number).user_attrs[RESULT]["score"])
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -175,7 +186,7 @@ class SearchStudy:
         """
         known = {
             self._packing.allocation(trial).key
-            for trial in self._trials()
+            for trial in self.frozen()
             if PLAN in trial.user_attrs and trial.state != TrialState.PRUNED
         }
         numbers = []
@@ -200,14 +211,13 @@ class SearchStudy:
         self._refuse_foreign()
         reseed(self._sampler, self._seed, len(self._ids))
         trial = self._mirror.ask(fixed_distributions=self._space.distributions)
-        frozen = self._mirror._storage.get_trial(trial._trial_id)
+        frozen = self._memory.get_trial(trial._trial_id)
         if frozen.number < len(self._ids):
             return self._take_up(frozen)
         allocation = self._space.allocation(frozen.params)
         frozen.user_attrs[PLAN] = self._packing.plan(allocation, origin)
-        self._mirror._storage.set_trial_user_attr(trial._trial_id, PLAN, frozen.user_attrs[PLAN])
         stored = self._storage.create_new_trial(self._study._study_id, frozen)
-        number = self._storage.get_trial(stored).number
+        number = number_of(self._storage, self._study._study_id, stored, frozen.number)
         if number != frozen.number:
             # Someone enqueued between our look and our write: start the mirror over from the storage.
             self._rebuild()
@@ -230,7 +240,7 @@ class SearchStudy:
             result = {"reason": str(error)}
             for storage, trial_id in (
                 (self._storage, self._ids[trial.number]),
-                (self._mirror._storage, trial._trial_id),
+                (self._memory, trial.number),
             ):
                 storage.set_trial_user_attr(trial_id, RESULT, result)
                 storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -248,29 +258,22 @@ class SearchStudy:
         return Planned(frozen.number, self._packing.allocation(frozen))
 
     def _start_stored(self, frozen: FrozenTrial) -> bool:
-        """Write what the sampler added to a WAITING trial, then that it runs; False where it runs already."""
-        stored_id = self._ids[frozen.number]
-        stored = self._storage.get_trial(stored_id)
-        if stored.state != TrialState.WAITING:
-            return False
-        for key, value in frozen.system_attrs.items():
-            if stored.system_attrs.get(key) != value:
-                self._storage.set_trial_system_attr(stored_id, key, value)
-        for name, value in frozen.params.items():
-            if name not in stored.params:
-                distribution = frozen.distributions[name]
-                internal = distribution.to_internal_repr(value)
-                self._storage.set_trial_param(stored_id, name, internal, distribution)
-        # Last, so that a trial that is RUNNING always has all of its levels.
-        return self._storage.set_trial_state_values(stored_id, TrialState.RUNNING)
+        return start_stored(self._storage, self._ids[frozen.number], frozen)
 
     def _rebuild(self) -> None:
         self._restart_mirror()
         self.sync()
 
     def _restart_mirror(self) -> None:
-        self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
-        self._ids, self._scored, self._stopped, self._ended = [], {}, {}, {}
+        self._memory = Memory()
+        self._mirror = optuna.create_study(
+            storage=self._memory, directions=self._study.directions, sampler=self._sampler
+        )
+        self._ids: list[int] = []  # storage ids by trial number
+        self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
+        self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
+        self._ended: dict[int, TrialRow] = {}
+        self._front = Front(len(self.objectives))
 
     def replay(self) -> list[int]:
         """End the trials whose result is stored but whose driver died before their final state.
@@ -340,12 +343,13 @@ class SearchStudy:
     ) -> None:
         stored = self._ids[number]
         try:
-            self._storage.set_trial_user_attr(stored, RESULT, dict(result))
-            self._storage.set_trial_state_values(stored, state, values)
+            with grouped(self._storage):
+                self._storage.set_trial_user_attr(stored, RESULT, dict(result))
+                self._storage.set_trial_state_values(stored, state, values)
         except UpdateFinishedTrialError as error:
             self._rebuild()
             raise TakenError(f"trial {number} was ended by another program") from error
-        memory = self._mirror._storage
-        mirrored = memory.get_trial_id_from_study_id_trial_number(self._mirror._study_id, number)
-        memory.set_trial_user_attr(mirrored, RESULT, dict(result))
-        self._mirror.tell(number, values, state=state)
+        self._memory.set_trial_user_attr(number, RESULT, dict(result))
+        if values is not None:
+            self._front.add(number, self.signs * values)
+        _tell_with_warning(self._mirror, number, values, state)  # `tell` less a deep copy of the trial

@@ -72,6 +72,8 @@ def first_files(study: Study, first: Ended) -> dict[str, bytes]:
 class Killed:
     trials: list[FrozenTrial]
     second_driver: Ended
+    while_driven: Ended
+    gone: Ended
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +86,12 @@ def killed(study: Study, first_files: dict[str, bytes], cluster: str) -> Killed:
     try:
         study.wait_for(driver, 12)
         second = study.here("search", study.config)
+        status = study.here("status", "tiny", "--json")
         assert driver.poll() is None
     finally:
         driver.kill()  # SIGKILL
         driver.communicate()
-    return Killed(study.trials(), second)
+    return Killed(study.trials(), second, status, study.here("status", "tiny"))
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,24 @@ def test_a_second_driver_is_refused_while_one_runs(killed: Killed) -> None:
     assert killed.second_driver.code == 2
     assert "has a driver already: process" in killed.second_driver.err
     assert "Traceback" not in killed.second_driver.err
+
+
+def test_a_search_is_seen_while_it_runs_and_after_it_was_killed(
+    study: Study, killed: Killed, resumed: Ended
+) -> None:
+    status = json.loads(killed.while_driven.out)
+    assert status["driver"].startswith("process ")
+    assert status["trials"]["COMPLETE"] >= 12
+    assert status["tokens_per_second"] > 0
+    assert {replica["name"] for replica in status["replicas"]} >= {"replica-0"}
+    assert all(replica["starts"] == 1 for replica in status["replicas"])
+    assert "driver gone" in killed.gone.out
+    events = [json.loads(line) for line in (study.folder / "log.jsonl").read_text().splitlines()]
+    runs = [line["event"] for line in events if line["event"] in ("started", "resumed", "stopped")]
+    assert runs == ["started", "stopped", "resumed", "resumed", "stopped"], "the killed one could not say so"
+    ended = {line["trial"] for line in events if line["event"] in ("finished", "copied")}
+    unsaid = {trial.number for trial in complete(study.trials())} - ended
+    assert len(unsaid) <= 1, "recorded when the driver was killed, not yet said"
 
 
 def test_continuing_leaves_finished_trials_alone(first: Ended, killed: Killed) -> None:

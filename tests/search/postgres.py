@@ -22,8 +22,11 @@ START_SECONDS = 60
 
 
 @contextlib.contextmanager
-def running_server() -> Iterator[str]:
-    """The folder of the socket of a server that ends with the context; user `postgres`, PASSWORD."""
+def running_server(durable: bool = False) -> Iterator[str]:
+    """The folder of the socket of a server that ends with the context; user `postgres`, PASSWORD.
+
+    `durable` has it wait for the disk at every commit, as a server does whose data anyone needs.
+    """
     home = Path(tempfile.mkdtemp(prefix="rankfront-postgres-"))
     try:
         # PostgreSQL refuses to run as root; whoever runs it may not be allowed to read the environment.
@@ -38,7 +41,11 @@ def running_server() -> Iterator[str]:
         arguments += ["-E", "UTF8", "--auth=scram-sha-256", f"--pwfile={home / 'password'}"]
         environment = {**os.environ, "TZ": "UTC"}
         subprocess.run(arguments, check=True, capture_output=True, cwd=home, env=environment, **owner)
-        settings = ["listen_addresses=", "fsync=off", f"unix_socket_directories={home / 'run'}"]
+        settings = [
+            "listen_addresses=",
+            f"fsync={'on' if durable else 'off'}",
+            f"unix_socket_directories={home / 'run'}",
+        ]
         server = subprocess.Popen(
             [programs / "postgres", "-D", home / "run" / "data", *(f"--{each}" for each in settings)],
             cwd=home,

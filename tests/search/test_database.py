@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,17 @@ from sqlalchemy.exc import OperationalError
 from actors.types import Allocation, Prepared, RankfrontError
 from search.begun import stored_identity, write_identity
 from search.config import Config, ConfigError, parse_config
-from search.database import check_url, leased, open_database, resolve, shown
+from search.database import (
+    check_url,
+    lease_holder,
+    leased,
+    open_database,
+    open_tables,
+    resolve,
+    secrets_of,
+    shown,
+)
+from search.packing import RESULT, result_of
 from search.samplers import make_sampler
 from search.sections import SamplerSection
 from search.study import SearchStudy, open_storage_study
@@ -85,16 +96,30 @@ def test_a_reopened_study_is_the_study(database: str, sampler: str) -> None:
     assert [trial.values[1] for trial in trials[:8]] == [score_of(p.allocation).text.nll for p in done]
 
 
-def test_a_result_without_its_state_is_replayed(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_and_its_state_are_there_together(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     with leased(database, "made-up") as storage:
         study = study_of(storage)
         planned = study.propose("random")
-        monkeypatch.setattr(storage, "set_trial_state_values", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            study.complete(planned, score_of(planned.allocation))
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "set_trial_state_values", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                study.complete(planned, score_of(planned.allocation))
+        [trial] = seen(database)
+        assert (trial.state, RESULT in trial.user_attrs) == (TrialState.RUNNING, False)
+        study.complete(planned, score_of(planned.allocation))
+    [trial] = seen(database)
+    assert (trial.state, RESULT in trial.user_attrs) == (TrialState.COMPLETE, True)
+
+
+def test_a_result_without_its_state_is_replayed(database: str) -> None:
+    """As a driver left it that wrote them apart."""
+    with leased(database, "made-up") as storage:
+        study = study_of(storage)
+        planned = study.propose("random")
+        storage.set_trial_user_attr(study._ids[0], RESULT, result_of(score_of(planned.allocation)))
     with leased(database, "made-up") as storage:
         again = study_of(storage)
         assert again.replay() == [0]
@@ -151,6 +176,20 @@ def test_the_second_driver_is_refused_and_told_who_drives(database: str) -> None
             pass
     with leased(database, "made-up"):
         pass
+
+
+def test_who_holds_the_lease_is_seen_by_one_who_only_looks(database: str) -> None:
+    assert open_tables(database) is None
+    assert open_tables(database) is None, "looking makes no table"
+    assert lease_holder(database, "made-up") is None
+    with leased(database, "made-up") as storage:
+        propose_and_complete(study_of(storage), 1)
+        assert (lease_holder(database, "made-up") or "").startswith(f"rankfront process {os.getpid()} on ")
+        assert lease_holder(database, "another") is None
+        read = open_tables(database)
+        assert read is not None
+        assert [trial.state.name for trial in read.get_all_trials(1)] == ["COMPLETE"]
+    assert lease_holder(database, "made-up") is None
 
 
 HOLD = """
@@ -285,6 +324,12 @@ def test_variables_are_filled_in_when_it_connects(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(RankfrontError, match=says) as refused:
             resolve(template)
         assert "hunter2" not in str(refused.value)
+
+
+def test_secrets_are_known_as_they_are_and_as_a_url_spells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PW", "p@ss:/%20")
+    assert secrets_of("postgresql://me:${PW}@host/db") == ["p@ss:/%20", "p%40ss%3A%2F%2520"]
+    assert secrets_of("postgresql://me@host/db") == secrets_of(None) == []
 
 
 def test_a_refused_login_does_not_say_the_password(database: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,15 @@ import pytest
 from fakes import open_study, score_of
 
 from actors.types import RankfrontError
-from search.journal import JOURNAL, LOCK, driver_lock, open_journal, repair, repair_journal
+from search.journal import (
+    JOURNAL,
+    LOCK,
+    driver_lock,
+    lock_holder,
+    open_journal,
+    repair,
+    repair_journal,
+)
 
 
 @pytest.fixture
@@ -196,6 +205,15 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with driver_lock(tmp_path):
         pass
+
+
+def test_who_holds_the_lock_is_seen_and_not_held_up(tmp_path: Path) -> None:
+    assert lock_holder(tmp_path) is None
+    for _ in range(2):
+        with driver_lock(tmp_path):
+            assert (lock_holder(tmp_path) or "").startswith(f"process {os.getpid()} on ")
+            assert list(tmp_path.iterdir()) == [tmp_path / LOCK]
+        assert lock_holder(tmp_path) is None
 
 
 def test_the_journal_is_plain_json_lines(journal: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from optuna._hypervolume import compute_hypervolume
 
-from search.pareto import front, hypervolume, hypervolume_history, plateaued
+from search.pareto import Front, front, hypervolume, hypervolume_history, plateaued
 
 Floats = NDArray[np.float64]
 
@@ -48,6 +49,17 @@ def grids(draw: st.DrawFn) -> Floats:
 @settings(deadline=None)
 def test_front_is_what_brute_force_finds(points: Floats) -> None:
     assert front(points).tolist() == brute_front(points)
+
+
+@given(grids(), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_a_front_that_grows_is_the_front_of_all(points: Floats, random: Random) -> None:
+    growing, order = Front(points.shape[1]), list(range(len(points)))
+    random.shuffle(order)
+    for key in order:
+        growing.add(key, points[key])
+    assert growing.keys == front(points).tolist()
+    assert growing.points.tolist() == points[growing.keys].tolist()
 
 
 @given(grids())

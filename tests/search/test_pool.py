@@ -12,6 +12,7 @@ import ray
 
 import search.pool
 from actors.types import Allocation, RankfrontError, ReplicaSpec
+from search.events import Note, silent
 from search.pool import Job, Outcome, Pool, connect
 
 # A pool that lost a job would be waited for without end.
@@ -49,8 +50,12 @@ def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = ""
                 raise RuntimeError(start)
             self.name = spec.name
 
-        def ready(self) -> str:
-            return self.name
+        def ready(self) -> Any:
+            import os
+
+            from actors.types import Place
+
+            return Place("made-up", os.getpid())
 
         def score(self, allocation: Any, split: str, rivals: Any) -> Any:
             import os
@@ -91,10 +96,11 @@ def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         attempts: int = 2,
         trial_seconds: float | None = None,
         start: str = "",
+        note: Note = silent,
     ) -> Pool:
         monkeypatch.setattr(search.pool, "Replica", replica_class(tmp_path, behaviour, start))
         specs = [ReplicaSpec(f"replica-{index}", None, None, threads=1) for index in range(count)]  # type: ignore[arg-type]
-        made.append(Pool(specs, 0, attempts, trial_seconds))
+        made.append(Pool(specs, 0, attempts, trial_seconds, note))
         return made[-1]
 
     yield make
@@ -187,10 +193,29 @@ def test_replicas_that_cannot_start_end_the_search_with_the_first_error(pool_of:
 
 
 def test_a_hanging_trial_is_killed_and_tried_again(pool_of: Any, tmp_path: Path) -> None:
-    pool = pool_of({3: ["hang"]}, count=1, trial_seconds=1.0)
+    heard: list[tuple[str, dict[str, Any]]] = []
+    note: Note = lambda event, **facts: heard.append((event, facts))  # noqa: E731
+    pool = pool_of({3: ["hang"]}, count=1, trial_seconds=1.0, note=note)
+    [before] = pool.health()
+    assert (before.state, before.starts, before.node, before.failure) == ("loading", 1, None, None)
     found = drain(pool, [1, 2, 3, 4])
     assert all(outcome.score is not None for outcome in found.values())
     assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4)] == [1, 1, 2, 1]
+    [replica] = pool.health()
+    says = "no score within 1.0 seconds, replica stopped"
+    assert (replica.name, replica.state, replica.starts) == ("replica-0", "idle", 2)
+    assert (replica.node, replica.trials, replica.failure) == ("made-up", (), says)
+    told = [event for event, _ in heard]
+    assert [event for event in told if event != "dispatched"] == [
+        "replica started",
+        "replica died",
+        "retried",
+        "replica started",
+    ]
+    tries = [(facts["trial"], facts["attempt"]) for event, facts in heard if event == "dispatched"]
+    assert sorted(set(tries)) == [(1, 1), (2, 1), (3, 1), (3, 2), (4, 1)]
+    assert [facts["starts"] for event, facts in heard if event == "replica started"] == [1, 2]
+    assert next(facts["reason"] for event, facts in heard if event == "replica died") == says
 
 
 def test_a_trial_that_always_hangs_fails_with_its_reason(pool_of: Any, tmp_path: Path) -> None:

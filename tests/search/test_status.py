@@ -1,0 +1,191 @@
+"""What is said of a study from outside: while it is driven, after its driver was killed, before it began."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fakes import MODEL_PARAMETERS, TARGETS, MadeUpPool, score_of
+from optuna.trial import TrialState
+
+import search.health
+from actors.types import Allocation, Prepared, RankfrontError
+from search.beacon import Beacon
+from search.begun import write_identity
+from search.cli_status import status_command
+from search.config import parse_config
+from search.database import open_database
+from search.folder import CONFIG, PREPARED, StudyFolder
+from search.health import STATUS, ReplicaHealth, here, write_health
+from search.journal import driver_lock
+from search.metrics import RayMetrics
+from search.runner import hypervolumes
+from search.status import read_status
+
+HUB = {"model": {"source": "org/model"}, "text": {"source": "org/text"}, "space": {"group": "module"}}
+BUSY = ReplicaHealth("replica-0", "busy", 2, (3, 4), 1_000.0, "node-a", 77, "killed by the kernel")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StudyFolder:
+    """A study that was prepared and has no trial."""
+    config = parse_config({"study": "made-up", "runs": str(tmp_path), "sampler": {"name": "random"}, **HUB})
+    splits: dict[str, Any] = {"search": {}, "test": {}}
+    prepared = Prepared("", "", TARGETS, MODEL_PARAMETERS, {}, {}, splits, {}, reused=False)
+    path = config.folder
+    path.mkdir(parents=True)
+    (path / CONFIG).write_text(config.to_yaml())
+    (path / PREPARED).write_text(json.dumps(prepared.to_dict()))
+    return StudyFolder.open(path)
+
+
+def searched(folder: StudyFolder) -> None:
+    """Dense and another scored, one failed for each of two reasons and one of them twice, two in flight."""
+    study = folder.open_study()
+    study.enqueue([(Allocation.dense(TARGETS), "dense")])
+    for _ in range(2):
+        planned = study.propose("random")
+        study.complete(planned, score_of(planned.allocation))
+    for reason in ("nll is nan (attempt 2 of 2)", "replica died", "nll is nan (attempt 1 of 2)"):
+        study.fail(study.propose("random").number, reason)
+    study.propose("random")
+    study.propose("random")
+
+
+def content(path: Path) -> dict[str, tuple[bytes, int]]:
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.iterdir()}
+
+
+def test_a_study_that_is_driven(folder: StudyFolder) -> None:
+    searched(folder)
+    write_health(folder.path, here(5.0, 1, (replace(BUSY, trials=(5, 6)),)))
+    with driver_lock(folder.path):
+        before = content(folder.path)
+        status = read_status(str(folder.path), Path("runs"))
+        assert content(folder.path) == before, "a status writes nothing"
+    assert status.driver is not None
+    assert status.driver.startswith(f"process {os.getpid()} on ")
+    assert status.trials == {"COMPLETE": 2, "FAIL": 3, "RUNNING": 2}
+    assert [(each.trial, each.replica, each.node, each.pid) for each in status.running] == [
+        (5, "replica-0", "node-a", 77),
+        (6, None, None, None),
+    ]
+    assert status.running[0].since == 1_000.0
+    assert [(each.reason, each.trials) for each in status.failures] == [
+        ("nll is nan", (2, 4)),
+        ("replica died", (3,)),
+    ]
+    assert status.queue == 1
+    study = folder.open_study()
+    assert status.hypervolume == pytest.approx(hypervolumes(study)[-1])
+    assert {best.trial for best in status.best} <= {1}
+    assert all(best.budget >= study.rows()[best.trial].budget_model for best in status.best)
+
+
+def test_rates_are_of_what_replicas_scored(folder: StudyFolder) -> None:
+    """Two trials of 100 tokens each, from the first start to the last end."""
+    searched(folder)
+    trials = folder.open_study().frozen()
+    begun = min(trial.datetime_start for trial in trials if trial.datetime_start is not None)
+    ended = max(trial.datetime_complete for trial in trials if trial.datetime_complete is not None)
+    seconds = (ended - begun).total_seconds()
+    status = read_status(str(folder.path), Path("runs"))
+    assert status.tokens_per_second == pytest.approx(200 / seconds, rel=1e-3)
+    assert status.trials_per_hour == pytest.approx(2 * 3600 / seconds, rel=1e-3)
+
+
+def test_a_driver_that_was_killed_is_gone(folder: StudyFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    searched(folder)
+    write_health(folder.path, here(5.0, 1, (BUSY,)))
+    with driver_lock(folder.path):
+        pass
+    status = read_status("made-up", folder.path.parent)
+    assert (status.driver, status.ended, status.queue) == (None, None, 0)
+    assert [each.replica for each in status.running] == [None, None], "nothing runs any more"
+    status_command("made-up", folder.path.parent)
+    said = capsys.readouterr().out
+    assert "driver gone" in said
+    assert "2 COMPLETE, 3 FAIL, 2 RUNNING" in said
+    assert "killed by the kernel" in said
+
+
+def test_a_driver_that_stopped_said_why(folder: StudyFolder) -> None:
+    class Pool(MadeUpPool):
+        queued = 0
+
+        def health(self) -> tuple[ReplicaHealth, ...]:
+            return (BUSY,)
+
+    searched(folder)
+    beacon = Beacon(folder.path, folder.open_study(), Pool(), RayMetrics("made-up"))  # type: ignore[arg-type]
+    beacon.tick()
+    assert read_status(str(folder.path), Path("runs")).ended is None
+    beacon.stop("SIGTERM")
+    status = read_status(str(folder.path), Path("runs"))
+    assert (status.ended, status.replicas) == ("SIGTERM", (BUSY,))
+
+
+def test_a_study_without_a_trial_is_not_begun_by_looking(folder: StudyFolder) -> None:
+    before = content(folder.path)
+    status = read_status(str(folder.path), Path("runs"))
+    assert (status.trials, status.running, status.hypervolume, status.best) == ({}, (), None, ())
+    assert status.health_seconds is None
+    assert content(folder.path) == before
+
+
+def test_json_holds_everything(folder: StudyFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    searched(folder)
+    write_health(folder.path, here(5.0, 0, (BUSY,)))
+    status_command(str(folder.path), Path("runs"), as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    known = json.loads(json.dumps(read_status(str(folder.path), Path("runs")).to_dict()))
+    for times in ("seen", "health_seconds"):
+        del shown[times], known[times]
+    assert shown == known
+    assert shown["replicas"][0]["failure"] == "killed by the kernel"
+
+
+def test_a_study_in_a_database_is_read_by_its_url(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a machine that has nothing of it; the only study of a database needs no name."""
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    monkeypatch.setenv("STUDIES", url)
+    config = parse_config({**yaml.safe_load(folder.config.to_yaml()), "database": "${STUDIES}"})
+    storage = open_database(url)
+    write_identity(storage, config, folder.prepared)
+    there = replace(folder, config=config, leased=storage)
+    searched(there)
+    for name in ("${STUDIES}", url):
+        status = read_status(name, tmp_path / "elsewhere")
+        assert status.trials == {"COMPLETE": 2, "FAIL": 3, "RUNNING": 2}
+        assert status.study == "made-up"
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(RankfrontError, match=r"give the study with --study; in it: made-up"):
+        read_status(url, tmp_path, "other")
+
+
+def test_a_full_disk_does_not_end_the_search(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_health(folder.path, here(5.0, 0, ()))
+    before = (folder.path / STATUS).read_bytes()
+
+    def full(path: Path, data: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(search.health, "write_atomic", full)
+    write_health(folder.path, here(6.0, 0, ()))
+    assert (folder.path / STATUS).read_bytes() == before
+
+
+def test_times_are_unix_times(folder: StudyFolder) -> None:
+    searched(folder)
+    status = read_status(str(folder.path), Path("runs"))
+    [first, _] = [t for t in folder.open_study().frozen() if t.state == TrialState.RUNNING]
+    assert isinstance(first.datetime_start, datetime)
+    assert status.running[0].since == first.datetime_start.timestamp()
