@@ -77,6 +77,9 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command:
         console.print(f"  {sentence}", soft_wrap=True)
     console.print()
     counts = f"{finished} trials scored" + (f", {failed} failed" if failed else "")
+    infeasible = sum(row.finished and not row.feasible for row in summary.rows)
+    if infeasible:
+        counts += f", {infeasible} violate a constraint"
     if stopped:
         counts += f", {stopped} stopped early"
     if running:

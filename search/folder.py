@@ -57,7 +57,8 @@ class StudyFolder:
         objectives = config.named_objectives
         study = open_storage_study(self._storage(), config.study, objectives)
         space = Space(cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
-        return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives)
+        constraints = config.named_constraints
+        return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives, constraints)
 
     def _storage(self) -> BaseStorage:
         if self.leased is not None:
@@ -122,6 +123,8 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
         "trials": f"{len(rows)}, {scored:,} tokens scored",
         "optuna": optuna.__version__,
     }
+    if study.constraints:
+        facts["constraints"] = ", ".join(map(str, study.constraints))
     return StudySummary(
         study=config.study,
         model=short_name(config.model.source),
@@ -133,6 +136,7 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
         evaluations=Evaluations(folder.path).rows,
         facts=facts,
         macs_length=folder.cost.length,
+        constraints=study.constraints,
     )
 
 

@@ -11,6 +11,7 @@ from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
 from actors.text import corpus_part, text_parts
 from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+from search.constraints import constraint_mistakes
 from search.surgical import CHUNKS
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> li
 # The sections each rule needs; it is asked where all of them could be read.
 RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
+    (("constraints", "scoring"), constraint_mistakes),
     (("scoring",), _task_mistakes),
     (("scoring",), _stride_mistakes),
     (("scoring", "text"), _kl_mistakes),

@@ -70,20 +70,24 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
 
 
 def minimised(study: SearchStudy) -> tuple[np.ndarray, np.ndarray]:
-    """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished trials."""
+    """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished, feasible trials."""
     signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
-    rows = [(row.number, row.values) for row in study.rows() if row.values is not None]
+    rows = [(row.number, row.values) for row in study.rows() if row.values is not None and row.feasible]
     values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(signs))
     return values * signs, np.array([number for number, _ in rows], dtype=int)
 
 
 def hypervolumes(study: SearchStudy) -> np.ndarray:
-    """Hypervolume after each finished trial, (n,); empty until there is a reference point."""
+    """Hypervolume after each finished trial, (n,); empty until there is a reference point.
+
+    A trial that violates a constraint adds nothing, and counts.
+    """
     reference = reference_point(study)
     if reference is None:
         return np.empty(0)
     signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
-    return hypervolume_history(minimised(study)[0], np.array(reference) * signs)
+    points = [row.point(study.objectives) for row in study.rows() if row.values is not None]
+    return hypervolume_history(points, np.array(reference) * signs)
 
 
 class Runner:

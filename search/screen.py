@@ -113,14 +113,16 @@ class Screen(Line):
 
     def _findings(self) -> str:
         values, numbers = minimised(self._study)
+        rows = self._study.rows()
+        infeasible = sum(row.finished and not row.feasible for row in rows)
+        parts = [f"{infeasible} violate a constraint"] if infeasible else []
         if not len(values):
-            return ""
+            return " | ".join(parts)
         chosen = front(values)
-        parts = [f"front {len(chosen)}"]
+        parts.append(f"front {len(chosen)}")
         volumes = hypervolumes(self._study)
         if len(volumes):
             parts.append(f"HV {volumes[-1]:.4f}")
-        rows = self._study.rows()
         members = [rows[numbers[index]] for index in chosen]
         scored = [(row.budget_model, row.score.text.nll) for row in members if row.score]
         rungs = []

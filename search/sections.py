@@ -17,6 +17,7 @@ from actors.types import RankfrontError, TaskSource
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
+Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 def _known_source(name: str) -> str:

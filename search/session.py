@@ -10,6 +10,7 @@ from rich.console import Console
 from actors.types import Allocation
 from search.alone import FILE, Log
 from search.config import Config
+from search.constraints import dense_notes
 from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
 from search.opening import opened
@@ -17,7 +18,7 @@ from search.pool import Pool
 from search.records import StudySummary
 from search.references import reference_allocations
 from search.replicas import replicas
-from search.runner import Runner, Stop
+from search.runner import Progress, Runner, Stop
 from search.screen import Screen
 from search.seeds import seed_allocations
 from search.signals import stop_on_signals
@@ -39,7 +40,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         study.enqueue([*reference_allocations(references, folder.cost), *_seeds(folder, session.say)])
         stop = Stop()
         with replicas(session) as pool, stop_on_signals(stop, console):
-            reason = _run(config, study, pool, stop, console)
+            reason = _run(config, study, pool, stop, console, session.say)
             if not stop.reason:
                 score_test(folder, study, front_and_dense(study), pool, stop, session.say)
         return folder, report(folder, study), stop.reason or reason
@@ -65,16 +66,44 @@ def _seeds(folder: StudyFolder, say: Callable[[str], None]) -> Iterator[tuple[Al
     )
 
 
-def _run(config: Config, study: SearchStudy, pool: Pool, stop: Stop, console: Console) -> str:
+class DenseNotes:
+    """Says, once the dense model is scored, which constraints it violates itself."""
+
+    def __init__(self, study: SearchStudy, say: Callable[[str], None]) -> None:
+        self._study, self._say = study, say
+        self._said = not study.constraints
+
+    def look(self) -> None:
+        number = None if self._said else self._study.scored_as(self._study.dense)
+        if number is not None:
+            self._said = True
+            for note in dense_notes(self._study.constraints, self._study.rows()[number]):
+                self._say(note)
+
+
+def _run(
+    config: Config,
+    study: SearchStudy,
+    pool: Pool,
+    stop: Stop,
+    console: Console,
+    say: Callable[[str], None],
+) -> str:
     before = len([row for row in study.rows() if row.state not in ("WAITING", "RUNNING")])
     with Screen(console, study, config.stop.trials, before) as screen:
+        noted = DenseNotes(study, say)
+
+        def redraw(progress: Progress) -> None:
+            noted.look()
+            screen.redraw(progress)
+
         runner = Runner(
             study,
             pool,
             config.stop,
             config.sampler.name,
             stop,
-            screen.redraw,
+            redraw,
             staged=bool(config.scoring.stages),
         )
         return runner.run()

@@ -17,13 +17,14 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseGASampler, BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from actors.types import Allocation, RankfrontError, Score
 from search.allocations import method_list
+from search.constraints import ATTRIBUTE, Constraint, violations
 from search.cost import CostModel
 from search.records import Objective, TrialRow
 from search.samplers import reseed
@@ -76,11 +77,12 @@ class SearchStudy:
         space: Space,
         cost: CostModel,
         objectives: Sequence[Objective],
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         self._study, self._storage = study, study._storage
         self._sampler, self._seed = sampler, seed
         self._space, self._cost = space, cost
-        self.objectives = tuple(objectives)
+        self.objectives, self.constraints = tuple(objectives), tuple(constraints)
         self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
         self._ids: list[int] = []  # storage ids by trial number
         self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
@@ -171,6 +173,7 @@ class SearchStudy:
             reason=result.get("reason"),
             copied_from=result.get("copied_from"),
             macs=self._cost.macs(allocation),
+            constraints=trial.constraints,
         )
         if trial.state.is_finished():
             self._ended[trial.number] = row
@@ -188,6 +191,11 @@ class SearchStudy:
     def stopped_as(self, allocation: Allocation) -> int | None:
         """The number of the trial that scored this allocation in part, if there is one."""
         return self._stopped.get(allocation.key)
+
+    @property
+    def dense(self) -> Allocation:
+        """The uncompressed model."""
+        return Allocation.dense(self._cost.targets)
 
     def budgets(self, allocation: Allocation) -> dict[str, float]:
         """Its cost objectives, by name."""
@@ -246,6 +254,9 @@ class SearchStudy:
         self._refuse_foreign()
         reseed(self._sampler, self._seed, len(self._ids))
         trial = self._mirror.ask(fixed_distributions=self._space.distributions)
+        if isinstance(self._sampler, BaseGASampler):
+            # It is not asked for parameters that are given: no enqueued trial would ever be a parent.
+            self._sampler.get_trial_generation(self._mirror, self._mirror._storage.get_trial(trial._trial_id))
         frozen = self._mirror._storage.get_trial(trial._trial_id)
         if frozen.number < len(self._ids):
             return self._take_up(frozen)
@@ -338,12 +349,13 @@ class SearchStudy:
 
     def complete(self, planned: Planned, score: Score, copied_from: int | None = None) -> tuple[float, ...]:
         """Record a score: result first, then the state, then the mirror. Returns the values."""
-        metrics = {**self._cost.budgets(planned.allocation), **score.metrics}
+        metrics = {**self._costs(planned.allocation), **score.metrics}
         values = tuple(metrics[objective.name] for objective in self.objectives)
         result: dict[str, Any] = {"score": score.to_dict()}
         if copied_from is not None:
             result["copied_from"] = copied_from
-        self._finish(planned.number, TrialState.COMPLETE, values, result)
+        passed = violations(self.constraints, metrics)
+        self._finish(planned.number, TrialState.COMPLETE, values, result, passed)
         self._scored.setdefault(planned.allocation.key, planned.number)
         return values
 
@@ -353,8 +365,14 @@ class SearchStudy:
         result: dict[str, Any] = {"score": score.to_dict(), "reason": reason}
         if copied_from is not None:
             result["copied_from"] = copied_from
-        self._finish(planned.number, TrialState.PRUNED, None, result)
+        known = [constraint for constraint in self.constraints if constraint.is_cost]
+        passed = violations(known, self._costs(planned.allocation))
+        self._finish(planned.number, TrialState.PRUNED, None, result, passed)
         self._stopped.setdefault(planned.allocation.key, planned.number)
+
+    def _costs(self, allocation: Allocation) -> dict[str, float]:
+        """Its budgets, and its bytes."""
+        return {**self._cost.budgets(allocation), "bytes": self._cost.model_bytes(allocation)}
 
     def copy_score(self, planned: Planned, source: int) -> tuple[float, ...] | None:
         """Answer a trial from the record of an equal allocation. Returns the values; a part has none."""
@@ -392,10 +410,18 @@ class SearchStudy:
         self._finish(number, TrialState.FAIL, None, {"reason": reason})
 
     def _finish(
-        self, number: int, state: TrialState, values: tuple[float, ...] | None, result: Mapping[str, Any]
+        self,
+        number: int,
+        state: TrialState,
+        values: tuple[float, ...] | None,
+        result: Mapping[str, Any],
+        passed: Mapping[str, float] | None = None,
     ) -> None:
         stored = self._ids[number]
+        attributes = {f"{ATTRIBUTE}{name}": violation for name, violation in (passed or {}).items()}
         try:
+            for key, violation in attributes.items():
+                self._storage.set_trial_system_attr(stored, key, violation)
             self._storage.set_trial_user_attr(stored, RESULT, dict(result))
             self._storage.set_trial_state_values(stored, state, values)
         except UpdateFinishedTrialError as error:
@@ -403,5 +429,7 @@ class SearchStudy:
             raise TakenError(f"trial {number} was ended by another program") from error
         memory = self._mirror._storage
         mirrored = memory.get_trial_id_from_study_id_trial_number(self._mirror._study_id, number)
+        for key, violation in attributes.items():
+            memory.set_trial_system_attr(mirrored, key, violation)
         memory.set_trial_user_attr(mirrored, RESULT, dict(result))
         self._mirror.tell(number, values, state=state)

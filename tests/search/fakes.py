@@ -12,6 +12,7 @@ import optuna
 from safetensors.numpy import save_file
 
 from actors.types import Allocation, FactorSpec, Score, TargetSpec, TaskScore, TextScore
+from search.constraints import Constraint
 from search.cost import CostModel
 from search.journal import open_journal
 from search.pool import Job, Outcome
@@ -54,13 +55,16 @@ def open_study(
     seed: int = 0,
     population: int = 6,
     objectives: tuple[Objective, ...] = OBJECTIVES,
+    constraints: tuple[Constraint, ...] = (),
     **space: Any,
 ) -> SearchStudy:
     """The study of a folder, created if it is new: what a driver does when it starts."""
     cost = cost_model()
     section = SamplerSection(name=sampler, seed=seed, population=population)
     study = open_storage_study(open_journal(folder), "made-up", objectives)
-    return SearchStudy(study, make_sampler(section), seed, space_of(cost, **space), cost, objectives)
+    return SearchStudy(
+        study, make_sampler(section), seed, space_of(cost, **space), cost, objectives, constraints
+    )
 
 
 def loss(allocation: Allocation) -> float:

@@ -40,6 +40,7 @@ FIXED = {
     "scoring.stride": 16,
     "scoring.kl_top_k": 16,
     "objectives": ["budget.linear", "nll"],
+    "constraints": {"perplexity": 30.0},
     "space.group": "target",
     "space.segments": 2,
     "space.levels": 21,
@@ -234,6 +235,16 @@ def test_the_order_of_patterns_is_a_difference(tmp_path: Path) -> None:
     [line] = config_differences(before, after)
     assert line.startswith("factors.methods: was {'*.0.*': 'feature', '*.q_proj': 'weight'}, now {'*.q_proj'")
     assert config_differences(before, changed(tmp_path, {"factors.methods": dict(patterns)})) == []
+
+
+def test_the_order_of_constraints_is_no_difference(tmp_path: Path) -> None:
+    bounds = {"perplexity": 30.0, "budget.model": 0.8}
+    before = changed(tmp_path, {"constraints": bounds})
+    assert (
+        config_differences(before, changed(tmp_path, {"constraints": dict(reversed(bounds.items()))})) == []
+    )
+    [line] = config_differences(before, changed(tmp_path, {"constraints": {**bounds, "perplexity": 31.0}}))
+    assert line.startswith("constraints: was {'budget.model': 0.8, 'perplexity': 30.0}, now")
 
 
 def test_the_order_of_choices_is_a_difference(tmp_path: Path) -> None:
