@@ -40,6 +40,9 @@ errors = Console(stderr=True, highlight=False)
 def search_command(
     config: Annotated[Path, typer.Argument(help="The study's YAML config.")],
     trials: Annotated[int | None, typer.Option(help="Total trials of the study.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same trials again, with any number of replicas.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any config key.")
     ] = None,
@@ -48,8 +51,11 @@ def search_command(
     overrides = dict(override(text) for text in set_ or [])
     if trials is not None:
         overrides["stop.trials"] = trials
+    if deterministic:
+        overrides["run.deterministic"] = True
     folder, summary, reason = search(load_config(config, overrides), console)
-    _print_end(folder, summary, reason, "search", _again(config, set_))
+    again = _again(config, set_) + (" --deterministic" if deterministic else "")
+    _print_end(folder, summary, reason, "search", again)
     exit_if_stopped(reason)
 
 

@@ -28,6 +28,7 @@ from actors.types import (
 )
 from search.constraints import Constraint, flat
 from search.database import check_url
+from search.policy import RunSection
 from search.records import Objective
 from search.rules import RULES, smaller_is_better
 from search.sections import (
@@ -85,6 +86,7 @@ class Config(Section):
     surgical: SurgicalSection = SurgicalSection()
     refine: RefineSection = RefineSection()
     stop: StopSection = StopSection()
+    run: RunSection = RunSection()
     replicas: ReplicaSection = ReplicaSection()
 
     @property

@@ -57,8 +57,16 @@ class StudyFolder:
         objectives = config.named_objectives
         study = open_storage_study(self._storage(), config.study, objectives)
         space = Space(cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
-        constraints = config.named_constraints
-        return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives, constraints)
+        return SearchStudy(
+            study,
+            make_sampler(section),
+            section.seed,
+            space,
+            cost,
+            objectives,
+            config.named_constraints,
+            config.run.lag if config.run.deterministic else None,
+        )
 
     def _storage(self) -> BaseStorage:
         if self.leased is not None:
@@ -119,7 +127,8 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     facts = {
         **folder.facts,
         "space": f"{config.space.group}, {config.space.levels} levels above {config.space.floor:.0%}",
-        "sampler": f"{config.sampler.name}, seed {config.sampler.seed}",
+        "sampler": f"{config.sampler.name}, seed {config.sampler.seed}"
+        + (f", deterministic, lag {config.run.lag}" if config.run.deterministic else ""),
         "trials": f"{len(rows)}, {scored:,} tokens scored",
         "optuna": optuna.__version__,
     }

@@ -69,10 +69,13 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
     return tuple(point)
 
 
-def minimised(study: SearchStudy) -> tuple[np.ndarray, np.ndarray]:
-    """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished, feasible trials."""
+def minimised(study: SearchStudy, below: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished, feasible trials;
+    only of those `below` a number where it is given."""
     signs = np.array([1.0 if objective.minimize else -1.0 for objective in study.objectives])
-    rows = [(row.number, row.values) for row in study.rows() if row.values is not None and row.feasible]
+    rows = [
+        (row.number, row.values) for row in study.rows()[:below] if row.values is not None and row.feasible
+    ]
     values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(signs))
     return values * signs, np.array([number for number, _ in rows], dtype=int)
 
@@ -137,7 +140,7 @@ class Runner:
             if self._pool.free == 0:
                 return
             self._study.sync()
-            if self._rule_met():
+            if self._rule_met() or self._held_back():
                 return
             try:
                 planned = self._study.propose(self._origin)
@@ -145,9 +148,15 @@ class Runner:
                 continue  # another program's trial: recorded as failed with its reason, or started by it
             self._start(planned)
 
+    def _held_back(self) -> bool:
+        """Whether a trial is under way whose end the next proposal must know."""
+        below = self._study.seen_below(self._study.next_number)
+        twins = (twin.number for waiting in self._twins.values() for twin in waiting)
+        return below is not None and any(number < below for number in (*self._planned, *twins))
+
     def _start(self, planned: Planned) -> None:
-        """Answer a trial from the record of an equal allocation, or have it scored."""
-        if self._answered(planned):
+        """Answer a trial from the record of an equal allocation, or have it scored, if none is under way."""
+        if planned.allocation.key not in self._twins and self._answered(planned):
             self._known_in_a_row += 1
         else:
             self._dispatch(planned)
@@ -169,7 +178,7 @@ class Runner:
     def _rivals(self, planned: Planned) -> tuple[Rival, ...]:
         if not self._may_stop(planned):
             return ()
-        values, numbers = minimised(self._study)
+        values, numbers = minimised(self._study, self._study.seen_below(planned.number))
         rows = self._study.rows()
         members = [rows[number] for number in numbers[front(values)]]
         return rivals_of(self._study.budgets(planned.allocation), members, self._study.objectives)

@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseGASampler, BaseSampler
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -26,6 +26,8 @@ from actors.types import Allocation, RankfrontError, Score
 from search.allocations import method_list
 from search.constraints import ATTRIBUTE, Constraint, violations
 from search.cost import CostModel
+from search.lagged import DECIMALS, Lagged, bound, join_generation
+from search.parents import Parents
 from search.records import Objective, TrialRow
 from search.samplers import reseed
 from search.space import Space
@@ -67,7 +69,10 @@ class TakenError(RankfrontError):
 
 
 class SearchStudy:
-    """One driver's view of a study. The caller holds the study's lock."""
+    """One driver's view of a study. The caller holds the study's lock.
+
+    With a `lag` the search is deterministic: see `search.lagged`.
+    """
 
     def __init__(
         self,
@@ -78,12 +83,15 @@ class SearchStudy:
         cost: CostModel,
         objectives: Sequence[Objective],
         constraints: Sequence[Constraint] = (),
+        lag: int | None = None,
     ) -> None:
         self._study, self._storage = study, study._storage
-        self._sampler, self._seed = sampler, seed
+        self._lag = lag
+        self._sampler, self._seed = sampler if lag is None else Lagged(sampler, lag), seed
         self._space, self._cost = space, cost
         self.objectives, self.constraints = tuple(objectives), tuple(constraints)
-        self._mirror = optuna.create_study(directions=study.directions, sampler=sampler)
+        self._mirror = optuna.create_study(directions=study.directions, sampler=self._sampler)
+        self._parents = Parents(self._mirror, study)
         self._ids: list[int] = []  # storage ids by trial number
         self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
         self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
@@ -133,6 +141,15 @@ class SearchStudy:
     def started(self) -> int:
         """Trials that are running or ended."""
         return len(self._ids) - len(self._trials(TrialState.WAITING))
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next proposal: of the first trial that waits, or a new one."""
+        return next((trial.number for trial in self._trials(TrialState.WAITING)), len(self._ids))
+
+    def seen_below(self, number: int) -> int | None:
+        """In a deterministic search, the number below which the ends of trials decide about `number`."""
+        return None if self._lag is None else bound(number, self._lag)
 
     def count(self, *states: TrialState) -> int:
         return len(self._trials(*states))
@@ -252,11 +269,11 @@ class SearchStudy:
         """
         self.sync()
         self._refuse_foreign()
+        self._parents.restore(self._ids)
         reseed(self._sampler, self._seed, len(self._ids))
         trial = self._mirror.ask(fixed_distributions=self._space.distributions)
-        if isinstance(self._sampler, BaseGASampler):
-            # It is not asked for parameters that are given: no enqueued trial would ever be a parent.
-            self._sampler.get_trial_generation(self._mirror, self._mirror._storage.get_trial(trial._trial_id))
+        join_generation(self._sampler, self._mirror, self._mirror._storage.get_trial(trial._trial_id))
+        self._parents.keep(self._ids)
         frozen = self._mirror._storage.get_trial(trial._trial_id)
         if frozen.number < len(self._ids):
             return self._take_up(frozen)
@@ -327,6 +344,7 @@ class SearchStudy:
 
     def _restart_mirror(self) -> None:
         self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
+        self._parents = Parents(self._mirror, self._study)
         self._ids, self._scored, self._stopped, self._ended = [], {}, {}, {}
 
     def replay(self) -> list[int]:
@@ -349,7 +367,7 @@ class SearchStudy:
 
     def complete(self, planned: Planned, score: Score, copied_from: int | None = None) -> tuple[float, ...]:
         """Record a score: result first, then the state, then the mirror. Returns the values."""
-        metrics = {**self._costs(planned.allocation), **score.metrics}
+        metrics = {**self._costs(planned.allocation), **self._told(score.metrics)}
         values = tuple(metrics[objective.name] for objective in self.objectives)
         result: dict[str, Any] = {"score": score.to_dict()}
         if copied_from is not None:
@@ -373,6 +391,11 @@ class SearchStudy:
     def _costs(self, allocation: Allocation) -> dict[str, float]:
         """Its budgets, and its bytes."""
         return {**self._cost.budgets(allocation), "bytes": self._cost.model_bytes(allocation)}
+
+    def _told(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        if self._lag is None:
+            return metrics
+        return {name: round(value, DECIMALS) for name, value in metrics.items()}
 
     def copy_score(self, planned: Planned, source: int) -> tuple[float, ...] | None:
         """Answer a trial from the record of an equal allocation. Returns the values; a part has none."""

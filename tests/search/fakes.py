@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def open_study(
     population: int = 6,
     objectives: tuple[Objective, ...] = OBJECTIVES,
     constraints: tuple[Constraint, ...] = (),
+    lag: int | None = None,
     **space: Any,
 ) -> SearchStudy:
     """The study of a folder, created if it is new: what a driver does when it starts."""
@@ -63,7 +65,7 @@ def open_study(
     section = SamplerSection(name=sampler, seed=seed, population=population)
     study = open_storage_study(open_journal(folder), "made-up", objectives)
     return SearchStudy(
-        study, make_sampler(section), seed, space_of(cost, **space), cost, objectives, constraints
+        study, make_sampler(section), seed, space_of(cost, **space), cost, objectives, constraints, lag
     )
 
 
@@ -107,6 +109,18 @@ class MadeUpPool:
 
     def close(self) -> None:
         self._queue.clear()
+
+
+class ShuffledPool(MadeUpPool):
+    """Answers in an order of its own: a seeded choice among the jobs it was given."""
+
+    def __init__(self, seed: int, answer: Callable[[Job], Outcome] | None = None, size: int = 2) -> None:
+        super().__init__(answer, size)
+        self._chance = random.Random(seed)
+
+    def wait(self, seconds: float) -> Iterator[Outcome]:
+        if self._queue and self._chance.random() < 0.7:
+            yield self._answer(self._queue.pop(self._chance.randrange(len(self._queue))))
 
 
 def energy_of(target: TargetSpec) -> np.ndarray:

@@ -123,6 +123,7 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),
         ("study", "a/b", "study", ["'a/b'"]),
         ("replicas.count", 0, "replicas.count", ["0", "greater than or equal to 1"]),
+        ("run.lag", -1, "run.lag", ["-1", "greater than or equal to 0"]),
         ("sampler.name", "cmaes", "sampler.name", ["'cmaes'", "nsga2", "tpe"]),
         ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
         ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),

@@ -41,6 +41,8 @@ FIXED = {
     "scoring.kl_top_k": 16,
     "objectives": ["budget.linear", "nll"],
     "constraints": {"perplexity": 30.0},
+    "run.deterministic": True,
+    "run.lag": 5,
     "space.group": "target",
     "space.segments": 2,
     "space.levels": 21,

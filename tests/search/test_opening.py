@@ -104,6 +104,16 @@ def test_a_gpu_each_or_what_cores_and_memory_allow(
     assert replica_plan(config_of(tmp_path, replicas=section), PREPARED, machine) == plan
 
 
+@pytest.mark.parametrize(("section", "threads"), [({}, 1), ({"count": 2}, 1), ({"threads": 3}, 3)], ids=str)
+def test_threads_do_not_follow_the_replicas_of_a_deterministic_search(
+    section: dict[str, Any], threads: int, tmp_path: Path
+) -> None:
+    """Sums over other numbers of threads differ."""
+    config = config_of(tmp_path, replicas=section, run={"deterministic": True})
+    for machine in (Machine(8, 0, 2**40), Machine(16, 4, 2**40)):
+        assert replica_plan(config, PREPARED, machine)[1] == threads
+
+
 def test_what_replicas_keep_counts_as_their_memory(tmp_path: Path) -> None:
     machine = Machine(cores=8, gpus=0, memory=60 * 10**9)
     config = config_of(tmp_path, scoring={"prefix_memory_mb": 12_500.0})
