@@ -177,7 +177,7 @@ def enqueue_command(
     file: Annotated[
         Path,
         typer.Argument(
-            help="YAML or JSON: {target: rank or null}, {ranks: {...}, methods: {target: method}}, or a list."
+            help="YAML, JSON, .jsonl: {target: rank or null}, {ranks: {...}, methods: {...}}, or a list."
         ),
     ],
     runs: Runs = Path("runs"),

@@ -28,7 +28,7 @@ from actors.types import (
 )
 from search.constraints import Constraint, flat
 from search.database import check_url
-from search.policy import RunSection
+from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, smaller_is_better
 from search.sections import (
@@ -82,6 +82,7 @@ class Config(Section):
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
     seeds: SeedSection = SeedSection()
+    warm_start: WarmStartSection = WarmStartSection()
     sensitivity: SensitivitySection = SensitivitySection()
     surgical: SurgicalSection = SurgicalSection()
     refine: RefineSection = RefineSection()

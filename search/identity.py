@@ -59,6 +59,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("sampler", "free", "samplers learn from whatever trials there are"),
     Rule("references", "free", "missing ones are added"),
     Rule("seeds", "free", "missing ones are added"),
+    Rule("warm_start", "free", "missing ones are added"),
     Rule("sensitivity", "free", "missing scores are added"),
     Rule("surgical", "free", "another walk over scores that are kept"),
     Rule("refine", "free", "other settings make another variant"),

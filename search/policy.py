@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from search.sections import Section
+from search.sections import Positive, Section
 
 
 class RunSection(Section):
@@ -18,3 +19,20 @@ class RunSection(Section):
 
     deterministic: bool = False
     lag: Annotated[int, Field(ge=0)] = 16
+
+
+class WarmStartSection(Section):
+    """Scored after the seeds: what other searches found (`search.warm`).
+
+    Each of `sources` is the folder of a study, its name beside this one or in the same database, or a file of
+    allocations. Of a study at most `limit` members of its front are taken, of a file all.
+    """
+
+    sources: tuple[str, ...] = ()
+    limit: Positive = 16
+
+    @field_validator("sources")
+    @classmethod
+    def _absolute(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        """Paths that are there, so that the study can be resumed from another folder."""
+        return tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in sources)

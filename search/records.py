@@ -18,11 +18,11 @@ FACTORS = "factors"
 class TrialRow:
     """One trial of the study as the reports see it.
 
-    `origin` says who proposed it: `dense`, `uniform`, `seed`, `surgical`, `enqueued` or the sampler's name.
-    `values` follow the study's objectives and are None unless the state is COMPLETE; the `score` of a PRUNED
-    trial is partial. `copied_from` is the trial whose score answered this one, where its allocation was
-    known. `macs` are the multiply-accumulates of a token, None where they are not known. `constraints` has
-    what was recorded of each: a violation, where it is above 0.
+    `origin` says who proposed it: `dense`, `uniform`, `seed`, `warm`, `surgical`, `enqueued` or the sampler's
+    name. `values` follow the study's objectives and are None unless the state is COMPLETE; the `score` of a
+    PRUNED trial is partial. `copied_from` is the trial whose score answered this one, where its allocation
+    was known. `macs` are the multiply-accumulates of a token, None where they are not known. `constraints`
+    has what was recorded of each: a violation, where it is above 0.
     """
 
     number: int

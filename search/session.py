@@ -23,6 +23,7 @@ from search.screen import Screen
 from search.seeds import seed_allocations
 from search.signals import stop_on_signals
 from search.study import SearchStudy
+from search.warm import check_sources, warm_allocations
 
 
 def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary, str]:
@@ -31,13 +32,15 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
+    check_sources(config)
     with opened(config, console) as session:
         folder = session.folder
         study = folder.open_study()
         references = config.references
         if config.stop.plateau is not None:  # the hypervolume is measured from the dense model
             references = references.model_copy(update={"dense": True})
-        study.enqueue([*reference_allocations(references, folder.cost), *_seeds(folder, session.say)])
+        warm = warm_allocations(config, folder.prepared.targets, folder.leased, session.say)
+        study.enqueue([*reference_allocations(references, folder.cost), *_seeds(folder, session.say), *warm])
         stop = Stop()
         with replicas(session) as pool, stop_on_signals(stop, console):
             reason = _run(config, study, pool, stop, console, session.say)

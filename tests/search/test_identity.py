@@ -91,6 +91,8 @@ FREE = {
     "references.uniform": [0.5],
     "seeds.spectra": [0.5],
     "seeds.sensitivity": [0.5],
+    "warm_start.sources": ["other"],
+    "warm_start.limit": 3,
     "sensitivity.shares": [0.5],
     "surgical.mode": "task",
     "surgical.growth": 0.01,
