@@ -12,6 +12,7 @@ from actors.tasks import task_of
 from actors.text import corpus_part, text_parts
 from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 from search.constraints import constraint_mistakes
+from search.sections import KNOTS
 from search.surgical import CHUNKS
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ def _space_mistakes(space: SpaceSection) -> list[str]:
     found = []
     if space.segments > 1 and space.group != "module":
         found.append(f"space.segments: {space.segments} needs group: module, not {space.group}")
+    if space.knots != KNOTS and space.group != "curve":
+        found.append(f"space.knots: {space.knots} needs group: curve, not {space.group}")
     methods = space.methods
     for index, name in enumerate(methods):
         if name not in METHOD_NAMES:

@@ -110,6 +110,8 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("space.floor", 0, "space.floor", ["0", "greater than 0"]),
         ("space.floor", 1.01, "space.floor", ["1.01", "less than or equal to 1"]),
         ("space.segments", 3, "space.segments", ["3", "group: module"]),
+        ("space.knots", 3, "space.knots", ["3", "group: curve"]),
+        ("space.knots", 0, "space.knots", ["0", "greater than or equal to 1"]),
         ("scoring.tasks", ["arc_easy", "arc_esay"], "scoring.tasks[1].name", ["'arc_esay'", "arc_easy"]),
         ("scoring.tasks", ["arc_easy", "arc_easy"], "scoring.tasks[1]", ["'arc_easy'", "twice"]),
         ("scoring.tasks", [{"name": "piqa", "source": "/no/piqa"}], "scoring.tasks[0].source", ["/no/piqa"]),

@@ -45,10 +45,13 @@ FIXED = {
     "run.lag": 5,
     "space.group": "target",
     "space.segments": 2,
+    "space.knots": 3,
     "space.levels": 21,
     "space.floor": 0.25,
     "space.methods": ["curvature", "weight"],
 }
+# What a key's other value needs besides.
+NEEDS = {"space.knots": {"space.group": "curve"}}
 CONTENT = {
     "model.source": "other/model",
     "text.source": "other/text",
@@ -188,7 +191,8 @@ def test_every_rule_decides_something() -> None:
 
 @pytest.mark.parametrize("key", FIXED)
 def test_a_fixed_key_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    found = config_differences(changed(tmp_path, {}), changed(tmp_path, {key: FIXED[key]}))
+    beside = NEEDS.get(key, {})
+    found = config_differences(changed(tmp_path, beside), changed(tmp_path, {**beside, key: FIXED[key]}))
     [line] = found
     now = FIXED[key]
     assert line.startswith(f"{key}: was ")
@@ -208,8 +212,8 @@ def test_other_keys_pass(tmp_path: Path, key: str) -> None:
 
 def test_every_difference_is_listed(tmp_path: Path) -> None:
     changes = {
-        key: value for key, value in FIXED.items() if key != "space.segments"
-    }  # it needs group: module
+        key: value for key, value in FIXED.items() if key not in ("space.segments", "space.knots")
+    }  # they need other groups
     found = config_differences(changed(tmp_path, {}), changed(tmp_path, {**changes, **FREE}))
     assert {line.partition(":")[0] for line in found} == set(changes)
     with pytest.raises(RankfrontError) as caught:
