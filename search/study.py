@@ -91,7 +91,7 @@ class SearchStudy:
         self._space, self._cost = space, cost
         self.objectives, self.constraints = tuple(objectives), tuple(constraints)
         self._mirror = optuna.create_study(directions=study.directions, sampler=self._sampler)
-        self._parents = Parents(self._mirror, study)
+        self._parents = Parents(self._mirror)
         self._ids: list[int] = []  # storage ids by trial number
         self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
         self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
@@ -269,11 +269,11 @@ class SearchStudy:
         """
         self.sync()
         self._refuse_foreign()
-        self._parents.restore(self._ids)
+        self._parents.restore()
         reseed(self._sampler, self._seed, len(self._ids))
         trial = self._mirror.ask(fixed_distributions=self._space.distributions)
         join_generation(self._sampler, self._mirror, self._mirror._storage.get_trial(trial._trial_id))
-        self._parents.keep(self._ids)
+        self._parents.keep(trial._trial_id)
         frozen = self._mirror._storage.get_trial(trial._trial_id)
         if frozen.number < len(self._ids):
             return self._take_up(frozen)
@@ -344,7 +344,7 @@ class SearchStudy:
 
     def _restart_mirror(self) -> None:
         self._mirror = optuna.create_study(directions=self._study.directions, sampler=self._sampler)
-        self._parents = Parents(self._mirror, self._study)
+        self._parents = Parents(self._mirror)
         self._ids, self._scored, self._stopped, self._ended = [], {}, {}, {}
 
     def replay(self) -> list[int]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fakes
 import optuna
 import pytest
 from fakes import (
@@ -16,6 +20,7 @@ from fakes import (
     score_of,
     stored,
 )
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.samples import pack_floats, unpack_floats
@@ -23,15 +28,22 @@ from actors.stages import Judge
 from search.constraints import Constraint
 from search.journal import open_journal
 from search.lagged import Snapshot
+from search.parents import ATTRIBUTE as PARENTS
 from search.pool import Job, Outcome
 from search.runner import Runner, Stop
 from search.sections import StopSection
 from search.study import RESULT, SearchStudy
 
 LAG = 9
-COUNT = 60
+COUNT = 45
 BOUND = Constraint("budget.model", 0.95)
 Seen = list[tuple[object, ...]]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of writes, and no machine loses its power here."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def opened(folder: Path, sampler: str, lag: int = LAG) -> SearchStudy:
@@ -85,11 +97,11 @@ def test_the_same_trials_with_any_number_of_replicas_and_through_restarts(
         run(opened(folder, sampler), ShuffledPool(size, answer, size))
         assert seen(folder) == expected
     folder = tmp_path / "killed"
-    for instant, size in ((14, 5), (37, 2)):
+    for instant, size in ((14, 5), (29, 2)):
         stop, pool = Stop(), ShuffledPool(instant, size=size)
 
-        def killed(job: Job, stop: Stop = stop, pool: MadeUpPool = pool, instant: int = instant) -> Outcome:
-            if len(pool.submitted) > instant // 2 and len(stored(folder)) > instant:
+        def killed(job: Job, stop: Stop = stop, instant: int = instant) -> Outcome:
+            if job.key >= instant:
                 stop.reason = "SIGKILL"
             return answer(job)
 
@@ -99,6 +111,60 @@ def test_the_same_trials_with_any_number_of_replicas_and_through_restarts(
         assert any(trial.state == TrialState.RUNNING for trial in stored(folder)), "some were in flight"
     run(opened(folder, sampler), ShuffledPool(3, answer, 5))
     assert seen(folder) == expected
+
+
+WRITES = (
+    "create_new_trial",
+    "set_study_system_attr",
+    "set_trial_param",
+    "set_trial_state_values",
+    "set_trial_system_attr",
+    "set_trial_user_attr",
+)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3"])
+def test_a_driver_cut_off_at_any_write_goes_on_with_the_same_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """Cut off again and again: before its 10th write, before its 11th, ... until it gets to the end."""
+    run(opened(tmp_path / "whole", sampler), MadeUpPool(answer, size=1))
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    left = [0]
+
+    def counted(write: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return write(*arguments, **named)
+
+        return counting
+
+    def cut_off(storage: BaseStorage) -> None:
+        for name in WRITES:
+            monkeypatch.setattr(storage, name, counted(getattr(storage, name)))
+
+    plain = fakes.open_journal
+    for cuts in range(100):
+        left[0] = 9 + cuts
+
+        def journal(path: Path) -> BaseStorage:
+            storage = plain(path)
+            cut_off(storage)
+            return storage
+
+        monkeypatch.setattr(fakes, "open_journal", journal)
+        try:
+            run(opened(folder, sampler), ShuffledPool(cuts, answer, size=3))
+        except KeyboardInterrupt:
+            monkeypatch.setattr(fakes, "open_journal", plain)
+            continue
+        break
+    monkeypatch.setattr(fakes, "open_journal", plain)
+    assert cuts > 10
+    assert seen(folder) == seen(tmp_path / "whole")
 
 
 def test_without_it_the_order_of_results_decides(tmp_path: Path) -> None:
@@ -158,21 +224,19 @@ def test_values_are_rounded_before_they_are_told(tmp_path: Path) -> None:
 
 
 def test_parents_are_the_same_after_a_restart(tmp_path: Path) -> None:
-    """And in the storage, by its own ids, where a plain Optuna program looks for them."""
+    """Those chosen for the seventh trial, the first of a generation, are the first six, kept by number."""
     other = optuna.create_study(storage=open_journal(tmp_path), study_name="other")
     for _ in range(3):
         other.ask()  # so that ids are not numbers
     study = open_study(tmp_path, "nsga2", population=6)
     propose_and_complete(study, 14)
     key = "NSGAIISampler:parent:1"
-    ids = {trial.number: trial._trial_id for trial in stored(tmp_path)}
-    assert ids[0] == 3
-    kept = study._storage.get_study_system_attrs(study._study._study_id)[key]
-    assert sorted(kept) == [ids[number] for number in range(6)]
+    assert [trial.number for trial in stored(tmp_path) if PARENTS in trial.system_attrs] == [6, 12]
+    assert sorted(stored(tmp_path)[6].system_attrs[PARENTS][key]) == list(range(6))
     again = open_study(tmp_path, "nsga2", population=6)
     again.propose("nsga2")
-    restored = again._mirror._storage.get_study_system_attrs(again._mirror._study_id)
-    assert [again._mirror._storage.get_trial(parent).number for parent in restored[key]] == [
-        study._mirror._storage.get_trial(parent).number
-        for parent in study._mirror._storage.get_study_system_attrs(study._mirror._study_id)[key]
-    ]
+    chosen = [each._mirror._storage.get_study_system_attrs(each._mirror._study_id) for each in (study, again)]
+    for generation in (1, 2):
+        key = f"NSGAIISampler:parent:{generation}"
+        assert len(chosen[0][key]) == 6
+        assert chosen[0][key] == chosen[1][key], "ids of a mirror are numbers"
