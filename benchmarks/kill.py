@@ -111,8 +111,10 @@ class _Reporting(SearchStudy):
 
     reported: int
 
-    def _finish(self, number: int, state: TrialState, values: Any, result: Mapping[str, Any]) -> None:
-        super()._finish(number, state, values, result)
+    def _finish(
+        self, number: int, state: TrialState, values: Any, result: Mapping[str, Any], passed: Any = None
+    ) -> None:
+        super()._finish(number, state, values, result, passed)
         _write(self.reported, [number, state.name, list(values) if values else None])
 
 

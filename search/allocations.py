@@ -6,6 +6,7 @@ Members of front.json and the ranks.yaml of an export are of the second kind.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,37 @@ import yaml
 from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
 
 
+def read_items(file: Path) -> list[Any]:
+    """What a YAML or JSON file lists, or the one thing it is; of a `.jsonl` file each line.
+
+    Raises:
+        RankfrontError: the file cannot be read, and at which line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return [_line(line, f"{file}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RankfrontError(f"{file}: cannot be read: {error}") from error
+    return data if isinstance(data, list) else [data]
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise RankfrontError(f"{where}: cannot be read: {error}") from error
+
+
 def read_allocations(file: Path, targets: Sequence[TargetSpec], factors: FactorSpec) -> list[Allocation]:
-    """The allocations of a YAML or JSON file, in its order.
+    """The allocations of a YAML, JSON or JSON lines file, in its order.
 
     Raises:
         RankfrontError: the file cannot be read, or every mistake of every allocation in it, at once.
     """
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RankfrontError(f"{file}: cannot be read: {error}") from error
     allocations, mistakes = [], []
-    for index, item in enumerate(data if isinstance(data, list) else [data]):
+    for index, item in enumerate(read_items(file)):
         try:
             allocations.append(_allocation(item, targets, factors, f"{file.name}[{index}]"))
         except RankfrontError as error:

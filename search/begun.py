@@ -52,6 +52,15 @@ def stored_identity(storage: BaseStorage, study: str) -> Identity | None:
     return Identity(f"study {study!r} of the database", kept["config"], kept["prepared"]["fingerprints"])
 
 
+def stored_preparation(storage: BaseStorage, study: str) -> tuple[Mapping[str, Any], Prepared] | None:
+    """The config, as plain data, and the preparation of a study in a database; None where it has none."""
+    found = next((known for known in storage.get_all_studies() if known.study_name == study), None)
+    if found is None or IDENTITY not in found.user_attrs:
+        return None
+    kept = found.user_attrs[IDENTITY]
+    return kept["config"], Prepared.from_dict(kept["prepared"])
+
+
 def write_identity(storage: BaseStorage, config: Config, prepared: Prepared) -> None:
     """Keep config and preparation with the study of a database, which is created if there is none."""
     study = open_storage_study(storage, config.study, config.named_objectives)

@@ -41,6 +41,9 @@ errors = Console(stderr=True, highlight=False)
 def search_command(
     config: Annotated[Path, typer.Argument(help="The study's YAML config.")],
     trials: Annotated[int | None, typer.Option(help="Total trials of the study.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same trials again, with any number of replicas.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any config key.")
     ] = None,
@@ -49,8 +52,11 @@ def search_command(
     overrides = dict(override(text) for text in set_ or [])
     if trials is not None:
         overrides["stop.trials"] = trials
+    if deterministic:
+        overrides["run.deterministic"] = True
     folder, summary, reason = search(load_config(config, overrides), console)
-    _print_end(folder, summary, reason, "search", _again(config, set_))
+    again = _again(config, set_) + (" --deterministic" if deterministic else "")
+    _print_end(folder, summary, reason, "search", again)
     exit_if_stopped(reason)
 
 
@@ -78,6 +84,9 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command:
         console.print(f"  {sentence}", soft_wrap=True)
     console.print()
     counts = f"{finished} trials scored" + (f", {failed} failed" if failed else "")
+    infeasible = sum(row.finished and not row.feasible for row in summary.rows)
+    if infeasible:
+        counts += f", {infeasible} violate a constraint"
     if stopped:
         counts += f", {stopped} stopped early"
     if running:
@@ -169,7 +178,7 @@ def enqueue_command(
     file: Annotated[
         Path,
         typer.Argument(
-            help="YAML or JSON: {target: rank or null}, {ranks: {...}, methods: {target: method}}, or a list."
+            help="YAML, JSON, .jsonl: {target: rank or null}, {ranks: {...}, methods: {...}}, or a list."
         ),
     ],
     runs: Runs = Path("runs"),

@@ -13,7 +13,7 @@ from search.config import parse_config
 from search.findings import cells_table
 from search.folder import find_study, report
 from search.refine import comparison_cells, refine
-from search.terminal import Runs, StudyName, console, exit_if_stopped, program
+from search.terminal import Runs, StudyName, console, exit_if_stopped, program, warn_infeasible
 
 
 def refine_command(
@@ -33,7 +33,9 @@ def refine_command(
     raw = folder.config.model_dump(mode="json")
     raw["refine"] |= {k: v for k, v in (("steps", steps), ("tokens", tokens)) if v is not None}
     folder = replace(folder, config=parse_config(raw, "refine"))
-    [row] = chosen(report(folder, folder.open_study()), trial, budget)
+    summary = report(folder, folder.open_study())
+    [row] = chosen(summary, trial, budget)
+    warn_infeasible(summary, [row])
     found = refine(folder, row, console)
     console.print(f"Stopped: {found.ended}", soft_wrap=True)
     if found.scores:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from actors.refinement import RefinementSpec
@@ -26,10 +26,13 @@ from actors.types import (
     ScoringSpec,
     TextSource,
 )
+from search.constraints import Constraint, flat
 from search.database import check_url
+from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, smaller_is_better
 from search.sections import (
+    Bound,
     CalibrationSection,
     CostSection,
     FactorSection,
@@ -74,14 +77,17 @@ class Config(Section):
     scoring: ScoringSection = ScoringSection()
     cost: CostSection = CostSection()
     objectives: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] = ("budget.model", "nll")
+    constraints: Annotated[dict[str, Bound], BeforeValidator(flat)] = Field(default_factory=dict)
     space: SpaceSection = SpaceSection()
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
     seeds: SeedSection = SeedSection()
+    warm_start: WarmStartSection = WarmStartSection()
     sensitivity: SensitivitySection = SensitivitySection()
     surgical: SurgicalSection = SurgicalSection()
     refine: RefineSection = RefineSection()
     stop: StopSection = StopSection()
+    run: RunSection = RunSection()
     replicas: ReplicaSection = ReplicaSection()
 
     @property
@@ -104,6 +110,10 @@ class Config(Section):
     @property
     def named_objectives(self) -> tuple[Objective, ...]:
         return tuple(Objective(name, minimize=smaller_is_better(name)) for name in self.objectives)
+
+    @property
+    def named_constraints(self) -> tuple[Constraint, ...]:
+        return tuple(Constraint(metric, bound) for metric, bound in self.constraints.items())
 
     @property
     def refinement(self) -> RefinementSpec:
@@ -207,7 +217,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
             if field.is_required():
                 mistakes.append(f"{key}: missing")
             else:
-                sections[key] = field.get_default()
+                sections[key] = field.get_default(call_default_factory=True)
             continue
         adapter = adapter_of(field)
         try:

@@ -14,7 +14,7 @@ from actors.types import Allocation, TargetSpec
 from search.findings import perplexity
 from search.panels import Panel, Point, front_rows, perplexity_ticks
 from search.pareto import hypervolume_history
-from search.plots import DENSE, FRONT, SEED, TRIAL, UNIFORM
+from search.plots import DENSE, FRONT, INFEASIBLE, SEED, TRIAL, UNIFORM
 from search.records import StudySummary
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
@@ -31,7 +31,8 @@ def panel_figure(panel: Panel) -> go.Figure:
     hover = _hover(panel)
     members = {point.trial for point in panel.front}
     others = [p for p in panel.trials if p.trial not in members and p.origin not in REFERENCES]
-    _dots(figure, "trial", others, hover, size=6, color=TRIAL, opacity=0.6)
+    _dots(figure, "trial", [p for p in others if p.feasible], hover, size=6, color=TRIAL, opacity=0.6)
+    _dots(figure, INFEASIBLE, panel.infeasible, hover, size=7, color=TRIAL, symbol="x-thin-open")
     best = panel.best
     line = {"x": [p.kept for p in best], "y": [p.value for p in best], "line": {"color": FRONT, "width": 2}}
     figure.add_trace(go.Scatter(mode="lines", showlegend=False, hoverinfo="skip", **line))
@@ -55,7 +56,7 @@ def hypervolume_figure(summary: StudySummary) -> go.Figure | None:
     if not rows or len(summary.reference) != len(summary.objectives):
         return None
     signs = np.array([1.0 if objective.minimize else -1.0 for objective in summary.objectives])
-    points = np.array([row.values for row in rows]) * signs
+    points = [row.point(summary.objectives) for row in rows]
     history = hypervolume_history(points, np.array(summary.reference) * signs)
     figure = _figure("trial", "hypervolume", height=340)
     line = {"color": FRONT, "width": 2, "shape": "hv"}

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.types import RankfrontError, Score
-from search.panels import dense_row, front_rows
+from search.constraints import broken
+from search.panels import dense_row, front_rows, infeasible_rows
 from search.records import StudySummary, TrialRow
 
 LADDER = (0.95, 0.9, 0.8, 0.7, 0.6)
@@ -21,6 +22,8 @@ LARGEST_WRITTEN = math.log(1e5)
 """nats/token from which a perplexity is written as a power of e: digits mean nothing there, exp overflows."""
 
 SAME = "≈"
+INFEASIBLE = "✗"
+INFEASIBLE_NOTE = "✗ violates a constraint"
 SAME_NOTE = "≈ within two standard errors of the row above, of the differences window by window where known"
 
 
@@ -39,7 +42,7 @@ def headline(summary: StudySummary) -> list[str]:
     The best has the lowest search-split loss; a point that answered the rung before is not repeated. The
     test split, which chose nothing, is added where both the point and the dense model were scored on it.
     """
-    sentences, told = [], set()
+    sentences, told = _none_feasible(summary), set()
     reference = dense_row(summary)
     for rung in LADDER:
         under = [row for row in front_rows(summary) if row.budget_model <= rung]
@@ -50,6 +53,15 @@ def headline(summary: StudySummary) -> list[str]:
             told.add(best.number)
             sentences.append(_sentence(best, reference, summary))
     return sentences
+
+
+def _none_feasible(summary: StudySummary) -> list[str]:
+    """A sentence where trials were scored and none of them keeps to every constraint."""
+    found = infeasible_rows(summary)
+    if not found or any(row.finished and row.feasible for row in summary.rows):
+        return []
+    nearest = f"trial {found[0].number}: {broken(summary.constraints, found[0])}"
+    return [f"No trial keeps to every constraint yet; the nearest is {nearest}."]
 
 
 def front_cells(summary: StudySummary) -> Cells:
@@ -74,8 +86,12 @@ def front_cells(summary: StudySummary) -> Cells:
         full = _cells(row, above, reference, tests[row.number])
         cells.append(tuple(full[i] for i in keep))
         above = row.score
-    note = SAME_NOTE if any(SAME in cell for row_cells in cells for cell in row_cells) else ""
-    return Cells(tuple(columns[i] for i in keep), tuple(cells), note)
+    found = [
+        note
+        for sign, note in ((SAME, SAME_NOTE), (INFEASIBLE, INFEASIBLE_NOTE))
+        if any(sign in cell for row_cells in cells for cell in row_cells)
+    ]
+    return Cells(tuple(columns[i] for i in keep), tuple(cells), "; ".join(found))
 
 
 def front_table(summary: StudySummary) -> Table:
@@ -154,7 +170,7 @@ def _cells(
     difference = score.text.nll - reference.score.text.nll if reference and reference.score else math.nan
     same = SAME if above is not None and _indistinct(score, above) else ""
     return (
-        str(row.number),
+        str(row.number) if row.feasible else f"{INFEASIBLE}{row.number}",
         f"{100 * row.budget_model:.1f}%",
         same + _loss(score),
         perplexity(score.text.nll),

@@ -23,7 +23,7 @@ from search.records import StudySummary
 from search.report import write_report
 from search.runner import hypervolumes, minimised, reference_point
 from search.samplers import make_sampler
-from search.sections import SamplerSection
+from search.sections import SamplerSection, SpaceSection
 from search.space import Space
 from search.study import SearchStudy, open_storage_study
 
@@ -57,7 +57,16 @@ class StudyFolder:
         objectives = config.named_objectives
         study = open_storage_study(self._storage(), config.study, objectives)
         space = Space(cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
-        return SearchStudy(study, make_sampler(section), section.seed, space, cost, objectives)
+        return SearchStudy(
+            study,
+            make_sampler(section),
+            section.seed,
+            space,
+            cost,
+            objectives,
+            config.named_constraints,
+            config.run.lag if config.run.deterministic else None,
+        )
 
     def _storage(self) -> BaseStorage:
         if self.leased is not None:
@@ -117,11 +126,14 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     scored = sum(row.score.forward_tokens for row in rows if row.score and row.copied_from is None)
     facts = {
         **folder.facts,
-        "space": f"{config.space.group}, {config.space.levels} levels above {config.space.floor:.0%}",
-        "sampler": f"{config.sampler.name}, seed {config.sampler.seed}",
+        "space": _space_fact(config.space),
+        "sampler": f"{config.sampler.name}, seed {config.sampler.seed}"
+        + (f", deterministic, lag {config.run.lag}" if config.run.deterministic else ""),
         "trials": f"{len(rows)}, {scored:,} tokens scored",
         "optuna": optuna.__version__,
     }
+    if study.constraints:
+        facts["constraints"] = ", ".join(map(str, study.constraints))
     return StudySummary(
         study=config.study,
         model=short_name(config.model.source),
@@ -133,6 +145,7 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
         evaluations=Evaluations(folder.path).rows,
         facts=facts,
         macs_length=folder.cost.length,
+        constraints=study.constraints,
     )
 
 
@@ -146,6 +159,12 @@ def factor_fact(factors: FactorSpec) -> str:
     own = "".join(f", {pattern} by {method}" for pattern, method in factors.methods)
     chosen = f", the search chooses among {'/'.join(factors.choices)}" if factors.choices else ""
     return f"{factors.method}{own}{chosen}, bias {factors.bias}, {factors.dtype}"
+
+
+def _space_fact(space: SpaceSection) -> str:
+    more = {"curve": f" of {space.knots} knots", "module": f" in {space.segments} segments"}
+    cut = "" if space.group == "module" and space.segments == 1 else more.get(space.group, "")
+    return f"{space.group}{cut}, {space.levels} levels above {space.floor:.0%}"
 
 
 def _mac_fact(cost: CostModel) -> str:

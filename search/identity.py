@@ -12,8 +12,9 @@ from search.config import Config
 
 Verdict = Literal["fixed", "content", "free"]
 
-# Mappings that are values, not sections: their keys are the user's, and their order counts.
-ORDERED = ("factors.methods",)
+# Mappings that are values, not sections: their keys are the user's. The order of patterns counts, constraints
+# are kept sorted.
+MAPPINGS = ("factors.methods", "constraints")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,17 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("scoring.stages", "free", "how far a dominated trial is scored, not what a whole score is"),
     Rule("cost", "free", "counted again from the ranks"),
     Rule("objectives", "fixed", "the values of the study"),
+    Rule("constraints", "fixed", "finished trials keep the violations they were recorded with"),
     Rule("space", "fixed", "the parameters of the study"),
     Rule("sampler", "free", "samplers learn from whatever trials there are"),
     Rule("references", "free", "missing ones are added"),
     Rule("seeds", "free", "missing ones are added"),
+    Rule("warm_start", "free", "missing ones are added"),
     Rule("sensitivity", "free", "missing scores are added"),
     Rule("surgical", "free", "another walk over scores that are kept"),
     Rule("refine", "free", "other settings make another variant"),
     Rule("stop", "free", "how far to go"),
+    Rule("run", "fixed", "the same trials again only by the same rule"),
     Rule("replicas", "free", "how fast to go"),
 )
 
@@ -75,10 +79,10 @@ def rule_for(key: str) -> Rule:
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping of dotted keys; lists and the `ORDERED` mappings are values."""
+    """Nested mappings as one mapping of dotted keys; lists and the `MAPPINGS` are values."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, Mapping) and prefix + key not in ORDERED:
+        if isinstance(value, Mapping) and prefix + key not in MAPPINGS:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value

@@ -105,4 +105,5 @@ class Packing:
             reason=result.get("reason"),
             copied_from=result.get("copied_from"),
             macs=self.cost.macs(allocation),
+            constraints=trial.constraints,
         )

@@ -29,6 +29,7 @@ class Point:
     value: float
     stderr: float
     origin: str
+    feasible: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Panel:
         return tuple(p for p in points if self.limits[0] <= p.value <= self.limits[1])
 
     @property
+    def infeasible(self) -> tuple[Point, ...]:
+        """The trials that violate a constraint."""
+        return tuple(point for point in self.trials if not point.feasible)
+
+    @property
     def note(self) -> str:
         """Says what the axis leaves out; empty where it shows everything."""
         if not self.beyond:
@@ -76,6 +82,12 @@ def front_rows(summary: StudySummary) -> list[TrialRow]:
     """The scored members of the front, in the summary's order (smallest budget last)."""
     by_number = {row.number: row for row in summary.rows}
     return [by_number[number] for number in summary.front if by_number[number].score is not None]
+
+
+def infeasible_rows(summary: StudySummary) -> list[TrialRow]:
+    """The finished trials that violate a constraint, least sum of violations first, as samplers rank them."""
+    found = [row for row in summary.rows if row.finished and not row.feasible]
+    return sorted(found, key=lambda row: sum(value for value in row.constraints.values() if value > 0))
 
 
 def panels(summary: StudySummary) -> tuple[Panel, ...]:
@@ -150,7 +162,7 @@ def _points(rows: Iterable[tuple[TrialRow, Score | None]], measure: Measure) -> 
     for row, score in rows:
         measured = measure(score) if score is not None else None
         if measured is not None:
-            found.append(Point(row.number, 100 * row.budget_model, *measured, row.origin))
+            found.append(Point(row.number, 100 * row.budget_model, *measured, row.origin, row.feasible))
     return tuple(found)
 
 

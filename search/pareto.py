@@ -69,6 +69,16 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     return _volume(inside[front(inside)], bound)
 
 
+def contributions(points: ArrayLike, reference: ArrayLike) -> Floats:
+    """What each of `points` (n, d) adds to the hypervolume that all others dominate, (n,).
+
+    Raises as `hypervolume`.
+    """
+    array = _points(points)
+    whole = hypervolume(array, reference)
+    return np.array([whole - hypervolume(np.delete(array, i, axis=0), reference) for i in range(len(array))])
+
+
 def hypervolume_history(points: ArrayLike, reference: ArrayLike) -> Floats:
     """Hypervolume after each row of `points` (n, d), in their order: (n,), never decreasing.
 

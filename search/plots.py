@@ -22,6 +22,7 @@ TRIAL = "#9aa5b1"
 UNIFORM = "#c96a12"
 SEED = "#0f8a5f"
 DENSE = "#111827"
+INFEASIBLE = "violates a constraint"
 LABEL_GAP = (44.0, 18.0)
 """Pixels, across and up, that keep two labels apart; a label that would come closer is left out."""
 
@@ -59,7 +60,11 @@ def front_png(summary: StudySummary) -> bytes:
 
 def _draw(axis: Axes, panel: Panel) -> None:
     _axes(axis, panel)
-    _scatter(axis, panel.trials, label="trial", s=22, color=TRIAL, alpha=0.45, linewidths=0, zorder=1)
+    kept = [point for point in panel.trials if point.feasible]
+    _scatter(axis, kept, label="trial", s=22, color=TRIAL, alpha=0.45, linewidths=0, zorder=1)
+    _scatter(
+        axis, panel.infeasible, label=INFEASIBLE, marker="x", s=22, color=TRIAL, linewidths=1.0, zorder=1
+    )
     best = panel.best
     axis.plot([p.kept for p in best], [p.value for p in best], color=FRONT, linewidth=1.8, zorder=2)
     bars: dict[str, Any] = {"fmt": "o", "color": FRONT, "markersize": 7, "elinewidth": 1.3, "zorder": 4}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.types import Allocation, Score
+from search.constraints import Constraint, feasible
 
 FACTORS = "factors"
 """The variant that is a trial's own factors."""
@@ -16,10 +18,11 @@ FACTORS = "factors"
 class TrialRow:
     """One trial of the study as the reports see it.
 
-    `origin` says who proposed it: `dense`, `uniform`, `seed`, `surgical`, `enqueued` or the sampler's name.
-    `values` follow the study's objectives and are None unless the state is COMPLETE; the `score` of a PRUNED
-    trial is partial. `copied_from` is the trial whose score answered this one, where its allocation was
-    known. `macs` are the multiply-accumulates of a token, None where they are not known.
+    `origin` says who proposed it: `dense`, `uniform`, `seed`, `warm`, `surgical`, `enqueued` or the sampler's
+    name. `values` follow the study's objectives and are None unless the state is COMPLETE; the `score` of a
+    PRUNED trial is partial. `copied_from` is the trial whose score answered this one, where its allocation
+    was known. `macs` are the multiply-accumulates of a token, None where they are not known. `constraints`
+    has what was recorded of each: a violation, where it is above 0.
     """
 
     number: int
@@ -36,6 +39,20 @@ class TrialRow:
     reason: str | None
     copied_from: int | None
     macs: int | None = None
+    constraints: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it violates no constraint."""
+        return feasible(self.constraints)
+
+    def point(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
+        """The values of a finished trial, each to be minimised; infinite where it is not feasible: it then
+        dominates nothing and adds no hypervolume."""
+        assert self.values is not None
+        if not self.feasible:
+            return (math.inf,) * len(objectives)
+        return tuple(v if o.minimize else -v for v, o in zip(self.values, objectives, strict=True))
 
     @property
     def stopped_by(self) -> int | None:
@@ -85,7 +102,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class StudySummary:
-    """All that a report shows of a study. `front` holds trial numbers, smallest budget last.
+    """All that a report shows of a study. `front` holds numbers of feasible trials, smallest budget last.
 
     `macs_length` are the positions a token attends to in the rows' `macs`.
     """
@@ -100,6 +117,7 @@ class StudySummary:
     evaluations: tuple[Evaluation, ...]
     facts: Mapping[str, str]
     macs_length: int | None = None
+    constraints: tuple[Constraint, ...] = ()
 
     def test_score(self, trial: int, variant: str = FACTORS) -> Score | None:
         """The latest test-split score of a trial's variant, if there is one."""

@@ -8,16 +8,20 @@ from html import escape
 from pathlib import Path
 
 from actors.types import TargetSpec
+from search.constraints import broken
 from search.files import write_atomic
 from search.findings import front_cells, front_table, headline, percent
 from search.further import further_cells
 from search.page import chart, facts_section, page, table
-from search.panels import front_rows, panels
+from search.panels import front_rows, infeasible_rows, panels
 from search.plots import front_png
 from search.records import StudySummary
 from search.tables import evaluations_parquet, front_json, trials_parquet
 
 __all__ = ["front_table", "headline", "report_html", "write_report"]
+
+MOST_INFEASIBLE = 20
+"""Rows of the table of trials that violate a constraint: trials.parquet has them all."""
 
 CHOOSE = "Plotly.restyle('ranks', {visible: Array.from(this.options, option => option.selected)})"
 
@@ -51,7 +55,7 @@ def report_html(summary: StudySummary, targets: Sequence[TargetSpec] = ()) -> st
         _ranks(summary, targets),
         _progress(summary),
     ]
-    sections += [_stopped(summary), _failures(summary), _facts(summary)]
+    sections += [_infeasible(summary), _stopped(summary), _failures(summary), _facts(summary)]
     title = f"{summary.study}: {summary.model}"
     return page(title, summary.model, f"study {summary.study} · {_count(summary)}", sections)
 
@@ -128,6 +132,22 @@ def _progress(summary: StudySummary) -> str:
     against = escape(", ".join(f"{objective.name} = {value:g}" for objective, value in named))
     note = f'<p class="note">Volume the front dominates, up to the reference point {against}.</p>'
     return f"<section><h2>Progress of the search</h2>{chart(figure, 'progress')}{note}</section>"
+
+
+def _infeasible(summary: StudySummary) -> str:
+    """Finished trials that violate a constraint, smallest violation first: never on the front."""
+    found = infeasible_rows(summary)
+    if not found:
+        return ""
+    rows = [
+        (str(row.number), percent(row.budget_model), row.origin, broken(summary.constraints, row))
+        for row in found[:MOST_INFEASIBLE]
+    ]
+    shown = table(("trial", "kept", "origin", "violates"), rows, "reasons")
+    more = f", the nearest {MOST_INFEASIBLE} shown" if len(found) > MOST_INFEASIBLE else ""
+    finished = sum(row.finished for row in summary.rows)
+    note = f"{len(found)} of {finished} finished trials{more}; none is on the front."
+    return f'<section><h2>Trials that violate a constraint</h2>{shown}<p class="note">{note}</p></section>'
 
 
 def _stopped(summary: StudySummary) -> str:

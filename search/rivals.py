@@ -8,7 +8,7 @@ from actors.types import Rival, Score
 from search.records import Objective, TrialRow
 
 # Trials that someone asked for by name: they are scored to the end, whatever dominates them.
-ASKED_FOR = ("dense", "uniform", "seed", "enqueued")
+ASKED_FOR = ("dense", "uniform", "seed", "warm", "enqueued")
 
 # The strongest of a front's members that are no larger are those of nearly the same size: more of them only
 # make a job heavier (4 bytes a window and objective each) and a stop by chance likelier.

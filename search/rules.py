@@ -11,6 +11,8 @@ from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
 from actors.text import corpus_part, text_parts
 from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+from search.constraints import constraint_mistakes
+from search.sections import KNOTS
 from search.surgical import CHUNKS
 
 if TYPE_CHECKING:
@@ -184,6 +186,8 @@ def _space_mistakes(space: SpaceSection) -> list[str]:
     found = []
     if space.segments > 1 and space.group != "module":
         found.append(f"space.segments: {space.segments} needs group: module, not {space.group}")
+    if space.knots != KNOTS and space.group != "curve":
+        found.append(f"space.knots: {space.knots} needs group: curve, not {space.group}")
     methods = space.methods
     for index, name in enumerate(methods):
         if name not in METHOD_NAMES:
@@ -268,6 +272,7 @@ def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> li
 # The sections each rule needs; it is asked where all of them could be read.
 RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
+    (("constraints", "scoring"), constraint_mistakes),
     (("scoring",), _task_mistakes),
     (("scoring",), _stride_mistakes),
     (("scoring", "text"), _kl_mistakes),

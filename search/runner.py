@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 
 from actors.types import RankfrontError, Rival, Score
 from search.events import Note, silent
-from search.pareto import hypervolume, hypervolume_history, plateaued
+from search.pareto import front, hypervolume, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
+from search.records import TrialRow
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
 from search.study import Planned, SearchStudy, TakenError
@@ -70,19 +71,26 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
     return tuple(point)
 
 
-def minimised(study: SearchStudy) -> tuple[np.ndarray, np.ndarray]:
-    """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished trials."""
-    rows = [(row.number, row.values) for row in study.rows() if row.values is not None]
+def minimised(study: SearchStudy, below: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished, feasible trials;
+    only of those `below` a number where it is given."""
+    rows = [
+        (row.number, row.values) for row in study.rows()[:below] if row.values is not None and row.feasible
+    ]
     values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(study.signs))
     return values * study.signs, np.array([number for number, _ in rows], dtype=int)
 
 
 def hypervolumes(study: SearchStudy) -> np.ndarray:
-    """Hypervolume after each finished trial, (n,); empty until there is a reference point."""
+    """Hypervolume after each finished trial, (n,); empty until there is a reference point.
+
+    A trial that violates a constraint adds nothing, and counts.
+    """
     reference = reference_point(study)
     if reference is None:
         return np.empty(0)
-    return hypervolume_history(minimised(study)[0], study.signs * reference)
+    points = [row.point(study.objectives) for row in study.rows() if row.values is not None]
+    return hypervolume_history(points, study.signs * reference)
 
 
 def current_hypervolume(study: SearchStudy) -> float | None:
@@ -137,7 +145,7 @@ class Runner:
     def _fill(self) -> None:
         """Keep every replica busy with one trial ahead, as far as that takes few proposals already known."""
         for _ in range(self._pool.free + KNOWN_PER_LOOK):
-            if self._pool.free == 0 or self._rule_met():
+            if self._pool.free == 0 or self._rule_met() or self._held_back():
                 return
             try:
                 planned = self._study.propose(self._origin)
@@ -146,9 +154,15 @@ class Runner:
             self._note("proposed", trial=planned.number, origin=self._study.origin(planned.number))
             self._start(planned)
 
+    def _held_back(self) -> bool:
+        """Whether a trial is under way whose end the next proposal must know."""
+        below = self._study.seen_below(self._study.next_number)
+        twins = (twin.number for waiting in self._twins.values() for twin in waiting)
+        return below is not None and any(number < below for number in (*self._planned, *twins))
+
     def _start(self, planned: Planned) -> None:
-        """Answer a trial from the record of an equal allocation, or have it scored."""
-        if self._answered(planned):
+        """Answer a trial from the record of an equal allocation, or have it scored, if none is under way."""
+        if planned.allocation.key not in self._twins and self._answered(planned):
             self._known_in_a_row += 1
         else:
             self._dispatch(planned)
@@ -171,8 +185,16 @@ class Runner:
     def _rivals(self, planned: Planned) -> tuple[Rival, ...]:
         if not self._may_stop(planned):
             return ()
+        below = self._study.seen_below(planned.number)
         budgets = self._study.budgets(planned.allocation)
-        return rivals_of(budgets, self._study.front, self._study.objectives)
+        return rivals_of(budgets, self._front(below), self._study.objectives)
+
+    def _front(self, below: int | None) -> list[TrialRow]:
+        """The front of all trials, or of those below a number."""
+        if below is None:
+            return self._study.front
+        values, numbers = minimised(self._study, below)
+        return [self._study.row(int(number)) for number in numbers[front(values)]]
 
     def _dispatch(self, planned: Planned) -> None:
         key = planned.allocation.key

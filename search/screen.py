@@ -113,10 +113,14 @@ class Screen(Line):
         return " | ".join(part for part in parts if part)
 
     def _findings(self) -> str:
+        parts = []
+        if self._study.constraints:
+            infeasible = sum(row.finished and not row.feasible for row in self._study.rows())
+            parts += [f"{infeasible} violate a constraint"] if infeasible else []
         members = self._study.front
         if not members:
-            return ""
-        parts = [f"front {len(members)}"]
+            return " | ".join(parts)
+        parts.append(f"front {len(members)}")
         volume = current_hypervolume(self._study)
         if volume is not None:
             parts.append(f"HV {volume:.4f}")

@@ -17,6 +17,7 @@ from actors.types import RankfrontError, TaskSource
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
+Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 def _known_source(name: str) -> str:
@@ -208,16 +209,22 @@ class CostSection(Section):
     length: Positive | None = None
 
 
+KNOTS = 4
+"""A curve's default: a level at both ends of the depth and two between, where what layers are worth turns."""
+
+
 class SpaceSection(Section):
     """The search space: targets that share a group share one level.
 
     `levels` equal steps of parameters between `floor` and dense; `segments` cuts the depth of a
-    `module` group into that many parts. Where `methods` are named, the search chooses one of them for
+    `module` group into that many parts. A `curve` has a level at each of `knots` blocks for each module
+    type, and straight lines between them. Where `methods` are named, the search chooses one of them for
     each module type.
     """
 
-    group: Literal["target", "module", "block"] = "target"
+    group: Literal["target", "module", "block", "curve"] = "target"
     segments: Positive = 1
+    knots: Positive = KNOTS
     levels: Annotated[int, Field(ge=1, le=1000)] = 20
     floor: Share = 0.2
     methods: tuple[str, ...] = ()

@@ -12,13 +12,14 @@ from actors.types import Allocation
 from search.alone import FILE, Log
 from search.beacon import Beacon
 from search.config import Config
+from search.constraints import dense_notes
 from search.database import secrets_of
 from search.event_log import event_log
 from search.events import Note, told
 from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
 from search.metrics import RayMetrics
-from search.opening import opened
+from search.opening import Session, opened
 from search.pool import Pool
 from search.records import StudySummary
 from search.references import reference_allocations
@@ -28,6 +29,7 @@ from search.screen import Screen
 from search.seeds import seed_allocations
 from search.signals import stop_on_signals
 from search.study import SearchStudy
+from search.warm import check_sources, warm_allocations
 
 
 def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary, str]:
@@ -36,13 +38,15 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
+    check_sources(config)
     with opened(config, console) as session:
         folder = session.folder
         study = folder.open_study()
         references = config.references
         if config.stop.plateau is not None:  # the hypervolume is measured from the dense model
             references = references.model_copy(update={"dense": True})
-        study.enqueue([*reference_allocations(references, folder.cost), *_seeds(folder, session.say)])
+        warm = warm_allocations(config, folder.prepared.targets, folder.leased, session.say)
+        study.enqueue([*reference_allocations(references, folder.cost), *_seeds(folder, session.say), *warm])
         stop, metrics = Stop(), RayMetrics(config.study)
         with event_log(folder.path, secrets_of(config.database), session.say) as log:
             note = told(log, metrics.note)
@@ -52,7 +56,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
                 stop_on_signals(stop, console),
                 _told_of(Beacon(folder.path, study, pool, metrics), note, stop) as beacon,
             ):
-                reason = _run(config, study, pool, stop, console, beacon, note)
+                reason = _run(session, study, pool, stop, console, beacon, note)
                 if not stop.reason:
                     score_test(folder, study, front_and_dense(study), pool, stop, session.say)
         return folder, report(folder, study), stop.reason or reason
@@ -92,8 +96,23 @@ def _told_of(beacon: Beacon, note: Note, stop: Stop) -> Iterator[Beacon]:
         beacon.stop(stop.reason or reason)
 
 
+class DenseNotes:
+    """Says, once the dense model is scored, which constraints it violates itself."""
+
+    def __init__(self, study: SearchStudy, say: Callable[[str], None]) -> None:
+        self._study, self._say = study, say
+        self._said = not study.constraints
+
+    def look(self) -> None:
+        number = None if self._said else self._study.scored_as(self._study.dense)
+        if number is not None:
+            self._said = True
+            for note in dense_notes(self._study.constraints, self._study.row(number)):
+                self._say(note)
+
+
 def _run(
-    config: Config,
+    session: Session,
     study: SearchStudy,
     pool: Pool,
     stop: Stop,
@@ -101,10 +120,13 @@ def _run(
     beacon: Beacon,
     note: Note,
 ) -> str:
+    config = session.folder.config
     before = len([row for row in study.rows() if row.state not in ("WAITING", "RUNNING")])
     with Screen(console, study, config.stop.trials, before) as screen:
+        noted = DenseNotes(study, session.say)
 
         def redraw(progress: Progress) -> None:
+            noted.look()
             screen.redraw(progress)
             beacon.tick()
 

@@ -1,8 +1,8 @@
 """Search spaces: Optuna parameters <-> allocations, one mapping for every space.
 
-Targets that share a group share one integer parameter, the level. Level L (the highest) is dense;
-level l < L keeps the share floor + (1 - floor) l / L of each target's parameters: equal steps of
-parameters, not of rank.
+Every target has a level: that of its group, or of its module type's curve (`search.grouping`). Level L (the
+highest) is dense; level l < L keeps the share floor + (1 - floor) l / L of each target's parameters: equal
+steps of parameters, not of rank.
 
 Where the search may choose between methods, targets of one module type share one categorical
 parameter more, `method/<module>`: the method their ranks are cut by.
@@ -14,47 +14,54 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
 from search.cost import CostModel
+from search.grouping import Curves, Grouping, Shared
+from search.sections import KNOTS
 
 Params = dict[str, int | str]
-"""A level for each group and, where methods are chosen, a method for each module type."""
+"""A level for each group or knot and, where methods are chosen, a method for each module type."""
 
 
 class Space:
-    """One study's space. `group` is target, module or block; see `SpaceSection`.
+    """One study's space. `group` is target, module, block or curve; see `SpaceSection`.
 
     `factors` name the configured method of each target and the methods to choose from, which must
     hold every configured one.
     """
 
     def __init__(
-        self, cost: CostModel, factors: FactorSpec, group: str, segments: int, levels: int, floor: float
+        self,
+        cost: CostModel,
+        factors: FactorSpec,
+        group: str,
+        segments: int,
+        levels: int,
+        floor: float,
+        knots: int = KNOTS,
     ) -> None:
         self._cost, self._levels, self._floor = cost, levels, floor
-        depth = 1 + max(target.block for target in cost.targets)
-        self._group_of = {
-            target.name: _group(target, group, min(segments, depth), depth) for target in cost.targets
-        }
+        targets = cost.targets
+        self._grouping: Grouping = (
+            Curves(targets, knots) if group == "curve" else Shared(targets, group, segments)
+        )
         self._methods = factors.choices
         self._configured = {target.name: factors.method_of(target.name) for target in cost.targets}
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Levels of each group, then the methods of each module type, in the model's order."""
+        """Levels of each group or knot, then the methods of each module type, in the model's order."""
         # One for all of them, which storages write out and compare.
-        found: dict[str, BaseDistribution] = dict.fromkeys(self._groups, IntDistribution(0, self._levels))
+        levels = IntDistribution(0, self._levels)
+        found: dict[str, BaseDistribution] = dict.fromkeys(self._grouping.names, levels)
         if self._methods:
             for target in self._cost.targets:
                 found.setdefault(_method_parameter(target), CategoricalDistribution(self._methods))
         return found
-
-    @cached_property
-    def _groups(self) -> tuple[str, ...]:
-        """Names of the parameters that are levels."""
-        return tuple(dict.fromkeys(self._group_of.values()))
 
     @cached_property
     def _ranks(self) -> dict[str, list[int | None]]:
@@ -93,9 +100,9 @@ class Space:
             RankfrontError: a parameter that is missing, or whose value is not of this space.
         """
         self.check(dict.fromkeys(self.distributions) | dict(params))
+        levels = self._grouping.levels({name: int(params[name]) for name in self._grouping.names})
         ranks = tuple(
-            (target.name, self._ranks[target.name][int(params[self._group_of[target.name]])])
-            for target in self._cost.targets
+            (target.name, self._ranks[target.name][levels[target.name]]) for target in self._cost.targets
         )
         if not self._methods:
             return Allocation(ranks)
@@ -112,25 +119,24 @@ class Space:
 
         Exact (`space.allocation(space.params(a)) == a`) for every allocation of the space; for any
         other one the sampler is told the nearest values while the trial scores the true allocation.
-        Levels are nearest in stored parameters, group by group. A module type's method is the one most
-        of its compressed targets are cut by, on a tie the one the earliest of them is; where all are
-        dense, the configured method of its first target.
+        Levels are nearest in stored parameters, as the grouping defines it. A module type's method is the
+        one most of its compressed targets are cut by, on a tie the one the earliest of them is; where all
+        are dense, the configured method of its first target.
         """
         return {**self._nearest_levels(allocation), **self._usual_methods(allocation)}
 
-    def _nearest_levels(self, allocation: Allocation) -> dict[str, int]:
-        stored = dict.fromkeys(self._groups, 0)
-        at_level = {name: [0] * (self._levels + 1) for name in self._groups}
-        ranks = allocation.to_dict()
-        for target in self._cost.targets:
-            group = self._group_of[target.name]
-            stored[group] += self._stored(target, ranks[target.name])
-            for level, rank in enumerate(self._ranks[target.name]):
-                at_level[group][level] += self._stored(target, rank)
+    @cached_property
+    def _sizes(self) -> dict[str, NDArray[np.int64]]:
+        """For each target its stored parameters at each level."""
         return {
-            name: min(range(self._levels + 1), key=lambda level: (abs(sizes[level] - stored[name]), -level))
-            for name, sizes in at_level.items()
+            target.name: np.array([self._stored(target, rank) for rank in self._ranks[target.name]])
+            for target in self._cost.targets
         }
+
+    def _nearest_levels(self, allocation: Allocation) -> dict[str, int]:
+        ranks = allocation.to_dict()
+        stored = {target.name: self._stored(target, ranks[target.name]) for target in self._cost.targets}
+        return self._grouping.nearest(self._sizes, stored)
 
     def _usual_methods(self, allocation: Allocation) -> dict[str, str]:
         if not self._methods:
@@ -152,13 +158,3 @@ class Space:
 
 def _method_parameter(target: TargetSpec) -> str:
     return f"method/{target.module}"
-
-
-def _group(target: TargetSpec, group: str, segments: int, depth: int) -> str:
-    if group == "target":
-        return target.name
-    if group == "block":
-        return f"block.{target.block}"
-    if segments == 1:
-        return target.module
-    return f"{target.module}/{target.block * segments // depth + 1}of{segments}"

@@ -23,10 +23,13 @@ from optuna.study._tell import _tell_with_warning
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError, Score
+from search.constraints import ATTRIBUTE, Constraint, feasible, violations
 from search.cost import CostModel
 from search.database_storage import grouped
+from search.lagged import DECIMALS, Lagged, bound, join_generation
 from search.memory import Memory
 from search.packing import PLAN, RESULT, Packing, origin_of, result_of
+from search.parents import Parents
 from search.pareto import Front
 from search.records import Objective, TrialRow
 from search.samplers import reseed
@@ -52,7 +55,10 @@ class TakenError(RankfrontError):
 
 
 class SearchStudy:
-    """One driver's view of a study. The caller holds the study's lock."""
+    """One driver's view of a study. The caller holds the study's lock.
+
+    With a `lag` the search is deterministic: see `search.lagged`.
+    """
 
     def __init__(
         self,
@@ -62,12 +68,15 @@ class SearchStudy:
         space: Space,
         cost: CostModel,
         objectives: Sequence[Objective],
+        constraints: Sequence[Constraint] = (),
+        lag: int | None = None,
     ) -> None:
         self._study, self._storage = study, study._storage
-        self._sampler, self._seed = sampler, seed
+        self._lag = lag
+        self._sampler, self._seed = sampler if lag is None else Lagged(sampler, lag), seed
         self._space, self._cost = space, cost
         self._packing = Packing(space, cost)
-        self.objectives = tuple(objectives)
+        self.objectives, self.constraints = tuple(objectives), tuple(constraints)
         self.signs = np.array([1.0 if objective.minimize else -1.0 for objective in objectives])
         self._restart_mirror()
         self.sync()
@@ -84,13 +93,17 @@ class SearchStudy:
             self._ids.append(trial._trial_id)
             # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
             self._memory.create_new_trial(self._mirror._study_id, trial)
-            if trial.state == TrialState.COMPLETE:
-                self._front.add(trial.number, self.signs * trial.values)
+            self._note_front(trial)
             if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
                 self._scored.setdefault(self._packing.allocation(trial).key, trial.number)
             elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
                 self._stopped.setdefault(self._packing.allocation(trial).key, trial.number)
         return len(trials) - known
+
+    def _note_front(self, trial: FrozenTrial) -> None:
+        """Take a trial that completed and violates no constraint into the front, if none beats it."""
+        if trial.state == TrialState.COMPLETE and feasible(trial.constraints):
+            self._front.add(trial.number, self.signs * trial.values)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials that wait or run, by number."""
@@ -106,6 +119,15 @@ class SearchStudy:
     def started(self) -> int:
         """Trials that are running or ended."""
         return len(self._ids) - self.count(TrialState.WAITING)
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next proposal: of the first trial that waits, or a new one."""
+        return next((trial.number for trial in self._trials(TrialState.WAITING)), len(self._ids))
+
+    def seen_below(self, number: int) -> int | None:
+        """In a deterministic search, the number below which the ends of trials decide about `number`."""
+        return None if self._lag is None else bound(number, self._lag)
 
     def count(self, *states: TrialState) -> int:
         return sum(self._memory.counts[state] for state in states)
@@ -130,7 +152,7 @@ class SearchStudy:
 
     @property
     def front(self) -> list[TrialRow]:
-        """The finished trials that no other beats, by number."""
+        """The finished, feasible trials that no other beats, by number."""
         return [self.row(number) for number in self._front.keys]
 
     @property
@@ -159,6 +181,11 @@ class SearchStudy:
     def stopped_as(self, allocation: Allocation) -> int | None:
         """The number of the trial that scored this allocation in part, if there is one."""
         return self._stopped.get(allocation.key)
+
+    @property
+    def dense(self) -> Allocation:
+        """The uncompressed model."""
+        return Allocation.dense(self._cost.targets)
 
     def budgets(self, allocation: Allocation) -> dict[str, float]:
         """Its cost objectives, by name."""
@@ -209,8 +236,12 @@ class SearchStudy:
         """
         self.sync()
         self._refuse_foreign()
+        self._parents.restore()
         reseed(self._sampler, self._seed, len(self._ids))
         trial = self._mirror.ask(fixed_distributions=self._space.distributions)
+        frozen = self._memory.get_trial(trial._trial_id)
+        join_generation(self._sampler, self._mirror, frozen)
+        self._parents.keep(trial._trial_id)
         frozen = self._memory.get_trial(trial._trial_id)
         if frozen.number < len(self._ids):
             return self._take_up(frozen)
@@ -269,6 +300,7 @@ class SearchStudy:
         self._mirror = optuna.create_study(
             storage=self._memory, directions=self._study.directions, sampler=self._sampler
         )
+        self._parents = Parents(self._mirror)
         self._ids: list[int] = []  # storage ids by trial number
         self._scored: dict[str, int] = {}  # allocation key -> number of its COMPLETE trial
         self._stopped: dict[str, int] = {}  # likewise of a PRUNED one with a partial score
@@ -295,9 +327,10 @@ class SearchStudy:
 
     def complete(self, planned: Planned, score: Score, copied_from: int | None = None) -> tuple[float, ...]:
         """Record a score: result first, then the state, then the mirror. Returns the values."""
-        metrics = {**self._cost.budgets(planned.allocation), **score.metrics}
+        metrics = {**self._costs(planned.allocation), **self._told(score.metrics)}
         values = tuple(metrics[objective.name] for objective in self.objectives)
-        self._finish(planned.number, TrialState.COMPLETE, values, result_of(score, copied_from))
+        passed = violations(self.constraints, metrics)
+        self._finish(planned.number, TrialState.COMPLETE, values, result_of(score, copied_from), passed)
         self._scored.setdefault(planned.allocation.key, planned.number)
         return values
 
@@ -305,8 +338,19 @@ class SearchStudy:
         """Record a partial score, in the same order. It gets no values: nothing takes it for a whole one."""
         reason = f"dominated by trial {score.stopped_by} after {score.forward_tokens:,} tokens"
         result = {**result_of(score, copied_from), "reason": reason}
-        self._finish(planned.number, TrialState.PRUNED, None, result)
+        known = [constraint for constraint in self.constraints if constraint.is_cost]
+        passed = violations(known, self._costs(planned.allocation))
+        self._finish(planned.number, TrialState.PRUNED, None, result, passed)
         self._stopped.setdefault(planned.allocation.key, planned.number)
+
+    def _costs(self, allocation: Allocation) -> dict[str, float]:
+        """Its budgets, and its bytes."""
+        return {**self._cost.budgets(allocation), "bytes": self._cost.model_bytes(allocation)}
+
+    def _told(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        if self._lag is None:
+            return metrics
+        return {name: round(value, DECIMALS) for name, value in metrics.items()}
 
     def copy_score(self, planned: Planned, source: int) -> tuple[float, ...] | None:
         """Answer a trial from the record of an equal allocation. Returns the values; a part has none."""
@@ -339,17 +383,26 @@ class SearchStudy:
         self._finish(number, TrialState.FAIL, None, {"reason": reason})
 
     def _finish(
-        self, number: int, state: TrialState, values: tuple[float, ...] | None, result: Mapping[str, Any]
+        self,
+        number: int,
+        state: TrialState,
+        values: tuple[float, ...] | None,
+        result: Mapping[str, Any],
+        passed: Mapping[str, float] | None = None,
     ) -> None:
         stored = self._ids[number]
+        attributes = {f"{ATTRIBUTE}{name}": violation for name, violation in (passed or {}).items()}
         try:
             with grouped(self._storage):
+                for key, violation in attributes.items():
+                    self._storage.set_trial_system_attr(stored, key, violation)
                 self._storage.set_trial_user_attr(stored, RESULT, dict(result))
                 self._storage.set_trial_state_values(stored, state, values)
         except UpdateFinishedTrialError as error:
             self._rebuild()
             raise TakenError(f"trial {number} was ended by another program") from error
+        for key, violation in attributes.items():
+            self._memory.set_trial_system_attr(number, key, violation)
         self._memory.set_trial_user_attr(number, RESULT, dict(result))
-        if values is not None:
-            self._front.add(number, self.signs * values)
         _tell_with_warning(self._mirror, number, values, state)  # `tell` less a deep copy of the trial
+        self._note_front(self._memory.get_trial(number))

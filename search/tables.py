@@ -25,6 +25,7 @@ TRIAL_FIELDS = (
     ("origin", pa.string()),
     ("copied_from", pa.int64()),
     ("stopped_by", pa.int64()),
+    ("feasible", pa.bool_()),
     ("reason", pa.string()),
     ("budget_linear", pa.float64()),
     ("budget_model", pa.float64()),
@@ -59,6 +60,8 @@ def score_values(score: Score) -> dict[str, float | int | None]:
 def trials_parquet(summary: StudySummary) -> bytes:
     """One row per trial; `value.<objective>` as told to the study, scores as `<split>.<metric>`.
 
+    `constraint.<metric>` is the recorded violation, feasible at 0 or below.
+
     `ranks` and `methods` follow the targets named in the schema metadata (`targets`, JSON). A null rank is
     dense; a null method is the configured one. `macs` are those of a token at the metadata's `macs_length`.
     """
@@ -71,7 +74,9 @@ def trials_parquet(summary: StudySummary) -> bytes:
         "macs_length": json.dumps(summary.macs_length),
         **_identity(summary),
     }
-    fields = [*TRIAL_FIELDS, *((f"value.{name}", pa.float64()) for name in objectives)]
+    told = [*(f"value.{name}" for name in objectives)]
+    told += [f"constraint.{constraint.metric}" for constraint in summary.constraints]
+    fields = [*TRIAL_FIELDS, *((name, pa.float64()) for name in told)]
     return parquet(rows, fields, scored, metadata)
 
 
@@ -88,6 +93,7 @@ def front_json(summary: StudySummary) -> str:
         "study": summary.study,
         "model": summary.model,
         "objectives": [{"name": o.name, "minimize": o.minimize} for o in summary.objectives],
+        "constraints": {each.metric: each.bound for each in summary.constraints},
         "reference": [finite(value) for value in summary.reference],
         "hypervolume": finite(summary.hypervolume),
         "macs_length": summary.macs_length,
@@ -132,6 +138,7 @@ def _trial(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
     if row.values is not None:
         named = zip(summary.objectives, row.values, strict=True)
         record.update({f"value.{objective.name}": value for objective, value in named})
+    record.update({f"constraint.{name}": violation for name, violation in row.constraints.items()})
     if row.score is not None:
         record.update({f"{row.score.split}.{k}": v for k, v in score_values(row.score).items()})
     return record

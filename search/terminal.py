@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from actors.types import RankfrontError
+from search.constraints import broken
+from search.records import StudySummary, TrialRow
 
 # A pipe or a log has no width of its own: give it room for the front.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -34,6 +38,14 @@ def override(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
+
+
+def warn_infeasible(summary: StudySummary, rows: Iterable[TrialRow]) -> None:
+    """Say of each chosen trial what constraints it violates: only one named by its number can."""
+    for row in rows:
+        if not row.feasible:
+            passed = escape(broken(summary.constraints, row))
+            console.print(f"[bold]Warning:[/] trial {row.number} violates {passed}", soft_wrap=True)
 
 
 def exit_if_stopped(reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import optuna
 from safetensors.numpy import save_file
 
 from actors.types import Allocation, FactorSpec, Score, TargetSpec, TaskScore, TextScore
+from search.constraints import Constraint
 from search.cost import CostModel
 from search.journal import open_journal
 from search.pool import Job, Outcome
@@ -54,13 +56,17 @@ def open_study(
     seed: int = 0,
     population: int = 6,
     objectives: tuple[Objective, ...] = OBJECTIVES,
+    constraints: tuple[Constraint, ...] = (),
+    lag: int | None = None,
     **space: Any,
 ) -> SearchStudy:
     """The study of a folder, created if it is new: what a driver does when it starts."""
     cost = cost_model()
     section = SamplerSection(name=sampler, seed=seed, population=population)
     study = open_storage_study(open_journal(folder), "made-up", objectives)
-    return SearchStudy(study, make_sampler(section), seed, space_of(cost, **space), cost, objectives)
+    return SearchStudy(
+        study, make_sampler(section), seed, space_of(cost, **space), cost, objectives, constraints, lag
+    )
 
 
 def loss(allocation: Allocation) -> float:
@@ -103,6 +109,18 @@ class MadeUpPool:
 
     def close(self) -> None:
         self._queue.clear()
+
+
+class ShuffledPool(MadeUpPool):
+    """Answers in an order of its own: a seeded choice among the jobs it was given."""
+
+    def __init__(self, seed: int, answer: Callable[[Job], Outcome] | None = None, size: int = 2) -> None:
+        super().__init__(answer, size)
+        self._chance = random.Random(seed)
+
+    def wait(self, seconds: float) -> Iterator[Outcome]:
+        if self._queue and self._chance.random() < 0.7:
+            yield self._answer(self._queue.pop(self._chance.randrange(len(self._queue))))
 
 
 def energy_of(target: TargetSpec) -> np.ndarray:

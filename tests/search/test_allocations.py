@@ -47,6 +47,16 @@ def test_json_is_read_as_well(tmp_path: Path) -> None:
     assert found == Allocation.of(RANKS, TARGETS, methods={"layers.1.q_proj": "weight"})
 
 
+def test_json_lines_are_read_as_well(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(each) for each in ({"ranks": RANKS}, {"layers.0.q_proj": 5})) + "\n")
+    expected = [Allocation.of(RANKS, TARGETS), Allocation.of({"layers.0.q_proj": 5}, TARGETS)]
+    assert read_allocations(file, TARGETS, CHOOSING) == expected
+    file.write_text('{"layers.0.q_proj": 5}\n\n{"layers.0.q_proj": ')
+    with pytest.raises(RankfrontError, match=r"mine\.jsonl:3: cannot be read"):
+        read_allocations(file, TARGETS, CHOOSING)
+
+
 def test_the_configured_method_goes_without_saying(tmp_path: Path) -> None:
     """layers.0.q_proj is cut by weight and layers.1.q_proj by feature, said or not."""
     said = {"layers.0.q_proj": "weight", "layers.1.q_proj": "feature"}

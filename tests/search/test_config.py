@@ -13,6 +13,7 @@ import yaml
 
 from actors.types import METHOD_NAMES, FactorSpec, RankfrontError
 from search.config import Config, ConfigError, load_config, parse_config
+from search.constraints import Constraint
 from search.records import Objective
 
 
@@ -81,6 +82,16 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.corpora", [C4, {**C4, "split": "x"}], "scoring.corpora[1].name", ["'c4'", "twice"]),
         ("scoring.corpora", [C4, {**C4, "name": "d"}], "scoring.corpora[1]", ["text of scoring.corpora[0]"]),
         ("objectives", ["budget.model", "nll.d4"], "objectives[1]", ["'nll.d4'", "one of", "reasoning"]),
+        ("constraints", {"perplexity": 0.9}, "constraints.perplexity", ["0.9", "must be 1 or more"]),
+        ("constraints", {"perplexity": float("nan")}, "constraints.perplexity", ["nan", "finite"]),
+        ("constraints", {"perplexity": "low"}, "constraints.perplexity", ["'low'", "valid number"]),
+        ("constraints", {"budget.model": 1.5}, "constraints.budget.model", ["1.5", "at most 1"]),
+        ("constraints", {"reasoning.boolq.acc": 0}, "constraints.reasoning.boolq.acc", ["0", "above 0"]),
+        ("constraints", {"perplexty": 30}, "constraints.perplexty", ["unknown", "one of bytes", "nll"]),
+        ("constraints", {"reasoning.piqa.acc": 0.5}, "constraints.reasoning.piqa.acc", ["scoring.tasks"]),
+        ("constraints", {"kl": 0.5}, "constraints.kl", ["not scored", "scoring.kl_top_k"]),
+        ("constraints", {"bias.stereoset.lms": 0.5}, "constraints.bias.stereoset.lms", ["scoring.bias"]),
+        ("constraints", ["perplexity"], "constraints", ["['perplexity']", "dictionary"]),
         ("scoring.kl_top_k", 0, "scoring.kl_top_k", ["0", "greater than or equal to 1"]),
         ("scoring.kl_top_k", 10**7, "scoring.kl_top_k", ["search split", "kl_memory_mb is 512", "at most"]),
         ("scoring.stages", [64, 0], "scoring.stages[1]", ["0", "greater than or equal to 1"]),
@@ -99,6 +110,8 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("space.floor", 0, "space.floor", ["0", "greater than 0"]),
         ("space.floor", 1.01, "space.floor", ["1.01", "less than or equal to 1"]),
         ("space.segments", 3, "space.segments", ["3", "group: module"]),
+        ("space.knots", 3, "space.knots", ["3", "group: curve"]),
+        ("space.knots", 0, "space.knots", ["0", "greater than or equal to 1"]),
         ("scoring.tasks", ["arc_easy", "arc_esay"], "scoring.tasks[1].name", ["'arc_esay'", "arc_easy"]),
         ("scoring.tasks", ["arc_easy", "arc_easy"], "scoring.tasks[1]", ["'arc_easy'", "twice"]),
         ("scoring.tasks", [{"name": "piqa", "source": "/no/piqa"}], "scoring.tasks[0].source", ["/no/piqa"]),
@@ -112,6 +125,7 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),
         ("study", "a/b", "study", ["'a/b'"]),
         ("replicas.count", 0, "replicas.count", ["0", "greater than or equal to 1"]),
+        ("run.lag", -1, "run.lag", ["-1", "greater than or equal to 0"]),
         ("sampler.name", "cmaes", "sampler.name", ["'cmaes'", "nsga2", "tpe"]),
         ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
         ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),
@@ -153,6 +167,21 @@ def test_stages_compare_text_alone(raw: dict[str, Any]) -> None:
     assert line == "scoring.stages: they compare nll and kl alone, objectives[2] is 'reasoning.boolq.acc'"
 
 
+def test_constraints_are_bounds_by_metric(raw: dict[str, Any]) -> None:
+    """Sorted, so that order is no difference; nested as `--set constraints.reasoning.acc=...` leaves them."""
+    nested = {"perplexity": 35, "bytes": 200_000_000, "reasoning": {"acc": 0.5, "boolq": {"acc_norm": 1}}}
+    [line] = mistakes(put(raw, "constraints", nested))
+    assert line.startswith("constraints.reasoning.boolq.acc_norm: ")
+    del nested["reasoning"]["boolq"]  # type: ignore[attr-defined]
+    config = parse_config(put(raw, "constraints", nested))
+    assert config.named_constraints == (
+        Constraint("bytes", 200_000_000),
+        Constraint("perplexity", 35),
+        Constraint("reasoning.acc", 0.5),
+    )
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
 def test_a_missing_key_is_named(raw: dict[str, Any]) -> None:
     del raw["model"], raw["text"]["source"]
     assert {"model: missing", "text.source: missing"} <= set(mistakes(raw))
@@ -163,6 +192,7 @@ def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
     raw["scoring"] |= {"windw": 16, "tasks": ["arc_easy", "nope"], "search_fraction": 1.0}
     raw |= {
         "bogus": 1,
+        "constraints": {"perplexity": 0.5, "kl": 1, "bytes": True},
         "model": {"source": "/no/such/model", "dtype": "int8"},
         "objectives": ["perplexity", "nll", "nll"],
         "factors": {"method": "svd", "methods": {"*.q_proj": "feature", "*.k_proj": "none"}, "bias": "some"},
@@ -174,7 +204,8 @@ def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
     }
     found = mistakes(raw)
     expected = [
-        "bogus:", "model.source:", "model.dtype:", "scoring.windw:", "scoring.tasks[1].name:",
+        "bogus:", "constraints.perplexity:", "constraints.kl:", "constraints.bytes:", "model.source:",
+        "model.dtype:", "scoring.windw:", "scoring.tasks[1].name:",
         "scoring.search_fraction:", "objectives[0]:", "objectives[2]:", "objectives:", "space.floor:",
         "space.segments:", "space.levels:", "references.uniform[1]:", "references.uniform[2]:",
         "sampler.name:", "stop:", "calibration.window:", "factors.method:", "factors.methods.*.k_proj:",

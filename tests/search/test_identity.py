@@ -40,12 +40,18 @@ FIXED = {
     "scoring.stride": 16,
     "scoring.kl_top_k": 16,
     "objectives": ["budget.linear", "nll"],
+    "constraints": {"perplexity": 30.0},
+    "run.deterministic": True,
+    "run.lag": 5,
     "space.group": "target",
     "space.segments": 2,
+    "space.knots": 3,
     "space.levels": 21,
     "space.floor": 0.25,
     "space.methods": ["curvature", "weight"],
 }
+# What a key's other value needs besides.
+NEEDS = {"space.knots": {"space.group": "curve"}}
 CONTENT = {
     "model.source": "other/model",
     "text.source": "other/text",
@@ -88,6 +94,8 @@ FREE = {
     "references.uniform": [0.5],
     "seeds.spectra": [0.5],
     "seeds.sensitivity": [0.5],
+    "warm_start.sources": ["other"],
+    "warm_start.limit": 3,
     "sensitivity.shares": [0.5],
     "surgical.mode": "task",
     "surgical.growth": 0.01,
@@ -183,7 +191,8 @@ def test_every_rule_decides_something() -> None:
 
 @pytest.mark.parametrize("key", FIXED)
 def test_a_fixed_key_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    found = config_differences(changed(tmp_path, {}), changed(tmp_path, {key: FIXED[key]}))
+    beside = NEEDS.get(key, {})
+    found = config_differences(changed(tmp_path, beside), changed(tmp_path, {**beside, key: FIXED[key]}))
     [line] = found
     now = FIXED[key]
     assert line.startswith(f"{key}: was ")
@@ -203,8 +212,8 @@ def test_other_keys_pass(tmp_path: Path, key: str) -> None:
 
 def test_every_difference_is_listed(tmp_path: Path) -> None:
     changes = {
-        key: value for key, value in FIXED.items() if key != "space.segments"
-    }  # it needs group: module
+        key: value for key, value in FIXED.items() if key not in ("space.segments", "space.knots")
+    }  # they need other groups
     found = config_differences(changed(tmp_path, {}), changed(tmp_path, {**changes, **FREE}))
     assert {line.partition(":")[0] for line in found} == set(changes)
     with pytest.raises(RankfrontError) as caught:
@@ -234,6 +243,16 @@ def test_the_order_of_patterns_is_a_difference(tmp_path: Path) -> None:
     [line] = config_differences(before, after)
     assert line.startswith("factors.methods: was {'*.0.*': 'feature', '*.q_proj': 'weight'}, now {'*.q_proj'")
     assert config_differences(before, changed(tmp_path, {"factors.methods": dict(patterns)})) == []
+
+
+def test_the_order_of_constraints_is_no_difference(tmp_path: Path) -> None:
+    bounds = {"perplexity": 30.0, "budget.model": 0.8}
+    before = changed(tmp_path, {"constraints": bounds})
+    assert (
+        config_differences(before, changed(tmp_path, {"constraints": dict(reversed(bounds.items()))})) == []
+    )
+    [line] = config_differences(before, changed(tmp_path, {"constraints": {**bounds, "perplexity": 31.0}}))
+    assert line.startswith("constraints: was {'budget.model': 0.8, 'perplexity': 30.0}, now")
 
 
 def test_the_order_of_choices_is_a_difference(tmp_path: Path) -> None:

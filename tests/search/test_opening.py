@@ -12,6 +12,7 @@ from fakes import TARGETS
 from rich.console import Console
 
 import search.opening
+import search.replicas
 from actors.types import Prepared, RankfrontError
 from search.config import Config, parse_config
 from search.folder import CONFIG, StudyFolder
@@ -102,6 +103,27 @@ def test_a_gpu_each_or_what_cores_and_memory_allow(
     machine: Machine, section: dict[str, Any], plan: tuple[int, int], tmp_path: Path
 ) -> None:
     assert replica_plan(config_of(tmp_path, replicas=section), PREPARED, machine) == plan
+
+
+@pytest.mark.parametrize(("section", "threads"), [({}, 1), ({"count": 2}, 1), ({"threads": 3}, 3)], ids=str)
+def test_threads_do_not_follow_the_replicas_of_a_deterministic_search(
+    section: dict[str, Any], threads: int, tmp_path: Path
+) -> None:
+    """Sums over other numbers of threads differ."""
+    config = config_of(tmp_path, replicas=section, run={"deterministic": True})
+    for machine in (Machine(8, 0, 2**40), Machine(16, 4, 2**40)):
+        assert replica_plan(config, PREPARED, machine)[1] == threads
+
+
+def test_a_lag_that_leaves_replicas_waiting_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.replicas, "Pool", lambda *arguments: None)
+    said: list[str] = []
+    for count in (2, 3):
+        config = config_of(tmp_path, replicas={"count": count}, run={"deterministic": True, "lag": 3})
+        search.replicas._start_pool(config, PREPARED, Machine(8, 0, 2**40), said.append)
+    assert [line for line in said if line.startswith("run.lag")] == [
+        "run.lag: 3 lets 4 trials be under way, the replicas could take 6"
+    ]
 
 
 def test_what_replicas_keep_counts_as_their_memory(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from optuna._hypervolume import compute_hypervolume
 
-from search.pareto import Front, front, hypervolume, hypervolume_history, plateaued
+from search.pareto import Front, contributions, front, hypervolume, hypervolume_history, plateaued
 
 Floats = NDArray[np.float64]
 
@@ -173,3 +173,12 @@ def test_plateau() -> None:
     assert plateaued(np.zeros(4), window=3, tolerance=0.01)
     with pytest.raises(ValueError, match="window is 0"):
         plateaued([1.0], window=0, tolerance=0.1)
+
+
+def test_a_contribution_is_what_only_that_point_dominates() -> None:
+    """Of a staircase in two dimensions: the rectangle to its neighbours. Twins and outsiders add nothing."""
+    points = [(1.0, 4.0), (2.0, 2.0), (4.0, 1.0)]
+    assert contributions(points, (5.0, 5.0)).tolist() == [1.0 * 1.0, 2.0 * 2.0, 1.0 * 1.0]
+    twins = [*points, (2.0, 2.0), (6.0, 0.5)]
+    assert contributions(twins, (5.0, 5.0)).tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert contributions([(0.0, 0.0, 0.0)], (1.0, 2.0, 3.0)).tolist() == [6.0]

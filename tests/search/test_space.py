@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import pairwise, product
 
+import numpy as np
 import pytest
 from fakes import CHOOSING, SHAPES, TARGETS, cost_model, space_of
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from actors.types import METHOD_NAMES, Allocation, FactorSpec, RankfrontError, T
 from search.cost import CostModel
 from search.space import Space
 
-KINDS = [("target", 1), ("module", 1), ("module", 3), ("block", 1)]
+KINDS = [("target", 1), ("module", 1), ("module", 3), ("block", 1), ("curve", 1)]
 every_kind = pytest.mark.parametrize(("group", "segments"), KINDS)
 
 
@@ -33,7 +35,7 @@ def factors(draw: st.DrawFn) -> FactorSpec:
 def spaces(draw: st.DrawFn) -> tuple[Space, FactorSpec]:
     """Spaces of models with targets of all shapes, where rank 1 stores less than dense."""
     group, segments = draw(st.sampled_from(KINDS))
-    blocks = draw(st.integers(1, 4))
+    blocks = draw(st.integers(1, 7 if group == "curve" else 4))
     shapes = draw(st.lists(st.tuples(st.integers(6, 60), st.integers(6, 60)), min_size=1, max_size=3))
     targets = tuple(
         TargetSpec(f"{block}.m{kind}", rows, cols, kind == 0, block, f"m{kind}")
@@ -44,7 +46,8 @@ def spaces(draw: st.DrawFn) -> tuple[Space, FactorSpec]:
     bias, itemsize = draw(st.sampled_from(["mean", "none"])), draw(st.sampled_from([2, 4]))
     cost = CostModel(targets, 10**6, storage, bias, itemsize)
     spec = draw(factors())
-    return Space(cost, spec, group, segments, draw(st.integers(1, 40)), draw(st.floats(0.01, 1))), spec
+    levels, floor, knots = draw(st.integers(1, 40)), draw(st.floats(0.01, 1)), draw(st.integers(1, 5))
+    return Space(cost, spec, group, segments, levels, floor, knots), spec
 
 
 def some_params(space: Space, data: st.DataObject) -> dict[str, int | str]:
@@ -95,6 +98,7 @@ def test_one_parameter_for_each_group(group: str, segments: int) -> None:
         ("module", 1): list(SHAPES),
         ("module", 3): [f"{module}/{part}of3" for part in (1, 2, 3) for module in SHAPES],
         ("block", 1): [f"block.{block}" for block in range(4)],
+        ("curve", 1): [f"{module}@{block}" for module in SHAPES for block in range(4)],
     }[group, segments]
     assert list(space.distributions) == expected
 
@@ -183,6 +187,87 @@ def test_a_foreign_allocation_is_told_as_the_nearest_levels(data: st.DataObject)
             return abs(size * (m * n if at is None else at * (m + n - at)) - stored)
 
         assert distance(params[module]) == min(map(distance, range(11)))
+
+
+# -- curves -----------------------------------------------------------------------------------
+
+
+def deep(blocks: Iterable[int], rows: int = 40) -> CostModel:
+    """One module type in some blocks, another in all of them up to the last one."""
+    blocks = list(blocks)
+    some = [TargetSpec(f"{block}.a", rows, 30, False, block, "a") for block in blocks]
+    every = [TargetSpec(f"{block}.b", 30, rows, False, block, "b") for block in range(max(blocks) + 1)]
+    targets = sorted([*some, *every], key=lambda target: target.block)
+    return CostModel(tuple(targets), 10**6, "pivoted", "none")
+
+
+def levels_of(space: Space, cost: CostModel, params: dict[str, int], levels: int) -> dict[str, int]:
+    """The level of each target, read off its rank; every level has a rank of its own here."""
+    shared = space_of(cost, group="target", levels=levels, floor=0.1)
+    return {name: int(level) for name, level in shared.params(space.allocation(params)).items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 5))
+def test_between_knots_levels_are_on_a_straight_line(data: st.DataObject, knots: int) -> None:
+    """numpy's, rounded half up, over the blocks that have the module."""
+    blocks = sorted(data.draw(st.sets(st.integers(0, 11), min_size=1, max_size=8)))
+    cost = deep(blocks)
+    space = space_of(cost, group="curve", levels=12, floor=0.1, knots=knots)
+    params = some_params(space, data)
+    found = levels_of(space, cost, params, 12)
+    for module, own in (("a", blocks), ("b", list(range(max(blocks) + 1)))):
+        names = [name for name in params if name.startswith(f"{module}@")]
+        at = [int(name.partition("@")[2]) for name in names]
+        assert len(names) == min(knots, len(own))
+        assert set(at) <= set(own)
+        assert len(at) == 1 or (at[0], at[-1]) == (own[0], own[-1])
+        line = np.interp(own, at, [int(params[name]) for name in names])
+        expected = np.floor(line + 0.5 + 1e-9).astype(int)
+        assert [found[f"{block}.{module}"] for block in own] == expected.tolist()
+
+
+def test_knots_are_evenly_spread() -> None:
+    space = space_of(deep(range(30)), group="curve", knots=4)
+    assert [name for name in space.distributions if name.startswith("a")] == ["a@0", "a@9", "a@19", "a@29"]
+    assert len(space.distributions) == 8
+
+
+def test_a_single_knot_is_the_module_types_level() -> None:
+    cost = cost_model()
+    curve, module = space_of(cost, group="curve", knots=1), space_of(cost, group="module")
+    assert list(curve.distributions) == [f"{module}@0" for module in SHAPES]
+    levels = (3, 10, 7)
+    assert curve.allocation(dict(zip(curve.distributions, levels, strict=True))) == module.allocation(
+        dict(zip(module.distributions, levels, strict=True))
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(1, 3))
+def test_a_foreign_allocation_is_told_as_the_nearest_curve(data: st.DataObject, knots: int) -> None:
+    """By trying every curve: least sum of differences of stored parameters, target by target."""
+    cost = deep([0, 1, 2, 4, 5], rows=24)
+    space = space_of(cost, group="curve", levels=4, floor=0.2, knots=knots)
+    ranks = {t.name: data.draw(st.none() | st.integers(1, t.full_rank)) for t in cost.targets}
+    allocation = Allocation.of(ranks, cost.targets)
+
+    def distance(params: dict[str, int | str], module: str) -> int:
+        told = space.allocation(params).to_dict()
+        own = [target for target in cost.targets if target.module == module]
+        return sum(
+            abs(cost.stored(t, told[t.name]).parameters - cost.stored(t, ranks[t.name]).parameters)
+            for t in own
+        )
+
+    nearest = space.params(allocation)
+    for module in ("a", "b"):
+        names = [name for name in space.distributions if name.startswith(f"{module}@")]
+        curves = product(range(5), repeat=len(names))
+        least = min(
+            distance({**nearest, **dict(zip(names, levels, strict=True))}, module) for levels in curves
+        )
+        assert distance(nearest, module) == least
 
 
 # -- methods ----------------------------------------------------------------------------------

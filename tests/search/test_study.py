@@ -245,6 +245,19 @@ def test_generations_survive_a_restart(tmp_path: Path, sampler: str, name: str) 
 # -- enqueued trials --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+def test_what_was_enqueued_can_be_a_parent(tmp_path: Path, sampler: str) -> None:
+    """Its parameters were given: a genetic sampler is not asked for them, and counts it all the same."""
+    study = open_study(tmp_path, sampler, population=6)
+    study.enqueue((some_allocation(rank), "seed") for rank in (3, 9, 5))
+    propose_and_complete(study, 7)
+    [name] = {key for trial in stored(tmp_path) for key in trial.system_attrs if key.endswith(":generation")}
+    assert [trial.system_attrs[name] for trial in stored(tmp_path)] == [0] * 6 + [1]
+    assert [trial.params for trial in stored(tmp_path)[:3]] == [
+        space_of(cost_model()).params(some_allocation(rank)) for rank in (3, 9, 5)
+    ]
+
+
 def test_enqueued_trials_come_first_and_in_order(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     propose_and_complete(study, 2)
