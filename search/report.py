@@ -11,6 +11,7 @@ from actors.types import TargetSpec
 from search.files import write_atomic
 from search.findings import front_cells, front_table, headline, percent
 from search.further import further_cells
+from search.harness_table import harness_cells
 from search.page import chart, facts_section, page, table
 from search.panels import front_rows, panels
 from search.plots import front_png
@@ -48,6 +49,7 @@ def report_html(summary: StudySummary, targets: Sequence[TargetSpec] = ()) -> st
         _charts(summary),
         _front(summary),
         _further(summary),
+        _harness(summary),
         _ranks(summary, targets),
         _progress(summary),
     ]
@@ -95,6 +97,15 @@ def _further(summary: StudySummary) -> str:
     note += " bias in %, likelihood_diff in nats."
     shown = table(cells.columns, cells.rows, "named")
     return f'<section><h2>More about the front</h2>{shown}<p class="note">{escape(note)}</p></section>'
+
+
+def _harness(summary: StudySummary) -> str:
+    cells = harness_cells(summary)
+    if cells is None:
+        return ""
+    note = f"{cells.note}; kept in % of the model's parameters."
+    shown = table(cells.columns, cells.rows, "named")
+    return f'<section><h2>lm-evaluation-harness</h2>{shown}<p class="note">{escape(note)}</p></section>'
 
 
 def _ranks(summary: StudySummary, targets: Sequence[TargetSpec]) -> str:
