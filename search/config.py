@@ -33,6 +33,7 @@ from search.sections import (
     CalibrationSection,
     CostSection,
     FactorSection,
+    FinalistSection,
     ModelSection,
     ReferenceSection,
     RefineSection,
@@ -81,6 +82,7 @@ class Config(Section):
     sensitivity: SensitivitySection = SensitivitySection()
     surgical: SurgicalSection = SurgicalSection()
     refine: RefineSection = RefineSection()
+    finalists: FinalistSection = FinalistSection()
     stop: StopSection = StopSection()
     replicas: ReplicaSection = ReplicaSection()
 

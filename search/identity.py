@@ -60,6 +60,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("sensitivity", "free", "missing scores are added"),
     Rule("surgical", "free", "another walk over scores that are kept"),
     Rule("refine", "free", "other settings make another variant"),
+    Rule("finalists", "free", "which to follow further; what is there is kept"),
     Rule("stop", "free", "how far to go"),
     Rule("replicas", "free", "how fast to go"),
 )

@@ -12,7 +12,7 @@ from rich.console import Console
 from actors.refinement import FOLDER, RefinementStep, file_of, refinement_fingerprint, variant_of
 from actors.types import SPLITS, RankfrontError, Score
 from search.evaluations import Evaluations
-from search.findings import Cells
+from search.findings import Cells, paired
 from search.folder import StudyFolder
 from search.journal import driver_lock
 from search.pool import connect
@@ -47,9 +47,6 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
         raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
     if row.allocation.is_dense:
         raise RankfrontError(f"--trial {row.number}: every target is dense; there are no factors to refine")
-    spec = folder.config.refinement
-    fingerprint = refinement_fingerprint(folder.prepared.fingerprints, row.allocation, spec)
-    variant, path = variant_of(fingerprint), (folder.path / FOLDER / file_of(fingerprint)).resolve()
     stop = Stop()
     with (
         driver_lock(folder.path),
@@ -57,13 +54,35 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
         stop_on_signals(stop, console),
         mistakes_named(),
     ):
-        ended = "it was refined before"
-        if not path.exists():
-            facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
-            steps = worker.refine(row.allocation, spec, facts)
-            ended = _watch(steps, stop, console) or ended
-        scores = {} if stop.reason else scored(folder, row, variant, path.name, worker)
+        return refine_by(worker, folder, row, stop, console)
+
+
+def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, console: Console) -> Refined:
+    """The same by a worker that is there. The caller holds the study's lock."""
+    spec = folder.config.refinement
+    variant, path = refined_path(folder, row)
+    ended = "it was refined before"
+    if not path.exists():
+        facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
+        steps = worker.refine(row.allocation, spec, facts)
+        ended = _watch(steps, stop, console) or ended
+    scores = {} if stop.reason else scored(folder, row, variant, path.name, worker)
     return Refined(variant, path, stop.reason or ended, scores)
+
+
+def refined_path(folder: StudyFolder, row: TrialRow) -> tuple[str, Path]:
+    """The variant and the file that refining a trial as the config says leaves, or has left."""
+    prints = folder.prepared.fingerprints
+    fingerprint = refinement_fingerprint(prints, row.allocation, folder.config.refinement)
+    return variant_of(fingerprint), (folder.path / FOLDER / file_of(fingerprint)).resolve()
+
+
+def is_refined(folder: StudyFolder, row: TrialRow) -> bool:
+    """Whether a trial is refined as the config says, and both splits are scored."""
+    variant, path = refined_path(folder, row)
+    evaluations, prints = Evaluations(folder.path), folder.prepared.fingerprints
+    keys = ((row.number, variant, split, prints[split]) for split in SPLITS)
+    return path.exists() and all(key in evaluations for key in keys)
 
 
 def _watch(steps: Iterable[RefinementStep], stop: Stop, console: Console) -> str | None:
@@ -155,13 +174,5 @@ def comparison_cells(scores: dict[str, Pair]) -> Cells:
             values = (
                 f"{score.metrics[metric]:.4f} ± {score.stderrs[metric]:.4f}" for score in (before, after)
             )
-            rows.append((split, metric, *values, _difference(before, after, metric)))
+            rows.append((split, metric, *values, paired(before, after, metric)))
     return Cells(("split", "metric", "before", "after", "difference, paired"), tuple(rows), "")
-
-
-def _difference(before: Score, after: Score, metric: str) -> str:
-    try:
-        gap = after.minus(before, metric)
-    except RankfrontError:  # a score from before single values were kept
-        return "not kept"
-    return f"{gap.mean:+.4f} ± {gap.stderr:.4f}"

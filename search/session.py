@@ -10,6 +10,7 @@ from rich.console import Console
 from actors.types import Allocation
 from search.alone import FILE, Log
 from search.config import Config
+from search.finalists import follow
 from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
 from search.opening import opened
@@ -42,6 +43,10 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
             reason = _run(config, study, pool, stop, console)
             if not stop.reason:
                 score_test(folder, study, front_and_dense(study), pool, stop, session.say)
+        if config.finalists.wanted and not stop.reason:
+            report(folder, study)  # what was found is there to see, whatever comes of the finalists
+            with stop_on_signals(stop, console):
+                follow(session, study, config.finalists, stop, console)
         return folder, report(folder, study), stop.reason or reason
 
 
