@@ -27,8 +27,8 @@ def test_a_search_ends_with_its_finalists_and_they_are_asked_tasks(tmp_path: Pat
     assert again.code == 0, again.err
     assert "refining" not in again.out
 
-    (tmp_path / "tasks").mkdir()
-    tasks = tiny.tiny_harness_task(tmp_path / "tasks", 6)
+    (tmp_path / "own").mkdir()
+    tasks = tiny.tiny_harness_task(tmp_path / "own", 6)
     asked = ("--tasks", "tiny_piqa", "--include-path", tasks, "--trial", trial)
     ended = study.run("evaluate", study.folder, *asked)
     assert ended.code == 0, ended.err

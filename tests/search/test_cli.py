@@ -347,6 +347,7 @@ def test_every_command_has_help() -> None:
         "apply",
         "evaluate",
         "refine",
+        "finalists",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "search.cli", "--help"], capture_output=True, text=True, timeout=240
