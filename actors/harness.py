@@ -1,13 +1,11 @@
-"""Any lm-evaluation-harness task on a folder that transformers loads, by the harness itself; and perplexity.
+"""Any lm-evaluation-harness task on a resident model or a folder, by the harness itself; and perplexity.
 
 lm-evaluation-harness is an optional dependency (`rankfront[eval]`), imported when it is first needed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +14,64 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import actors.modeling_rankfront  # noqa: F401 (registers the model type of an export)
+from actors.harness_results import INSTALL, HarnessSpec
+from actors.nonfinite import all_finite
 from actors.perplexity import score_text
 from actors.replica import quieten
 from actors.text import load_documents, windows
-from actors.types import RankfrontError, TextScore, TextSource
-
-INSTALL = "lm-evaluation-harness is not installed: pip install 'rankfront[eval]'"
+from actors.types import RankfrontError, ScoringError, TextScore, TextSource
 
 
-@dataclass(frozen=True)
-class HarnessMetric:
-    """One metric of one task, by the harness's names; `stderr` is None where the harness has none.
+class Harness:
+    """lm-evaluation-harness with the tasks it is asked for, found among its own and those of a folder."""
 
-    `filter` is the harness's name for how answers were read (`none`: as they are).
-    """
+    def __init__(self, spec: HarnessSpec) -> None:
+        """Raises RankfrontError where the harness is not installed, or knows no such task."""
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise RankfrontError(INSTALL) from error
+        folder = None if spec.include_path is None else str(spec.include_path)
+        # The thousands of the harness's own take long to list: only where the folder has not every name.
+        manager = TaskManager(include_path=folder, include_defaults=folder is None)
+        if folder is not None and not all(manager.match_tasks([name]) for name in spec.tasks):
+            manager = TaskManager(include_path=folder)
+        unknown = [name for name in spec.tasks if not manager.match_tasks([name])]
+        if unknown:
+            raise RankfrontError(
+                f"--tasks: lm-evaluation-harness has no {', '.join(map(repr, unknown))}; tasks of your own "
+                "are YAML files in the folder of --include-path"
+            )
+        self.spec, self._manager = spec, manager
+        self._evaluate, self._wrap = simple_evaluate, HFLM
 
-    task: str
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-    examples: int | None
+    def results(self, model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
+        """Of a model of transformers as it stands on some of the tasks: what the harness returns, less the
+        record of every single answer.
+
+        Raises:
+            ScoringError: a logit that is not finite; the harness would count it as an answer.
+        """
+        spec = self.spec
+        device, names = str(model.device), self._manager.match_tasks(list(tasks))
+        wrapped = self._wrap(pretrained=model, tokenizer=tokenizer, device=device, batch_size=spec.batch_size)
+        watched = model.register_forward_hook(_refuse_non_finite)
+        try:
+            found = self._evaluate(
+                wrapped, tasks=names, limit=spec.limit, task_manager=self._manager, log_samples=False
+            )
+        finally:
+            watched.remove()
+        assert found is not None  # only other ranks of a distributed run get nothing
+        return dict(found)
+
+
+def _refuse_non_finite(model: Any, inputs: Any, output: Any) -> None:
+    """At the last position of each row, which sees all others; padding may be anything."""
+    if not all_finite(output.logits[:, -1]):
+        raise ScoringError("lm-evaluation-harness: a logit is not finite")
 
 
 class LoadedFolder:
@@ -72,61 +107,11 @@ class LoadedFolder:
         ids = windows(load_documents(text), text.join, self.tokenizer, window, tokens)
         return score_text(self.model, ids, batch_tokens, f"{text.source.rsplit('/', 1)[-1]}@{window}")
 
-    def harness(
-        self,
-        tasks: Sequence[str],
-        limit: int | None = None,
-        batch_size: int = 1,
-        include_path: Path | None = None,
-    ) -> dict[str, Any]:
-        """The harness's results, whole, less the record of every single answer.
+    def harness(self, spec: HarnessSpec) -> dict[str, Any]:
+        """The harness's results on every task of `spec`.
 
         Raises:
             RankfrontError: the harness is not installed, or knows no such task.
+            ScoringError: a logit that is not finite.
         """
-        try:
-            from lm_eval import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise RankfrontError(INSTALL) from error
-        folder = None if include_path is None else str(include_path)
-        # The thousands of the harness's own take long to list: only where the folder has not every name.
-        manager = TaskManager(include_path=folder, include_defaults=folder is None)
-        if folder is not None and not all(manager.match_tasks([name]) for name in tasks):
-            manager = TaskManager(include_path=folder)
-        unknown = [name for name in tasks if not manager.match_tasks([name])]
-        if unknown:
-            raise RankfrontError(
-                f"--tasks: lm-evaluation-harness has no {', '.join(map(repr, unknown))}; tasks of your own "
-                "are YAML files in the folder of --include-path"
-            )
-        model = HFLM(
-            pretrained=self.model, tokenizer=self.tokenizer, device=self.device, batch_size=batch_size
-        )
-        names = manager.match_tasks(list(tasks))
-        found = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, log_samples=False)
-        assert found is not None  # only other ranks of a distributed run get nothing
-        return dict(found)
-
-
-def metrics_of(results: dict[str, Any]) -> list[HarnessMetric]:
-    """The metrics in the harness's results, with their standard errors.
-
-    The harness names them `metric,filter` and `metric_stderr,filter`; an error it cannot tell is text.
-    """
-    found = []
-    for task, values in results["results"].items():
-        counts = results.get("n-samples", {}).get(task, {})
-        for key, value in values.items():
-            metric, comma, how = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            error = values.get(f"{metric}_stderr,{how}")
-            known = isinstance(error, (int, float)) and math.isfinite(error)
-            found.append(
-                HarnessMetric(
-                    task, metric, how, float(value), error if known else None, counts.get("effective")
-                )
-            )
-    return found
+        return Harness(spec).results(self.model, self.tokenizer, spec.tasks)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.harness_results import HarnessScore, HarnessSpec
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.types import (
     Allocation,
@@ -85,7 +86,7 @@ class Replica:
 
 
 class Refiner:
-    """Refines allocations and scores them, refined or not; see `actors.refiner.Refiner`."""
+    """Refines allocations and measures them, refined or not; see `actors.refiner.Refiner`."""
 
     def __init__(self, spec: ReplicaSpec, folder: str) -> None:
         quieten()
@@ -103,3 +104,6 @@ class Refiner:
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         return self._refiner.score(allocation, split, file)
+
+    def ask(self, allocation: Allocation, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore:
+        return self._refiner.ask(allocation, file, spec, task)

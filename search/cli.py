@@ -14,6 +14,7 @@ from actors.types import RankfrontError
 from search.allocations import read_allocations
 from search.cli_evaluate import evaluate_command
 from search.cli_export import apply_command, export_command
+from search.cli_finalists import finalists_command
 from search.cli_refine import refine_command
 from search.cli_status import status_command
 from search.config import load_config
@@ -198,6 +199,7 @@ app.command("apply")(apply_command)
 app.command("evaluate")(evaluate_command)
 app.command("refine")(refine_command)
 app.command("status")(status_command)
+app.command("finalists")(finalists_command)
 
 
 def main() -> None:

@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
+from actors.harness_results import HarnessSpec
 from actors.types import RankfrontError, TextSource
 from search.choosing import chosen
-from search.evaluating import HarnessSpec, evaluate_folder, is_model_folder
+from search.evaluating import evaluate_folder, is_model_folder
 from search.finals import evaluate_study, split_cells
 from search.findings import cells_table
 from search.folder import StudyFolder, find_study, summarise
+from search.harness_run import evaluate_tasks
+from search.harness_table import LEFT, harness_cells
+from search.records import StudySummary
 from search.terminal import Runs, console, exit_if_stopped
 
 
@@ -27,7 +31,14 @@ def evaluate_command(
         float | None, typer.Option(help="Of a study: the best front point at or under this model budget.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Of a folder: lm-evaluation-harness tasks by name, a,b.")
+        str | None,
+        typer.Option(help="lm-evaluation-harness tasks by name, a,b; of a study, not its test split."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a study, with --tasks: factors or refined-...; may be repeated. All, if not given."
+        ),
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task at most.")] = None,
@@ -42,22 +53,25 @@ def evaluate_command(
     output: Annotated[Path | None, typer.Option(help="JSON file to write; replaced if it exists.")] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Measure a model folder on tasks and a text, or the trials of a study on its test split."""
-    if not is_model_folder(Path(target)):
-        if (tasks, text, output) != (None, None, None):
-            raise RankfrontError(
-                f"{target} is no model folder, and --tasks, --text and --output are for one: write the trial "
-                "with `rankfront export` and evaluate that folder"
-            )
-        _evaluate_study(find_study(target, runs), trial or [], budget)
-        return
-    if trial or budget is not None:
-        raise RankfrontError(f"{target} is a model folder: --trial and --budget choose from a study")
-    source = None if text is None else TextSource(text, subset, split, column)
+    """Measure a model folder on tasks and a text, or the trials of a study on its test split or on tasks."""
     harness = None
     if tasks is not None:
-        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-        harness = HarnessSpec(names, limit, batch_size, include_path)
+        names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+        own = None if include_path is None else include_path.resolve()
+        harness = HarnessSpec(names, limit, batch_size, own)
+    if not is_model_folder(Path(target)):
+        if (text, output) != (None, None):
+            raise RankfrontError(
+                f"{target} is no model folder, and --text and --output are for one: write the trial "
+                "with `rankfront export` and evaluate that folder"
+            )
+        _evaluate_study(find_study(target, runs), trial or [], budget, harness, variant or [])
+        return
+    if trial or variant or budget is not None:
+        raise RankfrontError(
+            f"{target} is a model folder: --trial, --variant and --budget choose from a study"
+        )
+    source = None if text is None else TextSource(text, subset, split, column)
     evaluated = evaluate_folder(Path(target), harness, source, window, tokens, device)
     for listed in evaluated.tables():
         console.print(listed)
@@ -66,12 +80,34 @@ def evaluate_command(
         console.print(f"Written to [bold]{output}[/]", soft_wrap=True)
 
 
-def _evaluate_study(folder: StudyFolder, trials: list[int], budget: float | None) -> None:
+def _evaluate_study(
+    folder: StudyFolder,
+    trials: list[int],
+    budget: float | None,
+    harness: HarnessSpec | None,
+    variants: list[str],
+) -> None:
     if trials and budget is not None:
         raise RankfrontError("evaluate: give either --trial N or --budget B, or neither for the front")
+    if variants and harness is None:
+        raise RankfrontError(
+            "evaluate: --variant is for --tasks; `rankfront refine` scores both splits itself"
+        )
+    if harness is not None and not harness.tasks:
+        raise RankfrontError("evaluate: --tasks names no task; write --tasks a,b")
     if budget is not None:
         trials = [row.number for row in chosen(summarise(folder, folder.open_study()), budget=budget)]
-    summary, reason = evaluate_study(folder, trials, console)
-    console.print(cells_table(split_cells(summary, trials), f"{summary.study}: test split"))
+    if harness is None:
+        summary, reason = evaluate_study(folder, trials, console)
+        console.print(cells_table(split_cells(summary, trials), f"{summary.study}: test split"))
+    else:
+        summary, reason = evaluate_tasks(folder, trials, variants, harness, console)
+        _print_tasks(summary, trials)
     console.print(f"Saved in [bold]{folder.path}/[/]: evaluations.parquet, report.html", soft_wrap=True)
     exit_if_stopped(reason or "")
+
+
+def _print_tasks(summary: StudySummary, trials: list[int]) -> None:
+    cells = harness_cells(summary, trials)
+    if cells is not None:
+        console.print(cells_table(cells, f"{summary.study}: lm-evaluation-harness", left=LEFT))

@@ -36,6 +36,7 @@ from search.sections import (
     CalibrationSection,
     CostSection,
     FactorSection,
+    FinalistSection,
     ModelSection,
     ReferenceSection,
     RefineSection,
@@ -86,6 +87,7 @@ class Config(Section):
     sensitivity: SensitivitySection = SensitivitySection()
     surgical: SurgicalSection = SurgicalSection()
     refine: RefineSection = RefineSection()
+    finalists: FinalistSection = FinalistSection()
     stop: StopSection = StopSection()
     run: RunSection = RunSection()
     replicas: ReplicaSection = ReplicaSection()

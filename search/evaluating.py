@@ -6,30 +6,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
+from actors.harness_results import HarnessMetric, HarnessSpec, metrics_of
 from actors.types import RankfrontError, TextScore, TextSource
 from search.files import write_atomic
 from search.findings import Cells, cells_table, perplexity
 from search.folder import PREPARED
-
-if TYPE_CHECKING:
-    from actors.harness import HarnessMetric
+from search.harness_table import metric_examples, metric_value
 
 # Tokens of a batch of windows, as in a search (`scoring.batch_tokens`).
 BATCH_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class HarnessSpec:
-    """What lm-evaluation-harness is asked: tasks by name, examples of each at most, questions in a batch."""
-
-    tasks: tuple[str, ...]
-    limit: int | None
-    batch_size: int
-    include_path: Path | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,10 @@ class FolderEvaluation:
             cells = Cells(("text", "tokens", "nats/token", "ppl"), ((*row, perplexity(score.nll)),), "")
             yield cells_table(cells, f"{self.folder}: perplexity", left=("text",))
         if self.metrics:
-            rows = tuple(_metric_row(metric) for metric in self.metrics)
+            rows = tuple(
+                (each.task, each.metric, each.filter, metric_value(each), metric_examples(each))
+                for each in self.metrics
+            )
             columns = ("task", "metric", "filter", "value", "examples")
             cells = Cells(columns, rows, "± is one standard error, as lm-evaluation-harness tells it")
             yield cells_table(cells, f"{self.folder}: tasks", left=columns[:3])
@@ -64,12 +56,6 @@ class FolderEvaluation:
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, json.dumps(document, indent=1, default=str) + "\n")
-
-
-def _metric_row(metric: HarnessMetric) -> tuple[str, ...]:
-    error = "" if metric.stderr is None else f"±{metric.stderr:.4f}"
-    examples = "" if metric.examples is None else f"{metric.examples:,}"
-    return (metric.task, metric.metric, metric.filter, f"{metric.value:.4f}{error}", examples)
 
 
 def is_model_folder(path: Path) -> bool:
@@ -87,9 +73,9 @@ def evaluate_folder(
     """
     if text is None and (harness is None or not harness.tasks):
         raise RankfrontError("evaluate: name --tasks a,b or --text SOURCE, or both")
-    from actors.harness import LoadedFolder, metrics_of
+    from actors.harness import LoadedFolder
 
     loaded = LoadedFolder(folder, device)
     score = None if text is None else loaded.perplexity(text, window, tokens, BATCH_TOKENS)
-    results = None if harness is None else loaded.harness(**vars(harness))
+    results = None if harness is None else loaded.harness(harness)
     return FolderEvaluation(folder, tuple(metrics_of(results)) if results else (), results, score)

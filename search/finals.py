@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -10,21 +11,19 @@ from actors.types import RankfrontError
 from search.evaluations import Evaluations
 from search.findings import Cells, perplexity
 from search.folder import StudyFolder, report
-from search.opening import opened
-from search.pareto import front
+from search.opening import Session, opened
 from search.pool import Job, Pool
 from search.records import FACTORS, Evaluation, StudySummary
 from search.replicas import replicas
-from search.runner import TICK_SECONDS, Stop, minimised
+from search.runner import TICK_SECONDS, Stop
 from search.signals import stop_on_signals
 from search.study import SearchStudy
 
 
 def front_and_dense(study: SearchStudy) -> list[int]:
     """Numbers of the front's trials and of the dense reference, in order."""
-    values, numbers = minimised(study)
     dense = (row.number for row in study.rows() if row.finished and row.origin == "dense")
-    return sorted({*numbers[front(values)].tolist(), *dense})
+    return sorted({*(row.number for row in study.front), *dense})
 
 
 def unscored(folder: StudyFolder, numbers: Sequence[int]) -> list[int]:
@@ -61,6 +60,24 @@ def score_test(
                 evaluations.add(Evaluation(outcome.job.key, FACTORS, "test", fingerprint, outcome.score))
 
 
+def reopened(folder: StudyFolder, console: Console) -> contextlib.AbstractContextManager[Session]:
+    """A study held to measure its trials; its folder may have moved since the search."""
+    return opened(folder.config.model_copy(update={"runs": str(folder.path.parent)}), console)
+
+
+def finished_numbers(study: SearchStudy, numbers: Sequence[int]) -> list[int]:
+    """Trials to measure, each once; none named: the front and the dense model.
+
+    Raises:
+        RankfrontError: a trial that is not there or has no score.
+    """
+    rows = study.rows()
+    unknown = [str(n) for n in numbers if not (0 <= n < len(rows) and rows[n].finished)]
+    if unknown:
+        raise RankfrontError(f"--trial {', '.join(unknown)}: no finished trial of this study")
+    return list(dict.fromkeys(numbers)) or front_and_dense(study)
+
+
 def evaluate_study(
     folder: StudyFolder, numbers: Sequence[int], console: Console
 ) -> tuple[StudySummary, str | None]:
@@ -72,16 +89,10 @@ def evaluate_study(
         RankfrontError: another driver holds the study, it is no longer the study that was searched, or a
             trial has no score yet.
     """
-    # The folder may have moved since the search.
-    config = folder.config.model_copy(update={"runs": str(folder.path.parent)})
-    with opened(config, console) as session:
+    with reopened(folder, console) as session:
         study = session.folder.open_study()
-        rows = study.rows()
-        unknown = [str(n) for n in numbers if not (0 <= n < len(rows) and rows[n].finished)]
-        if unknown:
-            raise RankfrontError(f"--trial {', '.join(unknown)}: no finished trial of {config.study}")
         stop = Stop()
-        wanted = unscored(session.folder, list(dict.fromkeys(numbers)) or front_and_dense(study))
+        wanted = unscored(session.folder, finished_numbers(study, numbers))
         if wanted:
             with replicas(session) as pool, stop_on_signals(stop, console):
                 score_test(session.folder, study, wanted, pool, stop, session.say)

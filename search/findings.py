@@ -136,6 +136,15 @@ def perplexity(nll: float) -> str:
     )
 
 
+def paired(before: Score, after: Score, metric: str) -> str:
+    """What a metric changed by, of the same windows or examples, with its standard error."""
+    try:
+        gap = after.minus(before, metric)
+    except RankfrontError:  # a score from before single values were kept
+        return "not kept"
+    return f"{gap.mean:+.4f} ± {gap.stderr:.4f}"
+
+
 def _sentence(row: TrialRow, reference: TrialRow | None, summary: StudySummary) -> str:
     assert row.score is not None
     kept = f"Keeping {percent(row.budget_model)} of the parameters"

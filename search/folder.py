@@ -122,6 +122,7 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     rows = study.rows()
     chosen = sorted(numbers[front(values)].tolist(), key=lambda number: -rows[number].budget_model)
     volumes = hypervolumes(study)
+    evaluations = Evaluations(folder.path)
     config = folder.config
     scored = sum(row.score.forward_tokens for row in rows if row.score and row.copied_from is None)
     facts = {
@@ -142,10 +143,11 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
         front=tuple(chosen),
         hypervolume=float(volumes[-1]) if len(volumes) else 0.0,
         reference=reference_point(study) or (),
-        evaluations=Evaluations(folder.path).rows,
+        evaluations=evaluations.rows,
         facts=facts,
         macs_length=folder.cost.length,
         constraints=study.constraints,
+        harness=evaluations.harness,
     )
 
 

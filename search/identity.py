@@ -63,6 +63,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("sensitivity", "free", "missing scores are added"),
     Rule("surgical", "free", "another walk over scores that are kept"),
     Rule("refine", "free", "other settings make another variant"),
+    Rule("finalists", "free", "which to follow further; what is there is kept"),
     Rule("stop", "free", "how far to go"),
     Rule("run", "fixed", "the same trials again only by the same rule"),
     Rule("replicas", "free", "how fast to go"),

@@ -7,11 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.harness_results import HarnessScore
 from actors.types import Allocation, Score
 from search.constraints import Constraint, feasible
 
 FACTORS = "factors"
 """The variant that is a trial's own factors."""
+HARNESS = "lm_eval"
+"""The split of what lm-evaluation-harness measured: its tasks have splits of their own."""
+
+Key = tuple[int, str, str, str]
+"""Of the evaluations table: trial, variant, split, fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Evaluation:
     score: Score
 
     @property
-    def key(self) -> tuple[int, str, str, str]:
+    def key(self) -> Key:
         return (self.trial, self.variant, self.split, self.fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +96,37 @@ class Evaluation:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
         return cls(**{**data, "score": Score.from_dict(data["score"])})
+
+
+@dataclass(frozen=True)
+class HarnessEvaluation:
+    """What lm-evaluation-harness says of a trial's variant, a row of the same table; its split is `HARNESS`.
+
+    The fingerprint is of what was asked (`actors.harness_results.task_fingerprints`).
+    """
+
+    trial: int
+    variant: str
+    fingerprint: str
+    score: HarnessScore
+
+    @property
+    def key(self) -> Key:
+        return (self.trial, self.variant, HARNESS, self.fingerprint)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "trial": self.trial,
+            "variant": self.variant,
+            "split": HARNESS,
+            "fingerprint": self.fingerprint,
+            "harness": self.score.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HarnessEvaluation:
+        score = HarnessScore.from_dict(data["harness"])
+        return cls(data["trial"], data["variant"], data["fingerprint"], score)
 
 
 @dataclass(frozen=True)
@@ -118,6 +155,7 @@ class StudySummary:
     facts: Mapping[str, str]
     macs_length: int | None = None
     constraints: tuple[Constraint, ...] = ()
+    harness: tuple[HarnessEvaluation, ...] = ()
 
     def test_score(self, trial: int, variant: str = FACTORS) -> Score | None:
         """The latest test-split score of a trial's variant, if there is one."""

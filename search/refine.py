@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import ray
-from ray.exceptions import RayError
 from rich.console import Console
 
-from actors.refinement import (
-    FOLDER,
-    RefinementSpec,
-    RefinementStep,
-    file_of,
-    refinement_fingerprint,
-    variant_of,
-)
-from actors.replica import Refiner
-from actors.types import SPLITS, Allocation, RankfrontError, ReplicaSpec, Score
+from actors.refinement import FOLDER, RefinementStep, file_of, refinement_fingerprint, variant_of
+from actors.types import SPLITS, RankfrontError, Score
 from search.evaluations import Evaluations
-from search.failures import cause_of, process_died
-from search.findings import Cells
+from search.findings import Cells, paired
 from search.folder import StudyFolder
 from search.journal import driver_lock
-from search.pool import Machine, connect, thread_environment
+from search.pool import connect
 from search.records import FACTORS, Evaluation, TrialRow
 from search.runner import Stop
 from search.screen import Line, clock
 from search.signals import stop_on_signals
+from search.worker import Worker, mistakes_named, refiner
 
 Pair = tuple[Score, Score]
 """A score before and a score after, of one split."""
@@ -59,81 +47,42 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
         raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
     if row.allocation.is_dense:
         raise RankfrontError(f"--trial {row.number}: every target is dense; there are no factors to refine")
-    spec = folder.config.refinement
-    fingerprint = refinement_fingerprint(folder.prepared.fingerprints, row.allocation, spec)
-    variant, path = variant_of(fingerprint), (folder.path / FOLDER / file_of(fingerprint)).resolve()
     stop = Stop()
     with (
         driver_lock(folder.path),
-        _worker(folder, path.parent, connect()) as worker,
+        refiner(folder, connect()) as worker,
         stop_on_signals(stop, console),
-        _mistakes_named(),
+        mistakes_named(),
     ):
-        ended = "it was refined before"
-        if not path.exists():
-            facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
-            steps = worker.refine(row.allocation, spec, facts)
-            ended = _watch(steps, stop, console) or ended
-        scores = {} if stop.reason else scored(folder, row, variant, path.name, worker)
+        return refine_by(worker, folder, row, stop, console)
+
+
+def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, console: Console) -> Refined:
+    """The same by a worker that is there. The caller holds the study's lock."""
+    spec = folder.config.refinement
+    variant, path = refined_path(folder, row)
+    ended = "it was refined before"
+    if not path.exists():
+        facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
+        steps = worker.refine(row.allocation, spec, facts)
+        ended = _watch(steps, stop, console) or ended
+    scores = {} if stop.reason else scored(folder, row, variant, path.name, worker)
     return Refined(variant, path, stop.reason or ended, scores)
 
 
-class Worker(Protocol):
-    """Refines and scores: `actors.refiner.Refiner`, or one in another process."""
-
-    def refine(
-        self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
-    ) -> Iterator[RefinementStep]: ...
-
-    def score(self, allocation: Allocation, split: str, file: str | None) -> Score: ...
+def refined_path(folder: StudyFolder, row: TrialRow) -> tuple[str, Path]:
+    """The variant and the file that refining a trial as the config says leaves, or has left."""
+    prints = folder.prepared.fingerprints
+    fingerprint = refinement_fingerprint(prints, row.allocation, folder.config.refinement)
+    return variant_of(fingerprint), (folder.path / FOLDER / file_of(fingerprint)).resolve()
 
 
-class _Remote:
-    """One in an actor."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def refine(
-        self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
-    ) -> Iterator[RefinementStep]:
-        method = self._actor.refine.options(num_returns="streaming")
-        for reference in method.remote(allocation, spec, facts):
-            yield ray.get(reference)
-
-    def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
-        return ray.get(self._actor.score.remote(allocation, split, file))  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _worker(folder: StudyFolder, place: Path, machine: Machine) -> Iterator[Worker]:
-    """A refiner that leaves its files at `place`, with all of a node's cores or a GPU; gone at the end."""
-    threads = folder.config.replicas.threads
-    count = machine.cores if threads == "auto" else threads
-    replica = ReplicaSpec("refiner", folder.config.preparation(), folder.prepared, count)
-    options = {
-        "num_cpus": 1,
-        "num_gpus": min(1, machine.gpus),
-        "runtime_env": thread_environment(count),
-    }
-    actor = ray.remote(Refiner).options(**options).remote(replica, str(place))
-    try:
-        yield _Remote(actor)
-    finally:
-        ray.kill(actor)
-
-
-@contextlib.contextmanager
-def _mistakes_named() -> Iterator[None]:
-    """Ray's errors as the user's mistakes they are, or as a process that died."""
-    try:
-        yield
-    except RayError as error:
-        if process_died(error):
-            raise RankfrontError(
-                f"the refining process died (out of memory?); the same command goes on where it was: {error}"
-            ) from error
-        raise cause_of(error) from error
+def is_refined(folder: StudyFolder, row: TrialRow) -> bool:
+    """Whether a trial is refined as the config says, and both splits are scored."""
+    variant, path = refined_path(folder, row)
+    evaluations, prints = Evaluations(folder.path), folder.prepared.fingerprints
+    keys = ((row.number, variant, split, prints[split]) for split in SPLITS)
+    return path.exists() and all(key in evaluations for key in keys)
 
 
 def _watch(steps: Iterable[RefinementStep], stop: Stop, console: Console) -> str | None:
@@ -192,14 +141,19 @@ def scored(folder: StudyFolder, row: TrialRow, variant: str, file: str, worker: 
     }
 
 
+def variants_of(evaluations: Evaluations, row: TrialRow) -> dict[str, Score]:
+    """The refined variants of a trial, each with its score on the search split."""
+    mine = (e for e in evaluations.rows if (e.trial, e.split) == (row.number, "search"))
+    return {e.variant: e.score for e in mine if e.variant != FACTORS}
+
+
 def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path, Score]:
     """The file of a trial's refined factors by their variant's name, and their score on the search split.
 
     Raises:
         RankfrontError: the trial has no such variant, or its file is gone.
     """
-    rows = [e for e in Evaluations(folder.path).rows if e.trial == row.number and e.split == "search"]
-    scores = {e.variant: e.score for e in rows if e.variant != FACTORS}
+    scores = variants_of(Evaluations(folder.path), row)
     if variant not in scores:
         there = ", ".join(scores) or "none"
         raise RankfrontError(f"--variant {variant}: trial {row.number} has no such variant; it has {there}")
@@ -220,13 +174,5 @@ def comparison_cells(scores: dict[str, Pair]) -> Cells:
             values = (
                 f"{score.metrics[metric]:.4f} ± {score.stderrs[metric]:.4f}" for score in (before, after)
             )
-            rows.append((split, metric, *values, _difference(before, after, metric)))
+            rows.append((split, metric, *values, paired(before, after, metric)))
     return Cells(("split", "metric", "before", "after", "difference, paired"), tuple(rows), "")
-
-
-def _difference(before: Score, after: Score, metric: str) -> str:
-    try:
-        gap = after.minus(before, metric)
-    except RankfrontError:  # a score from before single values were kept
-        return "not kept"
-    return f"{gap.mean:+.4f} ± {gap.stderr:.4f}"

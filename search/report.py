@@ -10,8 +10,10 @@ from pathlib import Path
 from actors.types import TargetSpec
 from search.constraints import broken
 from search.files import write_atomic
+from search.finalist_table import finalist_cells
 from search.findings import front_cells, front_table, headline, percent
 from search.further import further_cells
+from search.harness_table import harness_cells
 from search.page import chart, facts_section, page, table
 from search.panels import front_rows, infeasible_rows, panels
 from search.plots import front_png
@@ -52,6 +54,8 @@ def report_html(summary: StudySummary, targets: Sequence[TargetSpec] = ()) -> st
         _charts(summary),
         _front(summary),
         _further(summary),
+        _finalists(summary),
+        _harness(summary),
         _ranks(summary, targets),
         _progress(summary),
     ]
@@ -99,6 +103,24 @@ def _further(summary: StudySummary) -> str:
     note += " bias in %, likelihood_diff in nats."
     shown = table(cells.columns, cells.rows, "named")
     return f'<section><h2>More about the front</h2>{shown}<p class="note">{escape(note)}</p></section>'
+
+
+def _finalists(summary: StudySummary) -> str:
+    cells = finalist_cells(summary)
+    if cells is None:
+        return ""
+    note = f"{cells.note}; nll in nats/token, kept in % of the model's parameters."
+    shown = table(cells.columns, cells.rows, "named")
+    return f'<section><h2>Refined finalists</h2>{shown}<p class="note">{escape(note)}</p></section>'
+
+
+def _harness(summary: StudySummary) -> str:
+    cells = harness_cells(summary)
+    if cells is None:
+        return ""
+    note = f"{cells.note}; kept in % of the model's parameters."
+    shown = table(cells.columns, cells.rows, "named")
+    return f'<section><h2>lm-evaluation-harness</h2>{shown}<p class="note">{escape(note)}</p></section>'
 
 
 def _ranks(summary: StudySummary, targets: Sequence[TargetSpec]) -> str:

@@ -299,6 +299,23 @@ class RefineSection(Section):
     checkpointed: bool = False
 
 
+class FinalistSection(Section):
+    """Front members that `rankfront finalists` follows further, and a search at its end where any are named.
+
+    They are scored on the test split and, with `refine`, refined as that section says. `budgets`: the best
+    front point at or under each, of the model's parameters. `count`: so many front points, spread evenly
+    from the largest compressed one to the smallest; both may be given.
+    """
+
+    budgets: tuple[Share, ...] = ()
+    count: Positive | None = None
+    refine: bool = True
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.budgets) or self.count is not None
+
+
 class PlateauSection(Section):
     """Stop when the hypervolume grew by no more than `tolerance` (relative) over `trials` trials."""
 

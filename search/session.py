@@ -16,6 +16,7 @@ from search.constraints import dense_notes
 from search.database import secrets_of
 from search.event_log import event_log
 from search.events import Note, told
+from search.finalists import follow
 from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
 from search.metrics import RayMetrics
@@ -59,6 +60,10 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
                 reason = _run(session, study, pool, stop, console, beacon, note)
                 if not stop.reason:
                     score_test(folder, study, front_and_dense(study), pool, stop, session.say)
+        if config.finalists.wanted and not stop.reason:
+            report(folder, study)  # what was found is there to see, whatever comes of the finalists
+            with stop_on_signals(stop, console):
+                follow(session, study, config.finalists, stop, console)
         return folder, report(folder, study), stop.reason or reason
 
 

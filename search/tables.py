@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from actors.types import SPLITS, Allocation, Score
 from search.allocations import method_list
-from search.records import Evaluation, StudySummary, TrialRow
+from search.records import Evaluation, HarnessEvaluation, Key, StudySummary, TrialRow
 
 INTEGERS = ("tokens", "forward_tokens")
 _INTEGER_COLUMNS = {*INTEGERS, *(f"{split}.{name}" for split in SPLITS for name in INTEGERS)}
@@ -81,8 +81,12 @@ def trials_parquet(summary: StudySummary) -> bytes:
 
 
 def evaluations_parquet(summary: StudySummary) -> bytes:
-    """One row per evaluation, its key and its metrics (unprefixed: `split` is a column here)."""
+    """One row per evaluation, its key and its metrics (unprefixed: `split` is a column here).
+
+    Those of lm-evaluation-harness are `lm_eval.<task>.<metric>`, in rows of the split `lm_eval`.
+    """
     rows = [_evaluation(evaluation) for evaluation in summary.evaluations]
+    rows += [_harness_evaluation(evaluation) for evaluation in summary.harness]
     return parquet(rows, EVALUATION_FIELDS, ALWAYS, _identity(summary))
 
 
@@ -145,13 +149,23 @@ def _trial(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    key = dict(zip(("trial", "variant", "split", "fingerprint"), evaluation.key, strict=True))
     return {
-        **key,
+        **_key(evaluation.key),
         "seconds": evaluation.score.seconds,
         "replica": evaluation.score.replica,
         **score_values(evaluation.score),
     }
+
+
+def _harness_evaluation(evaluation: HarnessEvaluation) -> dict[str, Any]:
+    metrics: dict[str, float | None] = {}
+    for metric in evaluation.score.metrics:
+        metrics |= {metric.name: finite(metric.value), f"{metric.name}_stderr": metric.stderr}
+    return {**_key(evaluation.key), "seconds": evaluation.score.seconds, **metrics}
+
+
+def _key(key: Key) -> dict[str, Any]:
+    return dict(zip(("trial", "variant", "split", "fingerprint"), key, strict=True))
 
 
 def _member(row: TrialRow, summary: StudySummary) -> dict[str, Any]:

@@ -5,11 +5,13 @@ tiny_llama(folder)   the Llama among them
 tiny_store(folder, model, targets, moments, spec)   the factor store of a model
 tiny_text(folder)    a saved data set with a `text` column
 tiny_tasks(folder)   saved data sets in the schemas of arc_easy, piqa and boolq
+tiny_harness_task(folder)   a task of one's own for lm-evaluation-harness
 tiny_config(root)    a raw rankfront config that uses them by local path
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -200,6 +202,29 @@ def tiny_tasks(folder: Path, count: int = 30) -> dict[str, Path]:
     """Save `count` rows of each of arc_easy, piqa and boolq."""
     rows = {"arc_easy": arc_rows(count), "piqa": piqa_rows(count), "boolq": boolq_rows(count)}
     return {name: _save(folder / name, table) for name, table in rows.items()}
+
+
+def tiny_harness_task(folder: Path, count: int) -> Path:
+    """Write `tiny_piqa`, its questions beside it: `count` rows of piqa."""
+    import yaml
+
+    questions = folder / "questions.json"
+    questions.write_text("\n".join(json.dumps(row) for row in piqa_rows(count)))
+    task = {
+        "task": "tiny_piqa",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(questions)}},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": "{{[sol1, sol2]}}",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
+    }
+    (folder / "tiny_piqa.yaml").write_text(yaml.safe_dump(task))
+    return folder
 
 
 def tiny_config(root: Path, **overrides: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import yaml
 from exported_models import Case, make_case
 from lm_eval.__main__ import cli_evaluate
 from transformers import AutoModelForCausalLM
 
-from actors.harness import HarnessMetric, LoadedFolder, metrics_of
+from actors.harness import LoadedFolder
+from actors.harness_results import HarnessMetric, HarnessSpec, metrics_of, task_fingerprints
 from actors.reasoning import pack, score_task
 from actors.tasks import TASKS
-from actors.types import RankfrontError, TextSource
+from actors.types import RankfrontError, ScoringError, TextSource
 
 COUNT = 6
 
@@ -31,25 +32,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of one task of one's own, its questions beside it."""
-    folder = tmp_path_factory.mktemp("tasks")
-    questions = folder / "questions.json"
-    questions.write_text("\n".join(json.dumps(row) for row in tiny.piqa_rows(COUNT)))
-    task = {
-        "task": "tiny_piqa",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": str(questions)}},
-        "output_type": "multiple_choice",
-        "validation_split": "validation",
-        "doc_to_text": "Question: {{goal}}\nAnswer:",
-        "doc_to_target": "label",
-        "doc_to_choice": "{{[sol1, sol2]}}",
-        "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
-        ],
-    }
-    (folder / "tiny_piqa.yaml").write_text(yaml.safe_dump(task))
-    return folder
+    return tiny.tiny_harness_task(tmp_path_factory.mktemp("tasks"), COUNT)
 
 
 @pytest.mark.slow  # the command lists all of the harness's task files
@@ -64,7 +47,7 @@ def test_the_harness_finds_what_its_own_command_finds(
     cli_evaluate()
     (written,) = (tmp_path / "out").rglob("results_*.json")
     expected = json.loads(written.read_text())["results"]["tiny_piqa"]
-    found = LoadedFolder(case.folder, "cpu").harness(["tiny_piqa"], include_path=mine, batch_size=3)
+    found = LoadedFolder(case.folder, "cpu").harness(HarnessSpec(("tiny_piqa",), None, 3, mine))
     metrics = {metric.metric: metric for metric in metrics_of(found)}
     assert metrics.keys() == {"acc", "acc_norm"}
     for name, metric in metrics.items():
@@ -75,7 +58,7 @@ def test_the_harness_finds_what_its_own_command_finds(
 
 def test_a_limit_is_kept_to_and_accuracies_are_ours(case: Case, mine: Path) -> None:
     loaded = LoadedFolder(case.folder, "cpu")
-    found = metrics_of(loaded.harness(["tiny_piqa"], include_path=mine, limit=4))
+    found = metrics_of(loaded.harness(HarnessSpec(("tiny_piqa",), 4, 1, mine)))
     examples = [TASKS["piqa"].ask(row) for row in tiny.piqa_rows(COUNT)][:4]
     score = score_task(loaded.model, pack("piqa", True, examples, loaded.tokenizer))
     assert [(m.metric, m.value, m.examples) for m in found] == [
@@ -88,7 +71,7 @@ def test_a_limit_is_kept_to_and_accuracies_are_ours(case: Case, mine: Path) -> N
 def test_an_unknown_task_is_named(case: Case, mine: Path) -> None:
     loaded = LoadedFolder(case.folder, "cpu")
     with pytest.raises(RankfrontError, match="has no 'tiny_piqb'; tasks of your own are YAML files"):
-        loaded.harness(["tiny_piqa", "tiny_piqb"], include_path=mine)
+        loaded.harness(HarnessSpec(("tiny_piqa", "tiny_piqb"), None, 1, mine))
 
 
 def test_perplexity_is_a_plain_loops(case: Case, tmp_path: Path) -> None:
@@ -107,7 +90,31 @@ def test_perplexity_is_a_plain_loops(case: Case, tmp_path: Path) -> None:
 def test_without_the_harness_it_is_said_how_to_get_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RankfrontError, match=r"pip install 'rankfront\[eval\]'"):
-        LoadedFolder(case.folder, "cpu").harness(["arc_easy"])
+        LoadedFolder(case.folder, "cpu").harness(HarnessSpec(("arc_easy",), None, 1, None))
+
+
+def test_a_logit_that_is_no_number_is_no_answer(case: Case, mine: Path) -> None:
+    """The harness itself would call the first choice the most likely one."""
+    loaded = LoadedFolder(case.folder, "cpu")
+    loaded.model.get_output_embeddings().weight.data[7, 3] = math.nan
+    with pytest.raises(ScoringError, match="a logit is not finite"):
+        loaded.harness(HarnessSpec(("tiny_piqa",), 2, 1, mine))
+
+
+def test_a_question_is_known_by_what_is_asked(mine: Path, tmp_path: Path) -> None:
+    """Tasks, limit and the task files decide; the batch and where the folder is do not."""
+    shutil.copytree(mine, tmp_path / "copy")
+    spec = HarnessSpec(("a", "b"), 4, 1, mine)
+    known = task_fingerprints(spec)
+    assert len({*known.values()}) == 2
+    assert task_fingerprints(HarnessSpec(("b", "a"), 4, 8, tmp_path / "copy")) == known
+    assert task_fingerprints(HarnessSpec(("a",), 5, 1, mine))["a"] != known["a"]
+    assert task_fingerprints(HarnessSpec(("a",), 4, 1, None))["a"] != known["a"]
+    with (tmp_path / "copy" / "tiny_piqa.yaml").open("a") as stream:
+        stream.write("num_fewshot: 1\n")
+    assert task_fingerprints(HarnessSpec(("a",), 4, 1, tmp_path / "copy"))["a"] != known["a"]
+    with pytest.raises(RankfrontError, match=r"--include-path .*nothing: no such folder"):
+        task_fingerprints(HarnessSpec(("a",), 4, 1, tmp_path / "nothing"))
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,46 @@ def test_it_compiles_as_one_graph(model: RankfrontForCausalLM) -> None:
         explained = torch._dynamo.explain(model)(PROBE)
     assert explained.graph_break_count == 0
     torch._dynamo.reset()
+
+
+@pytest.mark.slow  # inductor compiles C++ for each layer
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs a C++ compiler; without one the graph is tested above"
+)
+def test_the_compiled_layers_compute_what_they_do_uncompiled(tmp_path: Path, monkeypatch: Any) -> None:
+    """By inductor, each layer as one graph, at two lengths."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    factored = FactoredLinear(N, M, R, True)
+    for parameter in factored.parameters():
+        torch.nn.init.normal_(parameter)
+    torch._dynamo.reset()
+    for layer in (factored, pivoted()):
+        compiled = torch.compile(layer, fullgraph=True)
+        with torch.no_grad():
+            for tokens in (T, 3 * T):
+                x = torch.randn(2, tokens, N)
+                torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow  # inductor compiles C++ for the whole model
+@pytest.mark.skipif(
+    shutil.which("g++") is None,
+    reason="inductor needs a C++ compiler; without one generation is tested below",
+)
+def test_a_compiled_step_with_a_static_cache_generates_the_same(
+    model: RankfrontForCausalLM, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Prompt and steps as inductor compiles them, without a graph break."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    usual = model.generate(PROBE, **settings)
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.base, "forward", torch.compile(model.base.forward, fullgraph=True))
+        static = model.generate(PROBE, cache_implementation="static", disable_compile=True, **settings)
+    torch._dynamo.reset()
+    assert static.tolist() == usual.tolist()
 
 
 def test_a_static_cache_generates_what_a_growing_one_does(model: RankfrontForCausalLM) -> None:

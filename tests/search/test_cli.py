@@ -348,6 +348,7 @@ def test_every_command_has_help() -> None:
         "evaluate",
         "refine",
         "status",
+        "finalists",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "search.cli", "--help"], capture_output=True, text=True, timeout=240

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from actors.harness import HarnessMetric
+from actors.harness_results import HarnessMetric
 from actors.types import RankfrontError
 from search.cli import app
 from search.evaluating import FolderEvaluation, is_model_folder
@@ -46,7 +46,7 @@ def test_a_folder_is_measured_on_a_text(llama: Path, tmp_path: Path) -> None:
     [
         ((), "name --tasks a,b or --text SOURCE"),
         (("--tasks", " , "), "name --tasks a,b or --text SOURCE"),
-        (("--trial", "3"), "--trial and --budget choose from a study"),
+        (("--trial", "3"), "--trial, --variant and --budget choose from a study"),
         (("--text", "./nothing.txt", "--window", "32"), "no file or folder"),
         (("--text", "./nothing.txt"), "--window 512: the model reads 256 tokens"),
     ],
@@ -57,8 +57,8 @@ def test_a_folder_refuses(llama: Path, arguments: tuple[str, ...], reason: str) 
 
 
 def test_a_study_refuses_what_is_for_folders(tmp_path: Path) -> None:
-    with pytest.raises(RankfrontError, match="is no model folder, and --tasks"):
-        evaluate(tmp_path, "--tasks", "arc_easy")
+    with pytest.raises(RankfrontError, match="is no model folder, and --text and --output"):
+        evaluate(tmp_path, "--text", "mine.txt")
     with pytest.raises(RankfrontError, match="holds no study"):
         evaluate("unknown", "--runs", tmp_path)
 

@@ -2,93 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import re
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 from rich.console import Console
+from tiny_study import Tiny
 
 import search.refine
-from actors.preparation import prepare
 from actors.refined import RefinedFactors
 from actors.refinement import RefinementStep
-from actors.refiner import Refiner
-from actors.types import Prepared, RankfrontError, ReplicaSpec, Score
+from actors.types import RankfrontError
 from search.cli import main
-from search.config import parse_config
 from search.evaluations import Evaluations
-from search.folder import StudyFolder
-from search.pool import Machine
-from search.records import TrialRow
-from search.refine import Refined, comparison_cells, refine, refined_file
+from search.refine import comparison_cells, refined_file
 from search.runner import Stop
-
-
-@dataclass
-class Tiny:
-    """A study on disk with a dense trial and a compressed one, both scored."""
-
-    folder: StudyFolder
-    asked: list[tuple[str, str | None]]
-
-    def row(self, number: int = 1) -> TrialRow:
-        return self.folder.open_study().rows()[number]
-
-    def refine(self, number: int = 1) -> Refined:
-        return refine(self.folder, self.row(number), Console(file=io.StringIO()))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
-    root = tmp_path_factory.mktemp("refine")
-    settings = {"steps": 6, "tokens": 64, "warmup": 1, "held_out": 0.25, "evaluate_every": 2}
-    raw = tiny.tiny_config(root, refine=settings, scoring={"kl_top_k": 16})
-    config = parse_config(raw)
-    *_, prepared = prepare(config.preparation())
-    assert isinstance(prepared, Prepared)
-    folder = StudyFolder(config.folder, config, prepared)
-    folder.path.mkdir(parents=True)
-    worker = Refiner(ReplicaSpec("r", config.preparation(), prepared, 1, "cpu"), folder.path / "refined")
-    study = folder.open_study()
-    cost = folder.cost
-    study.enqueue([(cost.uniform(1.0), "dense"), (cost.uniform(0.6), "uniform")])
-    for _ in range(2):
-        planned = study.propose("random")
-        study.complete(planned, worker.score(planned.allocation, "search", None))
-    (folder.path / "config.yaml").write_text(config.to_yaml())
-    (folder.path / "prepared.json").write_text(json.dumps(prepared.to_dict()))
-    return folder
-
-
-@pytest.fixture
-def study(made: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    """A copy of its own of the study, refined in this process."""
-    path = tmp_path / "tiny"
-    shutil.copytree(made.path, path)
-    study = Tiny(replace(made, path=path), [])
-
-    class Asked(Refiner):
-        def score(self, allocation: Any, split: str, file: str | None) -> Score:
-            study.asked.append((split, file))
-            return super().score(allocation, split, file)
-
-    @contextlib.contextmanager
-    def worker(folder: StudyFolder, place: Path, machine: Machine) -> Iterator[Refiner]:
-        spec = ReplicaSpec("refiner", folder.config.preparation(), folder.prepared, 1, "cpu")
-        yield Asked(spec, place)
-
-    monkeypatch.setattr(search.refine, "_worker", worker)
-    monkeypatch.setattr(search.refine, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
-    return study
 
 
 def test_a_trial_is_refined_scored_beside_its_own_factors_and_exported(

@@ -1,0 +1,94 @@
+"""Finalists: front members that are scored on the test split and refined, after a search or by command.
+
+What they come to is in the evaluations table; what is there is not done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from actors.types import RankfrontError
+from search.choosing import chosen
+from search.finals import reopened, score_test, unscored
+from search.folder import StudyFolder, report, summarise
+from search.opening import Session
+from search.panels import dense_row, front_rows
+from search.records import StudySummary, TrialRow
+from search.refine import is_refined, refine_by
+from search.replicas import replicas
+from search.runner import Stop
+from search.sections import FinalistSection
+from search.signals import stop_on_signals
+from search.study import SearchStudy
+from search.worker import mistakes_named, refiner
+
+
+def run_finalists(
+    folder: StudyFolder, section: FinalistSection, console: Console
+) -> tuple[StudySummary, list[TrialRow], str | None]:
+    """Follow a study's finalists further, or go on doing so.
+
+    Returns what the study's report then shows, who they were, and the signal that stopped it, if one did.
+
+    Raises:
+        RankfrontError: none was asked for or the front has none, another driver holds the study, it is no
+            longer the study that was searched, or a refinement cannot go on.
+    """
+    if not section.wanted:
+        raise RankfrontError(
+            "finalists: none is asked for; give --budget B or --count N, or set finalists.budgets or "
+            "finalists.count in the config"
+        )
+    with reopened(folder, console) as session:
+        study, stop = session.folder.open_study(), Stop()
+        with stop_on_signals(stop, console):
+            rows = follow(session, study, section, stop, console)
+        summary = report(session.folder, study)
+    if not rows:
+        raise RankfrontError("finalists: the front has no compressed model that was asked for")
+    return summary, rows, stop.reason
+
+
+def follow(
+    session: Session, study: SearchStudy, section: FinalistSection, stop: Stop, console: Console
+) -> list[TrialRow]:
+    """Score the finalists and the dense model on the test split, then refine one after the other."""
+    folder, say = session.folder, session.say
+    summary = summarise(folder, study)
+    rows = finalists(summary, section, say)
+    if not rows:
+        return []
+    reference = dense_row(summary)
+    numbers = [row.number for row in ([reference] if reference else []) + rows]
+    if unscored(folder, numbers):
+        with replicas(session) as pool:
+            score_test(folder, study, numbers, pool, stop, say)
+    left = [row for row in rows if section.refine and not is_refined(folder, row)]
+    if left and not stop.reason:
+        with refiner(folder, session.machine) as worker, mistakes_named():
+            for place, row in enumerate(left, start=1):
+                kept = f"{row.budget_model:.1%} of all parameters"
+                say(f"finalist {place} of {len(left)}: refining trial {row.number}, {kept}")
+                found = refine_by(worker, folder, row, stop, console)
+                if stop.reason:
+                    break
+                say(f"trial {row.number}: {found.variant}, {found.ended}")
+    return rows
+
+
+def finalists(summary: StudySummary, section: FinalistSection, say: Callable[[str], None]) -> list[TrialRow]:
+    """The compressed front members that a section asks for, in the front's order, each once.
+
+    A budget that the front does not reach is said and passed over.
+    """
+    members = [row for row in front_rows(summary) if not row.allocation.is_dense]
+    count, last = min(section.count or 0, len(members)), len(members) - 1
+    wanted = {members[round(place * last / max(1, count - 1))].number for place in range(count)}
+    for budget in section.budgets:
+        try:
+            wanted |= {row.number for row in chosen(summary, budget=budget)}
+        except RankfrontError as error:
+            say(f"finalists: {error}")
+    return [row for row in members if row.number in wanted]

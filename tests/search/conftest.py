@@ -1,0 +1,30 @@
+"""Fixtures of the tests of what comes after a search."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_study import MACHINE, Tiny, make_study
+
+import search.refine
+from search.folder import StudyFolder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """A study with a dense and a compressed trial; read-only."""
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def study(made: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A copy of its own of the study, refined in this process."""
+    path = tmp_path / "tiny"
+    shutil.copytree(made.path, path)
+    tiny = Tiny(replace(made, path=path), [])
+    monkeypatch.setattr(search.refine, "refiner", tiny.refiner)
+    monkeypatch.setattr(search.refine, "connect", lambda: MACHINE)
+    return tiny

@@ -1,0 +1,152 @@
+"""Finalists of a tiny study, by a worker and a replica in this process; and who they are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import MadeUpPool, open_study, propose_and_complete
+from tiny_study import MACHINE, Tiny
+from typer.testing import CliRunner
+
+import search.finalists
+from actors.types import RankfrontError
+from search.cli import app
+from search.evaluations import Evaluations
+from search.finalist_table import finalist_cells
+from search.finalists import finalists
+from search.folder import StudyFolder, summarise
+from search.journal import driver_lock
+from search.opening import Session
+from search.pool import Job, Outcome
+from search.records import StudySummary
+from search.sections import FinalistSection
+
+
+@pytest.fixture
+def started(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The study is opened and its processes started without Ray; the list says which were."""
+    started: list[str] = []
+
+    @contextlib.contextmanager
+    def reopened(folder: StudyFolder, console: Any) -> Iterator[Session]:
+        with driver_lock(folder.path):
+            yield Session(folder, MACHINE, console.print)
+
+    @contextlib.contextmanager
+    def replicas(session: Session) -> Iterator[MadeUpPool]:
+        started.append("replicas")
+        with study.refiner(session.folder, session.machine) as worker:
+
+            def answer(job: Job) -> Outcome:
+                return Outcome(job, worker.score(job.allocation, job.split, None))
+
+            yield MadeUpPool(answer)
+
+    @contextlib.contextmanager
+    def refiner(folder: StudyFolder, machine: Any) -> Iterator[Any]:
+        started.append("refiner")
+        with study.refiner(folder, machine) as worker:
+            yield worker
+
+    for name, value in (("reopened", reopened), ("replicas", replicas), ("refiner", refiner)):
+        monkeypatch.setattr(search.finalists, name, value)
+    return started
+
+
+def command(study: Tiny, *arguments: str) -> str:
+    """What `rankfront finalists` printed.
+
+    Raises:
+        RankfrontError: as the command does.
+    """
+    result = CliRunner().invoke(app, ["finalists", str(study.folder.path), *arguments])
+    if isinstance(result.exception, RankfrontError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_finalist_is_scored_and_refined_once(study: Tiny, started: list[str]) -> None:
+    path = study.folder.path
+    before = study.folder.open_study().rows()
+    command(study, "--budget", "0.99", "--no-refine")
+    assert started == ["replicas"]
+    assert sorted(study.asked) == [("test", None), ("test", None)], "the finalist and the dense model"
+
+    out = command(study, "--budget", "0.99", "--budget", "0.98")
+    assert started == ["replicas", "refiner"]
+    found = study.refine()
+    assert found.ended == "it was refined before", "what `rankfront refine` does, under the same name"
+    rows = {(e.trial, e.variant, e.split): e.score for e in Evaluations(path).rows}
+    tested = {(0, "factors", "test"), (1, "factors", "test")}
+    assert rows.keys() == tested | {(1, found.variant, "search"), (1, found.variant, "test")}
+    assert study.asked[2:] == [("search", found.path.name), ("test", found.path.name)]
+    assert "--trial N --variant VARIANT" in out
+    own, test = before[1].score, rows[1, "factors", "test"]
+    assert own is not None
+    for score in (own, test, rows[1, found.variant, "search"], rows[1, found.variant, "test"]):
+        assert f"{score.text.nll:.3f}±{score.text.stderr:.3f}" in out
+    gap = rows[1, found.variant, "test"].minus(test, "nll")
+    cells = finalist_cells(summarise(study.folder, study.folder.open_study()))
+    assert cells is not None
+    assert [row[0] for row in cells.rows] == ["0", "1"]
+    assert cells.rows[1][-2:] == (f"{gap.mean:+.4f} ± {gap.stderr:.4f}", found.variant)
+
+    command(study, "--count", "3")
+    assert started == ["replicas", "refiner"], "all is there"
+    assert study.folder.open_study().rows() == before
+    assert "<h2>Refined finalists</h2>" in (path / "report.html").read_text()
+
+
+def test_what_was_not_asked_for_is_said(study: Tiny, started: list[str]) -> None:
+    with pytest.raises(RankfrontError, match="give --budget B or --count N, or set finalists"):
+        command(study)
+    with pytest.raises(RankfrontError, match=r"finalists.budgets\[0\]: 90.0: .* less than or equal to 1"):
+        command(study, "--budget", "90")
+    with pytest.raises(RankfrontError, match="the front has no compressed model"):
+        command(study, "--budget", "0.01")
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("section", "places"),
+    [
+        ({"count": 1}, [0]),
+        ({"count": 3}, [0, 2, 4]),
+        ({"count": 99}, [0, 1, 2, 3, 4]),
+        ({}, []),
+    ],
+)
+def test_a_count_is_spread_over_the_front(tmp_path: Path, section: dict[str, int], places: list[int]) -> None:
+    summary = made_up(tmp_path)
+    said: list[str] = []
+    found = finalists(summary, FinalistSection(**section), said.append)
+    assert [row.number for row in found] == [summary.front[place] for place in places]
+    assert said == []
+
+
+def test_budgets_name_the_best_at_or_under_each(tmp_path: Path) -> None:
+    summary = made_up(tmp_path)
+    rows = [summary.rows[number] for number in summary.front]
+    smallest = min(row.budget_model for row in rows)
+    said: list[str] = []
+    section = FinalistSection(budgets=(smallest, 1.0, smallest / 2))
+    found = finalists(summary, section, said.append)
+    best = min(rows, key=lambda row: row.score.text.nll)
+    least = next(row for row in rows if row.budget_model == smallest)
+    assert {row.number for row in found} == {best.number, least.number}
+    assert len(said) == 1
+    assert f"--budget {smallest / 2}: no front point at or under it" in said[0]
+
+
+def made_up(folder: Path) -> StudySummary:
+    """Five compressed trials, all taken for the front."""
+    study = open_study(folder, "random")
+    propose_and_complete(study, 5)
+    rows = study.rows()
+    order = tuple(row.number for row in sorted(rows, key=lambda row: -row.budget_model))
+    return StudySummary("s", "m", study.objectives, rows, order, 0.0, (), (), {})
