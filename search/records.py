@@ -8,6 +8,9 @@ from typing import Any
 
 from actors.types import Allocation, Score
 
+PLAN = "rankfront.plan"
+"""The user attribute a trial is created with: its origin, ranks and methods."""
+
 FACTORS = "factors"
 """The variant that is a trial's own factors."""
 

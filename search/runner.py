@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from actors.types import RankfrontError, Rival, Score
 from search.pareto import front, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
+from search.records import Objective
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
 from search.study import Planned, SearchStudy, TakenError
@@ -45,6 +46,15 @@ class Progress:
     """What the screen shows; the loop keeps it up to date."""
 
     started: float = field(default_factory=time.monotonic)
+
+
+def room_of(objective: Objective) -> float:
+    """How far beyond the dense model a point still adds to the hypervolume; inf where no fixed amount."""
+    if objective.name.partition(".")[0] == "nll":
+        return NLL_ROOM
+    if objective.name == "kl":
+        return KL_ROOM
+    return MARGIN_ROOM if objective.name.endswith(".margin") else math.inf
 
 
 def reference_point(study: SearchStudy) -> tuple[float, ...] | None:

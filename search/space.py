@@ -44,16 +44,31 @@ class Space:
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Levels of each group, then the methods of each module type, in the model's order."""
-        found: dict[str, BaseDistribution] = {name: IntDistribution(0, self._levels) for name in self._groups}
+        found: dict[str, BaseDistribution] = {
+            name: IntDistribution(0, self._levels) for name in self.level_names
+        }
         if self._methods:
             for target in self._cost.targets:
                 found.setdefault(_method_parameter(target), CategoricalDistribution(self._methods))
         return found
 
     @cached_property
-    def _groups(self) -> tuple[str, ...]:
+    def level_names(self) -> tuple[str, ...]:
         """Names of the parameters that are levels."""
         return tuple(dict.fromkeys(self._group_of.values()))
+
+    @property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """The methods of each parameter that is a choice between them."""
+        return {name: self._methods for name in self.distributions if name not in self.level_names}
+
+    def group_of(self, target: TargetSpec) -> str:
+        """The parameter that is a target's level."""
+        return self._group_of[target.name]
+
+    def ranks_of(self, target: TargetSpec) -> list[int | None]:
+        """A target's rank at each level; the last is dense."""
+        return self._ranks[target.name]
 
     @cached_property
     def _ranks(self) -> dict[str, list[int | None]]:
@@ -118,8 +133,8 @@ class Space:
         return {**self._nearest_levels(allocation), **self._usual_methods(allocation)}
 
     def _nearest_levels(self, allocation: Allocation) -> dict[str, int]:
-        stored = dict.fromkeys(self._groups, 0)
-        at_level = {name: [0] * (self._levels + 1) for name in self._groups}
+        stored = dict.fromkeys(self.level_names, 0)
+        at_level = {name: [0] * (self._levels + 1) for name in self.level_names}
         ranks = allocation.to_dict()
         for target in self._cost.targets:
             group = self._group_of[target.name]

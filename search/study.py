@@ -25,12 +25,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from actors.types import Allocation, RankfrontError, Score
 from search.allocations import method_list
 from search.cost import CostModel
+from search.records import PLAN as PLAN
 from search.records import Objective, TrialRow
 from search.samplers import reseed
 from search.space import Space
 
-# Our one attribute at a trial's creation, and our one packed result written before its final state.
-PLAN, RESULT = "rankfront.plan", "rankfront.result"
+# Our one packed result, written before a trial's final state; `PLAN` is our one attribute at its creation.
+RESULT = "rankfront.result"
 IDENTITY = "rankfront.identity"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

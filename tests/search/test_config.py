@@ -113,6 +113,7 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("study", "a/b", "study", ["'a/b'"]),
         ("replicas.count", 0, "replicas.count", ["0", "greater than or equal to 1"]),
         ("sampler.name", "cmaes", "sampler.name", ["'cmaes'", "nsga2", "tpe"]),
+        ("sampler.name", "gp", "sampler.name", ["'gp'", "at most 20", "space.group: target", "exchange"]),
         ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
         ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),
         ("factors.methods", ["feature"], "factors.methods", ["['feature']", "dictionary"]),
