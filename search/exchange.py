@@ -2,7 +2,7 @@
 
 A proposal is made in four steps, all on arrays.
 
-1. *Aim*: the part of the range of sizes whose turn it is, and in it the size that promises most
+1. *Aim*: the half of the range of sizes whose turn it is, and in it the size that promises most
    (`search.aims`). The range goes from the smallest size whose loss is still of use up to dense.
 2. *Learn*: how much more or less each parameter loses than predicted, from the trials nearest in size
    (`search.multipliers`), as the posterior's mean or as a draw from it, more or less of its speach.
@@ -16,8 +16,8 @@ What is kept between proposals is what was read of finished trials, which never 
 the same. Trials that failed or were pruned are not learned from, nor are those that are not of this space.
 
 Tried on made-up losses and no help: multipliers of single parameters without those of module types and
-blocks (less hypervolume up to 100 trials); one fixed size of the errors; aiming at a plain sequence, without
-the expected gain; mixing as the main move; the posterior's whole spread from the first trial on.
+blocks (less hypervolume up to 100 trials); aiming at a plain sequence, without the expected gain; mixing for
+a third of the proposals; the posterior's whole spread from the first trial on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Integers = NDArray[np.int64]
 
 FILL, TRADE, MIX = MOVES = ("fill", "trade", "mix")
 # Each move's share of proposals before any is known to succeed: the model is good from the first trial on.
-FIRST = {FILL: 10.0, TRADE: 2.0, MIX: 1.0}
+FIRST = {FILL: 20.0, TRADE: 2.0, MIX: 1.0}
 # Moves of so many last proposals decide how often each is made.
 LATELY = 48
 # Of the posterior's spread around its mean; drawn anew for each proposal. Zero alone learns nothing new, one
@@ -55,7 +55,7 @@ LATELY = 48
 HEATS = (0.0, 0.5, 1.0, 1.5)
 # Finished trials at which half of that spread is used: at first, filling the range with what is predicted
 # pays more than learning where the prediction is wrong.
-WARM_UP = 50.0
+WARM_UP = 100.0
 # Trials that are learned from, nearest in size: the equations of 256 are solved in about a millisecond.
 NEAREST = 256
 # A trial that is this share of the dense size away counts with twice the error.
