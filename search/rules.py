@@ -39,7 +39,8 @@ METRICS: dict[str, bool] = {
     "reasoning.margin": False,
 }
 _CORPUS = "nll."
-# Most parameters that `gp` proposes for: see benchmarks/results/sampler_cost.md.
+# Most parameters that `gp` proposes for: at 21 one proposal takes four seconds, at 42 eight to ten
+# (benchmarks/results/sampler_cost.md).
 GP_PARAMETERS = 20
 _TASK_METRIC = re.compile(r"^reasoning\.(?P<task>\w+)\.(acc|acc_norm|margin)$")
 
