@@ -1,6 +1,6 @@
 """How far samplers get from the same seeds, on made-up losses. SYNTHETIC: no model is run.
 
-    python benchmarks/sampler_quality.py [--trials 400] [--seeds 3] [--group target]
+    python benchmarks/sampler_quality.py [--trials 400] [--seeds 3] [--first 0] [--group target]
 
 224 targets whose measured losses are the predicted ones times random multipliers, and more (`_made_up.py`).
 Every sampler starts from the same trials, those of a search: dense, uniform allocations and seeds. `ladder`
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--group", choices=("target", "module", "block"), default="target")
     parser.add_argument("--segments", type=int, default=1)
     parser.add_argument("--samplers", nargs="+", default=NAMES)
@@ -45,7 +46,7 @@ def main() -> None:
     for name in arguments.samplers:
         runs = [
             history(name, seed, arguments.trials, arguments.group, arguments.segments)
-            for seed in range(arguments.seeds)
+            for seed in range(arguments.first, arguments.first + arguments.seeds)
         ]
         if not rows:
             common = len(warm_start(MadeUp(0)))

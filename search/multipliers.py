@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# Spread of multipliers around 1, and what no multiplier explains. Measured on 40 trials of SmolLM2 over 21
-# parameters: losses are within 12% of one multiple of the predicted ones, as multipliers of 0.4 make them.
+# Spread of multipliers around 1, and what no multiplier explains. On 39 trials of SmolLM2 over 21 parameters,
+# measured losses scatter by 11% around one multiple of the predicted ones, as multipliers of 0.4 make them.
 TAUS = (0.15, 0.35, 0.8)
 NOISES = (0.005, 0.02, 0.08)
 # Trials that the evidence is taken from: enough to tell nine pairs apart, at a tenth of the work.
