@@ -18,13 +18,16 @@ from search.cost import CostModel
 from search.database import open_database
 from search.evaluations import Evaluations
 from search.journal import driver_lock, open_journal, repair_journal
+from search.landscape import Landscape, landscape_of
 from search.pareto import front
 from search.records import StudySummary
 from search.report import write_report
-from search.runner import hypervolumes, minimised, reference_point
+from search.runner import hypervolumes, minimised, reference_point, room_of
 from search.samplers import make_sampler
 from search.sections import SamplerSection, SpaceSection
+from search.seeds import tail_losses
 from search.space import Space
+from search.spectra import losses
 from search.study import SearchStudy, open_storage_study
 
 CONFIG, PREPARED = "config.yaml", "prepared.json"
@@ -56,17 +59,37 @@ class StudyFolder:
         section = sampler or config.sampler
         objectives = config.named_objectives
         study = open_storage_study(self._storage(), config.study, objectives)
-        space = Space(cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
         return SearchStudy(
             study,
-            make_sampler(section),
+            make_sampler(section, self.landscape),
             section.seed,
-            space,
+            self.space,
             cost,
             objectives,
             config.named_constraints,
             config.run.lag if config.run.deterministic else None,
         )
+
+    @property
+    def space(self) -> Space:
+        """What the sampler proposes in."""
+        config = self.config
+        return Space(self.cost, config.factor_spec, **config.space.model_dump(exclude={"methods"}))
+
+    def landscape(self) -> Landscape:
+        """Sizes of every level, and losses predicted by the factors where they were built with gradients.
+
+        Raises:
+            RankfrontError: the factor store cannot be read from this machine.
+        """
+        objectives, factors = self.config.named_objectives, self.config.factor_spec
+        known = losses(Path(self.prepared.factor_store))
+        own = {target.name: factors.method_of(target.name) for target in self.prepared.targets}
+        predicted = None
+        if all(method in known.get(name, {}) for name, method in own.items()):
+            predicted = {name: tail_losses(known[name][method]) for name, method in own.items()}
+        rooms = [room_of(objective) for objective in objectives]
+        return landscape_of(self.space, self.cost, objectives, rooms, predicted)
 
     def _storage(self) -> BaseStorage:
         if self.leased is not None:

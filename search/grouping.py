@@ -47,6 +47,10 @@ class Shared:
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self._group_of.values()))
 
+    def group_of(self, target: TargetSpec) -> str:
+        """The parameter that is a target's level."""
+        return self._group_of[target.name]
+
     def levels(self, params: Mapping[str, int]) -> dict[str, int]:
         return {name: params[group] for name, group in self._group_of.items()}
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CalibrationSection,
         CorpusSection,
         FactorSection,
+        SamplerSection,
         ScoringSection,
         SpaceSection,
         StopSection,
@@ -40,6 +41,9 @@ METRICS: dict[str, bool] = {
     "reasoning.margin": False,
 }
 _CORPUS = "nll."
+# Most parameters that `gp` proposes for: at 21 one proposal takes four seconds, at 42 eight to ten
+# (benchmarks/results/sampler_cost.md).
+GP_PARAMETERS = 20
 _TASK_METRIC = re.compile(r"^reasoning\.(?P<task>\w+)\.(acc|acc_norm|margin)$")
 
 
@@ -199,6 +203,31 @@ def _space_mistakes(space: SpaceSection) -> list[str]:
     return found
 
 
+def sampler_problem(name: str, parameters: int) -> str | None:
+    """Why a sampler does not propose in a space of so many parameters, None where it does."""
+    if name != "gp" or parameters <= GP_PARAMETERS:
+        return None
+    return (
+        f"sampler.name: 'gp' takes a space of at most {GP_PARAMETERS} parameters, this one has {parameters}; "
+        "use exchange or tpe, or space.group: module with fewer segments"
+    )
+
+
+def _sampler_mistakes(sampler: SamplerSection, space: SpaceSection) -> list[str]:
+    """What is certain without the model, whose modules and blocks the other groups are of."""
+    if sampler.name == "exchange" and space.group == "curve":
+        return [
+            "sampler.name: 'exchange' moves parameters between levels of targets, under space.group: curve a "
+            "target has none of its own; use gp or tpe, or another group"
+        ]
+    if sampler.name != "gp" or space.group != "target":
+        return []
+    return [
+        f"sampler.name: 'gp' takes a space of at most {GP_PARAMETERS} parameters, space.group: target has "
+        "one for each target; use exchange or tpe, or space.group: module"
+    ]
+
+
 def _factor_mistakes(factors: FactorSection) -> list[str]:
     return [f"{key}: {_no_method(name)}" for key, name in _configured(factors) if name not in METHOD_NAMES]
 
@@ -279,6 +308,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _stage_mistakes),
     (("stop",), _stop_mistakes),
     (("space",), _space_mistakes),
+    (("sampler", "space"), _sampler_mistakes),
     (("factors",), _factor_mistakes),
     (("factors", "space"), _choice_mistakes),
     (("surgical", "scoring"), _surgical_mistakes),

@@ -15,7 +15,7 @@ from actors.types import RankfrontError, Rival, Score
 from search.events import Note, silent
 from search.pareto import front, hypervolume, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
-from search.records import TrialRow
+from search.records import Objective, TrialRow
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
 from search.study import Planned, SearchStudy, TakenError
@@ -47,6 +47,15 @@ class Progress:
     """What the screen shows; the loop keeps it up to date."""
 
     started: float = field(default_factory=time.monotonic)
+
+
+def room_of(objective: Objective) -> float:
+    """How far beyond the dense model a point still adds to the hypervolume; inf where no fixed amount."""
+    if objective.name.partition(".")[0] == "nll":
+        return NLL_ROOM
+    if objective.name == "kl":
+        return KL_ROOM
+    return MARGIN_ROOM if objective.name.endswith(".margin") else math.inf
 
 
 def reference_point(study: SearchStudy) -> tuple[float, ...] | None:

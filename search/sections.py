@@ -231,7 +231,10 @@ class SpaceSection(Section):
 
 
 class SamplerSection(Section):
-    name: Literal["nsga2", "nsga3", "tpe", "random"] = "tpe"
+    """Who proposes: `exchange` is ours (`search.exchange`), the others are Optuna's; `gp` is for spaces of
+    few parameters. `population` is that of the NSGA samplers."""
+
+    name: Literal["exchange", "nsga2", "nsga3", "tpe", "gp", "random"] = "tpe"
     seed: Annotated[int, Field(ge=0)] = 0
     population: Annotated[int, Field(ge=2)] = 32
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors.types import Allocation
+from actors.types import Allocation, RankfrontError
 from search.alone import FILE, Log
 from search.beacon import Beacon
 from search.config import Config
@@ -25,6 +25,7 @@ from search.pool import Pool
 from search.records import StudySummary
 from search.references import reference_allocations
 from search.replicas import replicas
+from search.rules import sampler_problem
 from search.runner import Progress, Runner, Stop
 from search.screen import Screen
 from search.seeds import seed_allocations
@@ -42,6 +43,9 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
     check_sources(config)
     with opened(config, console) as session:
         folder = session.folder
+        problem = sampler_problem(config.sampler.name, len(folder.space.distributions))
+        if problem is not None:
+            raise RankfrontError(problem)
         study = folder.open_study()
         references = config.references
         if config.stop.plateau is not None:  # the hypervolume is measured from the dense model

@@ -64,6 +64,25 @@ class Space:
         return found
 
     @cached_property
+    def level_names(self) -> tuple[str, ...]:
+        """Names of the parameters that are levels."""
+        return self._grouping.names
+
+    @property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """The methods of each parameter that is a choice between them."""
+        return {name: self._methods for name in self.distributions if name not in self.level_names}
+
+    def group_of(self, target: TargetSpec) -> str:
+        """The parameter that is a target's level; on a curve no single one is."""
+        assert isinstance(self._grouping, Shared), "a curve has no groups"
+        return self._grouping.group_of(target)
+
+    def ranks_of(self, target: TargetSpec) -> list[int | None]:
+        """A target's rank at each level; the last is dense."""
+        return self._ranks[target.name]
+
+    @cached_property
     def _ranks(self) -> dict[str, list[int | None]]:
         """For each target the rank of each level."""
         steps = range(self._levels)

@@ -54,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def study(root: Path) -> Study:
-    return Study(root, "tiny", address=None)
+    return Study(root, "tiny", address=None, sampler={"name": "exchange"})
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def interrupted(side_by_side: SideBySide) -> Ended:
 def test_a_search_scores_its_trials(first: Ended) -> None:
     assert first.code == 0, first.err
     assert [trial.state.name for trial in first.trials] == ["COMPLETE"] * 8
-    assert [origin(trial) for trial in first.trials] == ["dense", *["uniform"] * 2, *["tpe"] * 5]
+    assert [origin(trial) for trial in first.trials] == ["dense", *["uniform"] * 2, *["exchange"] * 5]
     assert first.trials[0].values[0] == 1.0
     assert all(math.isfinite(value) for trial in first.trials for value in trial.values)
     assert len({trial.values[1] for trial in first.trials}) > 5, "ranks change the loss"

@@ -16,6 +16,7 @@ from actors.types import Allocation, FactorSpec, Score, TargetSpec, TaskScore, T
 from search.constraints import Constraint
 from search.cost import CostModel
 from search.journal import open_journal
+from search.landscape import Landscape, landscape_of
 from search.pool import Job, Outcome
 from search.records import Objective
 from search.samplers import make_sampler
@@ -64,9 +65,18 @@ def open_study(
     cost = cost_model()
     section = SamplerSection(name=sampler, seed=seed, population=population)
     study = open_storage_study(open_journal(folder), "made-up", objectives)
-    return SearchStudy(
-        study, make_sampler(section), seed, space_of(cost, **space), cost, objectives, constraints, lag
-    )
+    levels = space_of(cost, **space)
+    proposer = make_sampler(section, lambda: landscape(levels, cost, objectives))
+    return SearchStudy(study, proposer, seed, levels, cost, objectives, constraints, lag)
+
+
+def landscape(space: Space, cost: CostModel, objectives: tuple[Objective, ...] = OBJECTIVES) -> Landscape:
+    """What the exchange sampler is told of a made-up study; `loss` is predicted but for its multipliers."""
+    predicted = {
+        target.name: (1 - np.arange(1, target.full_rank + 1) / target.full_rank) ** 2
+        for target in cost.targets
+    }
+    return landscape_of(space, cost, objectives, [np.inf] * len(objectives), predicted)
 
 
 def loss(allocation: Allocation) -> float:

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import ray
 import yaml
-from fakes import MODEL_PARAMETERS, TARGETS, score_of
+from fakes import MODEL_PARAMETERS, TARGETS, energy_of, score_of, write_store
 from rich.console import Console
 
 from actors.types import Allocation, Prepared
@@ -65,6 +66,22 @@ def folder(tmp_path: Path) -> StudyFolder:
         planned = study.propose("random")
         study.complete(planned, score_of(planned.allocation))
     return made
+
+
+def test_a_sampler_is_told_what_the_factors_predict(folder: StudyFolder) -> None:
+    """By the configured method; nothing, and so an even guess, where one target has no prediction."""
+    store = Path(folder.prepared.factor_store)
+    losses = {target.name: {"curvature": energy_of(target)} for target in TARGETS}
+    write_store(store, losses, losses)
+    found = folder.landscape()
+    target = TARGETS[4]
+    lost = [energy_of(target)[rank:].sum() for rank in range(1, target.full_rank + 1)]
+    start = int(found.offsets[4])
+    assert found.rank_losses[start : start + 25].tolist() == pytest.approx([0.0, *lost])
+    assert found.rooms.tolist() == [np.inf, pytest.approx(np.log(10))]
+    write_store(store, losses, {name: losses[name] for name in list(losses)[1:]})
+    even = folder.landscape()
+    assert even.rank_losses[1] == pytest.approx((1 - even.rank_sizes[1] / even.rank_sizes[0]) ** 2 / 20)
 
 
 def trials(folder: StudyFolder) -> list[optuna.trial.FrozenTrial]:

@@ -128,6 +128,7 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("replicas.count", 0, "replicas.count", ["0", "greater than or equal to 1"]),
         ("run.lag", -1, "run.lag", ["-1", "greater than or equal to 0"]),
         ("sampler.name", "cmaes", "sampler.name", ["'cmaes'", "nsga2", "tpe"]),
+        ("sampler.name", "gp", "sampler.name", ["'gp'", "at most 20", "space.group: target", "exchange"]),
         ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
         ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),
         ("factors.methods", ["feature"], "factors.methods", ["['feature']", "dictionary"]),
@@ -142,6 +143,13 @@ def test_a_mistake_is_named(raw: dict[str, Any], key: str, value: Any, path: str
     about = [line for line in found if line.startswith(f"{path}: ")]
     assert about, f"no line about {path}: {found}"
     assert all(word in " ".join(about) for word in says), about
+
+
+def test_exchange_needs_a_level_of_each_target(raw: dict[str, Any]) -> None:
+    curves = put(raw, "space", {"group": "curve"})
+    assert parse_config(put(curves, "sampler.name", "tpe"))
+    [line] = mistakes(put(curves, "sampler.name", "exchange"))
+    assert line.startswith("sampler.name: 'exchange' moves parameters between levels of targets")
 
 
 def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:

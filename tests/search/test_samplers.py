@@ -9,10 +9,12 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 
-from search.samplers import make_sampler, reseed
+from search.exchange import ExchangeSampler
+from search.rules import GP_PARAMETERS, sampler_problem
+from search.samplers import RestartedGPSampler, make_sampler, reseed
 from search.sections import SamplerSection
 
-NAMES = ("nsga2", "nsga3", "tpe", "random")
+NAMES = ("exchange", "nsga2", "nsga3", "tpe", "random")
 LEVELS = {f"x{index}": IntDistribution(0, 1000) for index in range(6)}
 METHODS = {
     f"method/x{index}": CategoricalDistribution(("weight", "feature", "curvature")) for index in range(2)
@@ -47,10 +49,25 @@ def make(name: str, seed: int = 0) -> BaseSampler:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("nsga2", NSGAIISampler), ("nsga3", NSGAIIISampler), ("tpe", TPESampler), ("random", RandomSampler)],
+    [
+        ("exchange", ExchangeSampler),
+        ("nsga2", NSGAIISampler),
+        ("nsga3", NSGAIIISampler),
+        ("tpe", TPESampler),
+        ("gp", RestartedGPSampler),
+        ("random", RandomSampler),
+    ],
 )
 def test_a_name_makes_its_sampler(name: str, kind: type[BaseSampler]) -> None:
     assert type(make(name)) is kind
+
+
+def test_gp_is_refused_where_it_would_not_finish() -> None:
+    assert sampler_problem("gp", GP_PARAMETERS) is None
+    assert sampler_problem("exchange", 224) is None
+    problem = sampler_problem("gp", GP_PARAMETERS + 1)
+    assert problem is not None
+    assert all(word in problem for word in ("'gp'", "at most 20", "has 21", "exchange"))
 
 
 @every_sampler

@@ -1,0 +1,107 @@
+"""What trials of a study say about a landscape: Optuna's trials in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from search.landscape import Landscape
+from search.packing import PLAN
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+MOVE = "exchange:move"
+"""The system attribute that says by which move a trial was proposed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of the space: levels (p,) and indices of methods (c,)."""
+
+    levels: Integers
+    methods: Integers
+
+    @property
+    def key(self) -> bytes:
+        return self.levels.tobytes() + self.methods.tobytes()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finished trial: the losses (p,) predicted for it, their sum and its size, at the ranks it was
+    scored at.
+
+    `values` (d,) are minimised; `feasible` says that no constraint of the trial is violated.
+    """
+
+    place: Place
+    predicted: Floats
+    total: float
+    size: int
+    values: Floats
+    feasible: bool
+    move: str | None
+
+
+class Reader:
+    """Reads each finished trial once: they never change, so what is kept changes no answer."""
+
+    def __init__(self, landscape: Landscape) -> None:
+        self._landscape = landscape
+        self._study: Study | None = None
+        self._findings: dict[int, Finding | None] = {}
+        self._places: dict[int, bytes] = {}
+
+    def read(self, study: Study) -> tuple[list[Finding], set[bytes]]:
+        """Findings by number, and the places of all trials, whatever their state.
+
+        A trial with parameters that are not of this space, or with a value that is not finite, is left out.
+        """
+        if study is not self._study:
+            self._study, self._findings, self._places = study, {}, {}
+        return list(self._found(study)), set(self._places.values())
+
+    def _found(self, study: Study) -> Iterator[Finding]:
+        signs = np.where([way == StudyDirection.MAXIMIZE for way in study.directions], -1.0, 1.0)
+        for trial in study.get_trials(deepcopy=False):
+            if trial.number not in self._findings:
+                place = self._place(trial)
+                if place is not None:
+                    self._places[trial.number] = place.key
+                if not trial.state.is_finished():
+                    continue
+                finding = None
+                if place is not None and trial.state == TrialState.COMPLETE:
+                    finding = self._finding(trial, place, signs)
+                self._findings[trial.number] = finding
+            known = self._findings[trial.number]
+            if known is not None:
+                yield known
+
+    def _place(self, trial: FrozenTrial) -> Place | None:
+        land, params = self._landscape, trial.params
+        levels = [params.get(name) for name in land.names]
+        top = land.sizes.shape[1] - 1
+        if not all(isinstance(level, int) and 0 <= level <= top for level in levels):
+            return None
+        if any(params.get(name) not in choices for name, choices in land.methods.items()):
+            return None
+        methods = [choices.index(params[name]) for name, choices in land.methods.items()]
+        return Place(np.array(levels, dtype=np.int64), np.array(methods, dtype=np.int64))
+
+    def _finding(self, trial: FrozenTrial, place: Place, signs: Floats) -> Finding | None:
+        values = np.array(trial.values) * signs
+        if not np.isfinite(values).all():
+            return None
+        land, ranks = self._landscape, trial.user_attrs.get(PLAN, {}).get("ranks", ())
+        of_ranks = len(ranks) == len(land.owner)
+        predicted, size = land.of_ranks(ranks) if of_ranks else land.of_levels(place.levels)
+        feasible = all(value <= 0 for value in trial.constraints.values())
+        total = float(predicted.sum())
+        return Finding(place, predicted, total, size, values, feasible, trial.system_attrs.get(MOVE))
