@@ -15,6 +15,7 @@ import search.opening
 import search.replicas
 from actors.types import Prepared, RankfrontError
 from search.config import Config, parse_config
+from search.events import silent
 from search.folder import CONFIG, StudyFolder
 from search.identity import FIXED_FINGERPRINTS
 from search.journal import JOURNAL
@@ -120,7 +121,7 @@ def test_a_lag_that_leaves_replicas_waiting_is_said(tmp_path: Path, monkeypatch:
     said: list[str] = []
     for count in (2, 3):
         config = config_of(tmp_path, replicas={"count": count}, run={"deterministic": True, "lag": 3})
-        search.replicas._start_pool(config, PREPARED, Machine(8, 0, 2**40), said.append)
+        search.replicas._start_pool(config, PREPARED, Machine(8, 0, 2**40), said.append, silent)
     assert [line for line in said if line.startswith("run.lag")] == [
         "run.lag: 3 lets 4 trials be under way, the replicas could take 6"
     ]
