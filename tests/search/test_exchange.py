@@ -21,8 +21,9 @@ from actors.types import Allocation
 from search import exchange
 from search.exchange import FILL, MIX, MOVES, TRADE, ExchangeSampler
 from search.landscape import Landscape
+from search.packing import PLAN
 from search.reading import MOVE
-from search.records import PLAN, Objective
+from search.records import Objective
 from search.samplers import reseed
 
 COST = cost_model()
