@@ -61,19 +61,36 @@ class PivotedLinear(nn.Module):
             return torch.cat((pivot, rest), dim=-1).index_select(-1, self.order)
         # Both products straight into one buffer: `cat` would be one more pass over it. Autograd has no `out`.
         rows = x.reshape(-1, self.in_features)
+        if x.device.type == "cpu" and (self.out_features > self.in_features or len(rows) == 1):
+            return self._by_features(rows, own, others).view(*x.shape[:-1], self.out_features)
         both = x.new_empty(len(rows), self.out_features)
         pivot, rest = both.tensor_split((self.rank,), dim=1)
-        _product(rows, self.pivots, own, pivot)
-        _product(pivot, self.coefficients, others, rest)
+        _product(rows, self.pivots.T, own, pivot)
+        _product(pivot, self.coefficients.T, others, rest)
         return both.index_select(1, self.order).view(*x.shape[:-1], self.out_features)
 
+    def _by_features(
+        self, rows: torch.Tensor, own: torch.Tensor | None, others: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same (t, m) for rows (t, n), laid out feature by feature: whole rows are put in order.
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out (t, m) = x (t, n) weight^T + bias; autograd does not see it."""
+        On a CPU that pays on an MLP's wide side: its elementwise work keeps the layout and its next product
+        takes it as it is. Elsewhere attention and residual sums lose more by the layout than the order gains.
+        One row is laid out alike both ways.
+        """
+        both = rows.new_empty(self.out_features, len(rows))
+        pivot, rest = both.tensor_split((self.rank,))
+        _product(self.pivots, rows.T, None if own is None else own[:, None], pivot)
+        _product(self.coefficients, pivot, None if others is None else others[:, None], rest)
+        return both.index_select(0, self.order).T
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = a b + bias, where the bias is broadcast; autograd does not see it."""
     if bias is None:
-        torch.mm(x, weight.T, out=out)
+        torch.mm(a, b, out=out)
     else:
-        torch.addmm(bias, x, weight.T, out=out)
+        torch.addmm(bias, a, b, out=out)
 
 
 def dense_linear(in_features: int, out_features: int, rank: int, bias: bool) -> nn.Linear:

@@ -24,12 +24,12 @@ from actors.types import Allocation, FactorSpec, ModelSource
 M, N, R, T = 12, 10, 5, 7
 
 
-def pivoted(rank: int = R, bias: bool = True) -> PivotedLinear:
-    layer = PivotedLinear(N, M, rank, bias)
+def pivoted(rank: int = R, bias: bool = True, rows: int = M, cols: int = N) -> PivotedLinear:
+    layer = PivotedLinear(cols, rows, rank, bias)
     generator = torch.Generator().manual_seed(rank)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
-    layer.order.copy_(torch.randperm(M, generator=generator))
+    layer.order.copy_(torch.randperm(rows, generator=generator))
     return layer
 
 
@@ -37,7 +37,7 @@ def by_hand(layer: PivotedLinear, x: torch.Tensor) -> torch.Tensor:
     """P [I; C] R x + P [c; C c + d] in float64, by matrices."""
     rank, weight = layer.rank, layer.pivots.double()
     tall = torch.cat((torch.eye(rank, dtype=torch.float64), layer.coefficients.double()))
-    bias = torch.zeros(M, dtype=torch.float64)
+    bias = torch.zeros(layer.out_features, dtype=torch.float64)
     if layer.bias is not None:
         own, others = layer.bias.double()[:rank], layer.bias.double()[rank:]
         bias = torch.cat((own, layer.coefficients.double() @ own + others))
@@ -45,15 +45,18 @@ def by_hand(layer: PivotedLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "cols"), [(M, N), (N, M), (N, N)])
 @pytest.mark.parametrize("rank", [1, R, N])
-@pytest.mark.parametrize("shape", [(T,), (2, T), (2, 3, T), (0, T)])
-def test_a_pivoted_layer_computes_its_matrix(shape: tuple[int, ...], rank: int, bias: bool) -> None:
-    layer = pivoted(rank, bias)
-    x = torch.randn(*shape[:-1], N)
+@pytest.mark.parametrize("before", [(), (2,), (2, 3), (0,)])
+def test_a_pivoted_layer_computes_its_matrix(
+    before: tuple[int, ...], rank: int, rows: int, cols: int, bias: bool
+) -> None:
+    layer = pivoted(rank, bias, rows, cols)
+    x = torch.randn(*before, cols)
     with torch.no_grad():
         found = layer(x)
     tracked = layer(x)
-    assert found.shape == tracked.shape == (*shape[:-1], M)
+    assert found.shape == tracked.shape == (*before, rows)
     torch.testing.assert_close(found.double(), by_hand(layer, x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tracked, found, rtol=1e-5, atol=1e-5)
 
