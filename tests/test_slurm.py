@@ -20,8 +20,8 @@ SCRIPT = ROOT / "configs" / "cluster-slurm.sbatch"
 TOKEN = "0" * 64
 HEAD = "10.1.2.3"
 
-# One program under every name. Its own line is logged with what of its environment matters; `srun` then runs its
-# command once for each task, as task 0, 1, ..., and `ray symmetric-run` what follows `--`, on the first node.
+# One program under every name. Each call is logged with what matters of its environment; `srun` then runs its
+# command once for each task, as node 0, 1, ..., and `ray symmetric-run` what follows `--`, on the first node.
 STAND_IN = """#!{python}
 import json, os, subprocess, sys
 from pathlib import Path
@@ -217,4 +217,5 @@ def test_slurm_gives_whole_nodes_one_task_each() -> None:
     asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
     assert {"--exclusive", "--ntasks-per-node=1", "--no-kill", "--requeue"} <= set(asked)
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert not [line for line in lines[first_command:] if line.startswith("#SBATCH")], "Slurm reads no further"
+    unread = [line for line in lines[first_command:] if line.startswith("#SBATCH")]
+    assert not unread, "Slurm reads no further than the first command"
