@@ -1,8 +1,8 @@
 """The KubeRay manifest and its image: fields that exist, a token everywhere, nothing exposed.
 
 No package brings KubeRay's custom resource definitions, so the fields that the manifest uses are written down
-here from its API reference (ray.io/v1, KubeRay 1.6) and from Kubernetes' own, any other one an error; and Ray's
-own reader of a RayCluster resource says what it makes of it.
+here from its API reference (ray.io/v1, KubeRay 1.6) and from Kubernetes' own, any other one an error; and
+Ray's own reader of a RayCluster resource says what it makes of it.
 """
 
 # ruff: noqa: N815 (fields have the names that Kubernetes gives them)
