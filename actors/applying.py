@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from actors.check import Scored
 from actors.models import list_targets, load_model, materialise
+from actors.node_cache import store_folder
 from actors.preparation import prepare
 from actors.replica import quieten
+from actors.resident import local_source, resident
 from actors.scoring import Scorer
 from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, ReplicaSpec
 
@@ -34,7 +35,7 @@ def applied(
         RankfrontError: every rank that does not fit the model, before anything is decomposed.
     """
     quieten()
-    folder = materialise(preparation.model, Path(preparation.cache))
+    folder = materialise(local_source(preparation), store_folder(preparation))
     model = load_model(folder, preparation.model)
     targets = list_targets(model, preparation.include, preparation.exclude)
     del model
@@ -54,7 +55,7 @@ def applied(
         if isinstance(item, str):
             say(item)
         if isinstance(item, Prepared):
-            prepared = item
+            prepared = resident(preparation, item)
     kept = Allocation.of({name: rank for name, rank in allocation if rank is not None}, prepared.targets)
     replica = ReplicaSpec("apply", preparation, prepared, torch.get_num_threads())
     return Scored(preparation, prepared, kept, storage, Scorer(replica).score(kept))

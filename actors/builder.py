@@ -6,9 +6,9 @@ One builder does it all; several split the text of a pass between them and the t
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
@@ -33,8 +33,10 @@ from actors.models import (
     materialise,
 )
 from actors.moments import Moments, merge
+from actors.node_cache import is_published, is_url, local_store, node_folder, publish, store_folder
 from actors.operations import operations
 from actors.planning import plan
+from actors.resident import local_source
 from actors.scoring import SplitData, load_split
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import SPLITS, BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
@@ -53,7 +55,8 @@ class Builder:
         self._spec = spec
         self._seconds: dict[str, float] = {}
         self._clock = time.perf_counter()
-        self.folder = materialise(spec.model, Path(spec.cache))
+        model, cache = local_source(spec), store_folder(spec)
+        self.folder = materialise(model, cache)
         self._tokenizer = load_tokenizer(self.folder, spec.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(self.folder, spec.model, self.device)
@@ -71,16 +74,17 @@ class Builder:
             calibration.tokens,
         )
         self.fingerprints = {
-            "model": fingerprint(spec.model),
+            "model": fingerprint(model),
             "tokenizer": fingerprint_tokenizer(self._tokenizer),
             "calibration": fingerprint_windows(self._windows),
         }
         self.fingerprints["factors"] = store_fingerprint(
             self.fingerprints, spec.factors, calibration.labels, self.targets
         )
-        self._store = StoreBuilder(
-            Path(spec.cache) / self.fingerprints["factors"][:16], spec.factors, self.targets
-        )
+        name = self.fingerprints["factors"][:16]
+        self._store = StoreBuilder(cache / name, spec.factors, self.targets)
+        # Where other nodes find it.
+        self._place = str(self._store.folder) if spec.shared is None else f"{spec.shared.rstrip('/')}/{name}"
         self._moments: dict[str, Moments] = {}
         self._held = contextlib.ExitStack()
         self._splits: dict[str, SplitData] = {}
@@ -107,6 +111,10 @@ class Builder:
         yield self.fingerprints
         tokens = self._windows.numel()
         yield f"text: {tokens:,} calibration tokens, {self._splits['search'].tokens:,} search tokens a trial"
+        if self._problem() is not None and is_url(self._place) and is_published(self._place):
+            yield f"factor store: copying {self._place}"
+            shutil.rmtree(self._store.folder, ignore_errors=True)  # damaged, if it is there
+            local_store(self._place, node_folder(self._spec))
         if self._problem() is not None:
             self._held.enter_context(self._store.locked())
         problem = self._problem()  # another process may have built it while this one waited
@@ -199,9 +207,12 @@ class Builder:
 
     def _prepared(self, reused: bool) -> Prepared:
         splits = self._splits
+        if is_url(self._place) and not (reused and is_published(self._place)):
+            publish(self._store.folder, self._place)
+            self._lap("publish")
         return Prepared(
             model_folder=str(self.folder),
-            factor_store=str(self._store.folder),
+            factor_store=self._place,
             targets=self.targets,
             model_parameters=count_parameters(self._model),
             fingerprints=self.fingerprints,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,13 +24,13 @@ from safetensors.torch import save_file
 from actors.decompose import Factors, decompose
 from actors.models import DTYPES
 from actors.moments import Moments
+from actors.node_cache import MANIFEST, sha256_of
 from actors.types import FactorSpec, RankfrontError, TargetSpec, digest
 
 Tensor = torch.Tensor
 
 # Part of every fingerprint: raised when the meaning of the files changes, so old stores are rebuilt.
 FORMAT = 3
-MANIFEST = "manifest.json"
 
 
 def needing_gradients(spec: FactorSpec, targets: Sequence[TargetSpec]) -> tuple[str, ...]:
@@ -136,7 +135,7 @@ class StoreBuilder:
                         "target": target.name,
                         "method": method,
                         "bytes": path.stat().st_size,
-                        "sha256": _sha256(path),
+                        "sha256": sha256_of(path),
                     }
             manifest = {
                 "format": FORMAT,
@@ -195,11 +194,6 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def store_problem(folder: Path, fingerprint: str) -> str | None:
     """Why the store at `folder` cannot be used, or None: every file is there, whole and unchanged."""
     try:
@@ -219,7 +213,7 @@ def store_problem(folder: Path, fingerprint: str) -> str | None:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
-        if path.stat().st_size != size or _sha256(path) != checksum:
+        if path.stat().st_size != size or sha256_of(path) != checksum:
             return f"{name} fails its checksum"
     return None
 

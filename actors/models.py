@@ -24,6 +24,7 @@ from transformers import (
 from actors.families import family_of
 from actors.families.experts import NO_ADAPTER, experts_of_config
 from actors.linears import bias_of, weight_of
+from actors.node_cache import CARD_FILES, MODEL_FILES
 from actors.sources import Source, fingerprint_files
 from actors.types import ModelSource, RankfrontError, TargetSpec, digest
 
@@ -120,8 +121,7 @@ def materialise(source: ModelSource, cache: Path) -> Path:
 def _download(hub_id: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-    patterns += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]  # for the card of an export
+    patterns = [*MODEL_FILES, *CARD_FILES]
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 
 

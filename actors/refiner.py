@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from actors.models import load_tokenizer
 from actors.refine import refine
 from actors.refined import RefinedFactors
 from actors.refinement import RefinementSpec, RefinementStep, file_of, refinement_fingerprint
+from actors.resident import resident
 from actors.scoring import Scorer
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score
@@ -28,7 +30,8 @@ class Refiner:
     """Holds one model; refined factors are files of `folder`."""
 
     def __init__(self, spec: ReplicaSpec, folder: Path) -> None:
-        self._spec, self._folder = spec, folder
+        self._folder = folder
+        self._spec = spec = replace(spec, prepared=resident(spec.preparation, spec.prepared))
         self._scorer = Scorer(spec)
         self._harness: Harness | None = None
 

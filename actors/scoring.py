@@ -6,7 +6,7 @@ import contextlib
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
+from actors.resident import resident
 from actors.sentences import PackedSentences, pack_sentences, score_sentences
 from actors.stages import Judge
 from actors.tasks import load_examples, task_of
@@ -207,7 +208,7 @@ class Scorer:
     """A resident model, its factor store and the splits asked for so far."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
-        self._spec = spec
+        self._spec = spec = replace(spec, prepared=resident(spec.preparation, spec.prepared))
         device = spec.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,6 +25,7 @@ from actors.scores import TextScore as TextScore
 from actors.stages import Rival as Rival
 
 SPLITS = ("search", "test")
+NODE_CACHE = "~/.cache/rankfront"
 
 
 def digest(value: Any) -> str:
@@ -163,7 +164,10 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pretrained causal language model. `dtype` is the precision it computes in."""
+    """A pretrained causal language model, by a name (`actors.sources`) or a URL (`actors.node_cache`).
+
+    `dtype` is the precision it computes in.
+    """
 
     source: str
     dtype: str = "float32"
@@ -268,7 +272,12 @@ class ScoringSpec:
 
 @dataclass(frozen=True)
 class PreparationSpec:
-    """All that decides the factor store, the splits and the scores of a study."""
+    """All that decides the factor store, the splits and the scores of a study, and where files of it lie.
+
+    Factor stores and converted models are in the folder `cache`, which all nodes share; where `shared` is a
+    URL, factor stores are kept there instead. `node_cache` is a folder of each node's own (`~` is the home of
+    its user) with a copy of whatever is named by URL: see `actors.node_cache`.
+    """
 
     model: ModelSource
     calibration: CalibrationSpec
@@ -278,6 +287,8 @@ class PreparationSpec:
     cache: str
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    shared: str | None = None
+    node_cache: str = NODE_CACHE
 
 
 @dataclass(frozen=True)
@@ -330,6 +341,7 @@ class Operations:
 class Prepared:
     """What a preparation leaves behind, without a tensor in it.
 
+    `model_folder` is that of the builder's node; `factor_store` is a folder, or a URL (`actors.resident`).
     `fingerprints` holds one sha256 for each of model, tokenizer, calibration, search, test, factors.
     `operations` is None where they are not known (`actors.operations`).
     """

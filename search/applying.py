@@ -31,6 +31,7 @@ def apply_configuration(
     from actors.applying import applied
     from actors.export import export, refuse_existing
     from actors.licence import base_licence
+    from actors.resident import local_source
 
     destination = destination.expanduser().resolve()
     refuse_existing(destination)
@@ -48,7 +49,7 @@ def apply_configuration(
     told = CardFacts(
         config=config,
         calibration_tokens=scored.prepared.tokens["calibration"],
-        licence=base_licence(scored.preparation.model, scored.prepared.model_folder),
+        licence=base_licence(local_source(scored.preparation), scored.prepared.model_folder),
         factors=factor_fact(config.factor_spec),
         scores={"search": scored.score},
         commands=(apply_command(config.model.source, form),),

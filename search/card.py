@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from actors.node_cache import is_url
 from actors.types import Score
 from search.config import Config
 from search.folder import short_name
@@ -65,7 +66,7 @@ def model_card(facts: CardFacts, checked: Checked) -> str:
 
 def _link(source: str) -> str:
     """Where a hub model is; empty for one that is no hub model."""
-    local = source.startswith(("/", "package:"))
+    local = source.startswith(("/", "package:")) or is_url(source)
     return "" if local else f"https://huggingface.co/{source.removeprefix('hub:').partition('@')[0]}"
 
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from actors.node_cache import is_url
 from actors.refinement import RefinementSpec
 from actors.types import (
     CalibrationSpec,
@@ -28,6 +29,7 @@ from actors.types import (
 )
 from search.constraints import Constraint, flat
 from search.database import check_url
+from search.places import CacheSection
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, smaller_is_better
@@ -91,6 +93,7 @@ class Config(Section):
     stop: StopSection = StopSection()
     run: RunSection = RunSection()
     replicas: ReplicaSection = ReplicaSection()
+    cache: CacheSection = CacheSection()
 
     @property
     def folder(self) -> Path:
@@ -118,6 +121,11 @@ class Config(Section):
         return tuple(Constraint(metric, bound) for metric, bound in self.constraints.items())
 
     @property
+    def builders(self) -> int | Literal["auto"]:
+        """How many builders prepare: one where factor stores are at a URL, see `search.places`."""
+        return 1 if is_url(self.cache.factors) else self.calibration.builders
+
+    @property
     def refinement(self) -> RefinementSpec:
         """How a trial is refined."""
         return RefinementSpec(**self.refine.model_dump(), batch_tokens=self.scoring.batch_tokens)
@@ -125,6 +133,9 @@ class Config(Section):
     def preparation(self) -> PreparationSpec:
         """What the workers need of this config."""
         calibration, scoring = self.calibration, self.scoring
+        place = self.cache.factors
+        shared = place if is_url(place) else None
+        stores = Path(self.runs) / "factors" if place is None or shared else Path(place)
         text = TextSource(**self.text.model_dump())
         own = calibration.text
         return PreparationSpec(
@@ -165,7 +176,9 @@ class Config(Section):
             calibration_fraction=calibration.fraction,
             include=self.targets.include,
             exclude=self.targets.exclude,
-            cache=str((Path(self.runs) / "factors").resolve()),
+            cache=str(stores.expanduser().resolve()),
+            shared=shared,
+            node_cache=self.cache.node,
         )
 
     def to_yaml(self) -> str:

@@ -56,19 +56,21 @@ def export_trial(
     from actors.check import Scored
     from actors.export import export
     from actors.licence import base_licence
+    from actors.resident import local_source, resident
 
     refined = None
     if variant != FACTORS:
         refined, score = refined_file(folder, row, variant)
         row = replace(row, score=score)
     assert row.score is not None
-    config, prepared = folder.config, folder.prepared
+    config = folder.config
     described = facts(folder, row, summary, variant)
     preparation = config.preparation()
+    prepared = resident(preparation, folder.prepared)
     told = CardFacts(
         config=config,
         calibration_tokens=prepared.tokens["calibration"],
-        licence=base_licence(preparation.model, prepared.model_folder),
+        licence=base_licence(local_source(preparation), prepared.model_folder),
         factors=factor_fact(config.factor_spec),
         scores=_by_split(row, summary, variant),
         dense=_by_split(dense_row(summary), summary),

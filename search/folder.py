@@ -11,6 +11,7 @@ import optuna
 import yaml
 from optuna.storages import BaseStorage
 
+from actors.node_cache import local_store
 from actors.storage import ITEMSIZE
 from actors.types import Allocation, FactorSpec, Prepared, RankfrontError
 from search.config import Config, parse_config
@@ -83,13 +84,22 @@ class StudyFolder:
             RankfrontError: the factor store cannot be read from this machine.
         """
         objectives, factors = self.config.named_objectives, self.config.factor_spec
-        known = losses(Path(self.prepared.factor_store))
+        known = losses(self.factor_store)
         own = {target.name: factors.method_of(target.name) for target in self.prepared.targets}
         predicted = None
         if all(method in known.get(name, {}) for name, method in own.items()):
             predicted = {name: tail_losses(known[name][method]) for name, method in own.items()}
         rooms = [room_of(objective) for objective in objectives]
         return landscape_of(self.space, self.cost, objectives, rooms, predicted)
+
+    @property
+    def factor_store(self) -> Path:
+        """The folder of the factors; where they are at a URL, this node's copy, made if there is none.
+
+        Raises:
+            RankfrontError: the copy cannot be made.
+        """
+        return local_store(self.prepared.factor_store, Path(self.config.cache.node))
 
     def _storage(self) -> BaseStorage:
         if self.leased is not None:

@@ -67,6 +67,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("stop", "free", "how far to go"),
     Rule("run", "fixed", "the same trials again only by the same rule"),
     Rule("replicas", "free", "how fast to go"),
+    Rule("cache", "free", "where files lie, not what they hold"),
 )
 
 # Fingerprints of a preparation that a resumed study must meet again.

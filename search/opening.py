@@ -57,7 +57,7 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
             say(f"journal: {repaired}")
         machine = connect()
         check = _fingerprint_check(config.study, identity)
-        count = builder_count(config.calibration.builders, machine)
+        count = builder_count(config.builders, machine)
         with ProgressBar(console) as bar:
             prepared = prepare(config.preparation(), machine, count, say, bar.progress, check)
         write_atomic(path / CONFIG, config.to_yaml())

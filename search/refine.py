@@ -42,7 +42,7 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
     Raises:
         RankfrontError: another driver holds the study, its factors are gone, or there is nothing to refine.
     """
-    store = Path(folder.prepared.factor_store)
+    store = folder.factor_store
     if not (store / "manifest.json").exists():
         raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
     if row.allocation.is_dense:

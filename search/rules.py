@@ -12,6 +12,7 @@ from actors.tasks import task_of
 from actors.text import corpus_part, text_parts
 from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 from search.constraints import constraint_mistakes
+from search.places import builder_mistakes
 from search.sections import KNOTS
 from search.surgical import CHUNKS
 
@@ -312,6 +313,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("factors",), _factor_mistakes),
     (("factors", "space"), _choice_mistakes),
     (("surgical", "scoring"), _surgical_mistakes),
+    (("calibration", "cache"), builder_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
     (("text", "calibration", "scoring"), _corpus_mistakes),
 )

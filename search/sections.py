@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 
 from actors.bias import BIAS_SETS
+from actors.node_cache import is_url, url_problem
 from actors.sources import Source
 from actors.tasks import TASKS
 from actors.types import RankfrontError, TaskSource
@@ -27,6 +28,18 @@ def _known_source(name: str) -> str:
         raise ValueError(str(error)) from error
 
 
+def readable_url(place: str | None) -> str | None:
+    """A place as it is; raises ValueError where it is a URL that this machine has no driver for."""
+    problem = url_problem(place) if place is not None and is_url(place) else None
+    if problem is not None:
+        raise ValueError(problem)
+    return place
+
+
+def _known_model(name: str) -> str:
+    return name if is_url(readable_url(name)) else _known_source(name)
+
+
 class Section(BaseModel):
     """Unknown keys are mistakes; values never change."""
 
@@ -34,13 +47,16 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The pretrained model. `trust_remote_code` runs code that comes with it: only for models you trust."""
+    """The pretrained model; its source may be a URL too (`actors.node_cache`).
+
+    `trust_remote_code` runs code that comes with it: only for models you trust.
+    """
 
     source: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
 
-    _source = field_validator("source")(_known_source)
+    _source = field_validator("source")(_known_model)
 
 
 class TextSection(Section):

@@ -91,7 +91,7 @@ def sensitivity(config: Config, console: Console) -> tuple[Path, Sensitivity | N
         log = Log(folder.path, folder.prepared.fingerprints)
         if log.repaired:
             say(f"sensitivity: {log.repaired}")
-        store = Path(folder.prepared.factor_store)
+        store = folder.factor_store
         spectra = energies(store), losses(store)  # before the long work: they may not be readable
         questions = Questions(folder.cost, config.sensitivity.shares, log)
         stop = Stop()

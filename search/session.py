@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 
@@ -73,10 +72,10 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
 
 def _seeds(folder: StudyFolder, say: Callable[[str], None]) -> Iterator[tuple[Allocation, str]]:
     """The seeds of a study; those from measured losses where `rankfront sensitivity` left any."""
-    config, prepared = folder.config, folder.prepared
+    config = folder.config
     log = None
     if (folder.path / FILE).exists():
-        log = Log(folder.path, prepared.fingerprints)
+        log = Log(folder.path, folder.prepared.fingerprints)
         if log.repaired:
             say(f"sensitivity: {log.repaired}")
     return seed_allocations(
@@ -84,7 +83,7 @@ def _seeds(folder: StudyFolder, say: Callable[[str], None]) -> Iterator[tuple[Al
         folder.cost,
         config.space.floor,
         config.factor_spec,
-        Path(prepared.factor_store),
+        folder.factor_store,
         log,
         config.sensitivity.shares,
         say,

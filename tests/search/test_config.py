@@ -418,3 +418,48 @@ def test_a_task_of_its_own_source_keeps_the_split_it_names(raw: dict[str, Any], 
     own, hub = parse_config(put(raw, "scoring.tasks", tasks)).preparation().scoring.tasks
     assert (own.source, own.subset, own.split) == (str(tmp_path / "piqa"), None, None)
     assert (hub.source, hub.subset, hub.split) == ("allenai/ai2_arc", "ARC-Easy", "test")
+
+
+def test_a_model_and_factors_may_be_named_by_url(raw: dict[str, Any]) -> None:
+    cache = {"factors": "file:///mnt/factors", "node": "/scratch/rankfront"}
+    config = parse_config(put(raw, "model.source", "file:///mnt/model") | {"cache": cache})
+    spec = config.preparation()
+    assert (spec.model.source, spec.shared) == ("file:///mnt/model", "file:///mnt/factors")
+    assert spec.node_cache == "/scratch/rankfront"
+    assert config.builders == 1, "several would write into one folder"
+    assert parse_config(raw).builders == "auto"
+
+
+def test_a_shared_folder_of_factors_is_used_in_place(raw: dict[str, Any], tmp_path: Path) -> None:
+    spec = parse_config(put(raw, "cache.factors", str(tmp_path / "shared"))).preparation()
+    assert (spec.cache, spec.shared) == (str(tmp_path / "shared"), None)
+    spec = parse_config(raw).preparation()
+    assert (spec.cache, spec.shared) == (str(tmp_path / "runs" / "factors"), None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (
+            "model.source",
+            "nosuch://a/b",
+            "model.source: 'nosuch://a/b' cannot be read here: Protocol not known",
+        ),
+        ("cache.factors", "nosuch://a/b", "cache.factors: 'nosuch://a/b' cannot be read here"),
+        ("cache.factors", "ftp://me:secret@host/x", "cache.factors: 'ftp://host/x' came with a password"),
+        ("text.source", "file:///x/text.txt", "text.source: 'file:///x/text.txt' is no source"),
+        ("cache.node", "", "cache.node: ''"),
+    ],
+)
+def test_urls_that_cannot_be_used_are_mistakes(raw: dict[str, Any], key: str, value: str, said: str) -> None:
+    [found] = mistakes(put(raw, key, value))
+    assert found.startswith(said)
+    assert "secret" not in found
+
+
+def test_several_builders_need_a_folder(raw: dict[str, Any]) -> None:
+    raw = put(put(raw, "cache.factors", "file:///mnt/factors"), "calibration.builders", 4)
+    assert mistakes(raw) == [
+        "calibration.builders: 4 write into one folder, and cache.factors is a URL; 1 or auto, or a folder "
+        "that all nodes share"
+    ]

@@ -127,6 +127,8 @@ FREE = {
     "replicas.threads": 2,
     "replicas.attempts": 5,
     "replicas.trial_seconds": 9.0,
+    "cache.factors": "/mnt/factors",
+    "cache.node": "/scratch",
 }
 
 

@@ -1,0 +1,34 @@
+"""Where prepared files lie: the section of a config, and what it must agree on with others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, field_validator
+
+from actors.node_cache import is_url
+from actors.types import NODE_CACHE
+from search.sections import Section, readable_url
+
+if TYPE_CHECKING:
+    from search.sections import CalibrationSection
+
+
+class CacheSection(Section):
+    """`factors` is where factor stores are kept: a folder that all nodes share (`factors` in `runs`, unless
+    another is named), or a URL. `node` is a folder of each node's own, for copies of what is named by URL."""
+
+    factors: str | None = None
+    node: Annotated[str, Field(min_length=1)] = NODE_CACHE
+
+    _factors = field_validator("factors")(readable_url)
+
+
+def builder_mistakes(calibration: CalibrationSection, cache: CacheSection) -> list[str]:
+    """Several builders write into one folder; a URL is none."""
+    if not is_url(cache.factors) or calibration.builders in ("auto", 1):
+        return []
+    return [
+        f"calibration.builders: {calibration.builders} write into one folder, and cache.factors is a URL; "
+        "1 or auto, or a folder that all nodes share"
+    ]

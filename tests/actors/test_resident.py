@@ -1,0 +1,147 @@
+"""What one node prepared, used on another that has none of it: the same model, factors and scores."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import tiny
+from counted import Counted
+
+from actors.models import fingerprint
+from actors.node_cache import local_store
+from actors.preparation import prepare
+from actors.resident import local_source, resident
+from actors.scoring import Scorer
+from actors.types import (
+    Allocation,
+    ModelSource,
+    PreparationSpec,
+    Prepared,
+    Progress,
+    RankfrontError,
+    ReplicaSpec,
+)
+from search.config import parse_config
+
+
+class Site:
+    """A storage that all nodes reach by URL, and nodes that share nothing else."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.remote = root, root / "remote"
+        tiny.tiny_config(self.remote)
+
+    def spec(self, node: str, **overrides: Any) -> PreparationSpec:
+        """A study without tasks, as a node with a home of its own sees it."""
+        overrides = {
+            "runs": str(self.root / node / "runs"),
+            "model": {"source": f"counted://{self.remote / 'model'}"},
+            "cache": {
+                "factors": f"counted://{self.remote / 'factors'}",
+                "node": str(self.root / node / "cache"),
+            },
+            **overrides,
+        }
+        raw = tiny.tiny_config(self.remote, **overrides)
+        raw["scoring"]["tasks"] = []
+        return parse_config(raw).preparation()
+
+    def fetched(self) -> list[str]:
+        """Every transfer so far, `get` or `put` and the name of the file."""
+        lines = (self.root / "log").read_text().splitlines()
+        return [f"{kind} {Path(path).name}" for kind, path in (line.split(" ", 1) for line in lines)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("site")
+    fsspec.register_implementation("counted", Counted, clobber=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(Counted.LOG, str(root / "log"))
+        Counted.clear_instance_cache()
+        yield Site(root)
+
+
+@pytest.fixture(scope="module")
+def prepared(site: Site) -> Prepared:
+    *_, last = prepare(site.spec("first"))
+    assert isinstance(last, Prepared)
+    return last
+
+
+def score(spec: PreparationSpec, prepared: Prepared) -> float:
+    scorer = Scorer(ReplicaSpec("r", spec, prepared, threads=1, device="cpu"))
+    ranks = {target.name: target.full_rank // 2 for target in prepared.targets}
+    return scorer.score(Allocation.of(ranks, prepared.targets)).text.nll
+
+
+def test_a_preparation_leaves_its_factors_at_the_url(site: Site, prepared: Prepared) -> None:
+    assert prepared.factor_store == (
+        f"counted://{site.remote / 'factors'}/{prepared.fingerprints['factors'][:16]}"
+    )
+    assert f"put {prepared.targets[0].name}.curvature.safetensors" in site.fetched()
+    assert not (site.root / "first" / "runs").exists()
+    plain = fingerprint(ModelSource(str(site.remote / "model")))
+    assert prepared.fingerprints["model"] == plain, "the same model, whatever it is named by"
+
+
+def test_another_node_scores_alike_from_copies_that_are_made_once(site: Site, prepared: Prepared) -> None:
+    here = score(site.spec("first"), prepared)
+    before = len(site.fetched())
+    elsewhere = replace(prepared, model_folder="/a/folder/of/another/node")
+    assert score(site.spec("second"), elsewhere) == here
+    new = site.fetched()[before:]
+    assert len(new) == len(set(new)) > len(prepared.targets)
+    assert score(site.spec("second"), elsewhere) == here
+    assert len(site.fetched()) == before + len(new)
+
+
+def test_a_builder_on_another_node_takes_the_factors_that_are_there(site: Site, prepared: Prepared) -> None:
+    steps = list(prepare(site.spec("third")))
+    again = steps[-1]
+    assert isinstance(again, Prepared)
+    assert again.reused
+    assert again.factor_store == prepared.factor_store
+    assert f"factor store: copying {prepared.factor_store}" in steps
+    assert not [step for step in steps if isinstance(step, Progress)]
+
+
+def test_factors_that_are_gone_from_the_url_are_put_there_again(site: Site, prepared: Prepared) -> None:
+    folder = Path(prepared.factor_store.removeprefix("counted://"))
+    shutil.rmtree(folder)
+    *_, again = prepare(site.spec("first"))
+    assert isinstance(again, Prepared)
+    assert again.reused
+    assert local_store(prepared.factor_store, site.root / "fourth").is_dir()
+
+
+def test_a_damaged_copy_is_made_again(site: Site, prepared: Prepared) -> None:
+    spec = site.spec("fifth")
+    file = local_store(prepared.factor_store, Path(spec.node_cache)) / (
+        f"{prepared.targets[0].name}.curvature.safetensors"
+    )
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    *_, again = prepare(spec)
+    assert isinstance(again, Prepared)
+    assert again.reused
+    assert file.read_bytes() == whole
+
+
+def test_a_model_that_became_another_one_is_refused(site: Site, prepared: Prepared) -> None:
+    known = {**prepared.fingerprints, "model": "another"}
+    elsewhere = replace(prepared, model_folder="/a/folder/of/another/node", fingerprints=known)
+    with pytest.raises(RankfrontError, match=r"^counted://.*: no longer the model that the study was"):
+        resident(site.spec("sixth"), elsewhere)
+
+
+def test_what_is_here_is_used_as_it_is(llama: Path, tmp_path: Path, prepared: Prepared) -> None:
+    spec = replace(Site(tmp_path).spec("node"), model=ModelSource(str(llama)), shared=None)
+    here = replace(prepared, model_folder=str(llama), factor_store=str(tmp_path))
+    assert resident(spec, here) == here
+    assert local_source(spec) == spec.model
