@@ -13,6 +13,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -126,6 +127,8 @@ def open_tables(template: str) -> BaseStorage | None:
         RankfrontError: as `open_database`.
     """
     url = resolve(template)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        return None  # to connect would make the file
     engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
     with _said(url), _installed(url):
         there = sqlalchemy.inspect(engine).has_table("studies")

@@ -189,3 +189,9 @@ def test_times_are_unix_times(folder: StudyFolder) -> None:
     [first, _] = [t for t in folder.open_study().frozen() if t.state == TrialState.RUNNING]
     assert isinstance(first.datetime_start, datetime)
     assert status.running[0].since == first.datetime_start.timestamp()
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(RankfrontError, match="in it: none"):
+        read_status(f"sqlite:///{tmp_path / 'studies.db'}", tmp_path)
+    assert not list(tmp_path.iterdir())
