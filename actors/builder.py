@@ -111,7 +111,7 @@ class Builder:
         yield self.fingerprints
         tokens = self._windows.numel()
         yield f"text: {tokens:,} calibration tokens, {self._splits['search'].tokens:,} search tokens a trial"
-        if self._problem() is not None and is_url(self._place) and is_published(self._place):
+        if is_url(self._place) and self._problem() is not None and is_published(self._place):
             yield f"factor store: copying {self._place}"
             shutil.rmtree(self._store.folder, ignore_errors=True)  # damaged, if it is there
             local_store(self._place, node_folder(self._spec))

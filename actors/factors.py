@@ -8,7 +8,6 @@ at the end: a store is there complete or not at all, and a build that was interr
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from actors.decompose import Factors, decompose
 from actors.models import DTYPES
 from actors.moments import Moments
-from actors.node_cache import MANIFEST, sha256_of
+from actors.node_cache import MANIFEST, locked, sha256_of
 from actors.types import FactorSpec, RankfrontError, TargetSpec, digest
 
 Tensor = torch.Tensor
@@ -83,14 +82,9 @@ class StoreBuilder:
         self.folder, self._spec, self._targets = folder, spec, tuple(targets)
         self.partial = folder.with_name(f"{folder.name}.partial")
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Alone in building this store: another process waits here until the first is done or dead."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        path = self.folder.with_name(f"{self.folder.name}.lock")
-        with path.open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+        return locked(self.folder)
 
     def pending(self) -> tuple[TargetSpec, ...]:
         """The targets of which some file is still to be written."""

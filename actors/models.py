@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -24,7 +23,7 @@ from transformers import (
 from actors.families import family_of
 from actors.families.experts import NO_ADAPTER, experts_of_config
 from actors.linears import bias_of, weight_of
-from actors.node_cache import CARD_FILES, MODEL_FILES
+from actors.node_cache import CARD_FILES, MODEL_FILES, locked
 from actors.sources import Source, fingerprint_files
 from actors.types import ModelSource, RankfrontError, TargetSpec, digest
 
@@ -97,8 +96,16 @@ def materialise(source: ModelSource, cache: Path) -> Path:
         check_causal(source, _config(source))
         return Path(name) if Path(name).is_dir() else _download(name, keywords["revision"])
     folder = cache / "models" / fingerprint(source)[:16]
-    if (folder / "config.json").exists():
-        return folder
+    if not folder.exists():
+        with locked(folder):  # the replicas of a node ask at once
+            if not folder.exists():
+                _convert(source, folder)
+    return folder
+
+
+def _convert(source: ModelSource, folder: Path) -> None:
+    """Dequantise a GGUF file into a folder, which appears whole or not at all; under its lock."""
+    name, keywords = _arguments(source)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[source.dtype], **keywords)
     check_causal(source, model.config)
     # A dequantised model still says it is quantised, and then refuses to be saved: rebuild it.
@@ -107,15 +114,14 @@ def materialise(source: ModelSource, cache: Path) -> Path:
         plain = type(model)(type(model.config)(**settings))
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         plain.save_pretrained(partial)
         AutoTokenizer.from_pretrained(name, **keywords).save_pretrained(partial)
-        if not (folder / "config.json").exists():
-            partial.rename(folder)
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _download(hub_id: str, revision: str) -> Path:

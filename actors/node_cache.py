@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,6 +29,16 @@ from actors.types import PreparationSpec, RankfrontError, digest
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 CARD_FILES = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 MANIFEST = "manifest.json"  # of a factor store
+
+# What drivers raise for a storage that refuses or does not answer, and that is no OSError.
+_DRIVER_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),  # s3
+    ("google.auth.exceptions", "GoogleAuthError"),  # gs
+    ("gcsfs.retry", "HttpError"),  # gs
+    ("azure.core.exceptions", "AzureError"),  # abfs
+    ("httpx2", "HTTPError"),  # hf
+    ("aiohttp", "ClientError"),  # http
+)
 
 
 @dataclass(frozen=True)
@@ -184,8 +195,14 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
         yield fs, path
     except (ImportError, ValueError) as error:
         raise RankfrontError(_no_driver(url, error)) from error
-    except OSError as error:
+    except _storage_errors() as error:
         raise RankfrontError(f"{url}: {error or type(error).__name__}") from error
+
+
+def _storage_errors() -> tuple[type[Exception], ...]:
+    """OSError, and what drivers raise beside it; a module that is not loaded has raised nothing."""
+    loaded = [(module, name) for module, name in _DRIVER_ERRORS if module in sys.modules]
+    return (OSError, *(getattr(sys.modules[module], name) for module, name in loaded))
 
 
 def _inside(url: str, name: str) -> str:
@@ -205,9 +222,7 @@ def _copied(fs: Any, url: str, files: Sequence[_File], folder: Path) -> Path:
     """`folder`, filled with copies of the files; another process that fills it is waited for."""
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with locked(folder):
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
             for file in files:
@@ -216,13 +231,23 @@ def _copied(fs: Any, url: str, files: Sequence[_File], folder: Path) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone in making a folder: another process waits here until the first is done or dead."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def _copy(fs: Any, url: str, file: _File, folder: Path) -> None:
     """Copy one file into a folder, unless it is there."""
     whole = folder / file.name
     if whole.exists() and file.problem(whole) is None:
         return
     whole.parent.mkdir(parents=True, exist_ok=True)
-    arriving = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")
+    # One name, as the lock lets no other process write: what a killed one left is written over.
+    arriving = whole.with_name(f"{whole.name}.tmp")
     try:
         fs.get_file(file.path, str(arriving))
         problem = file.problem(arriving)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from actors.node_cache import is_url
 from actors.types import NODE_CACHE
@@ -19,9 +19,18 @@ class CacheSection(Section):
     another is named), or a URL. `node` is a folder of each node's own, for copies of what is named by URL."""
 
     factors: str | None = None
-    node: Annotated[str, Field(min_length=1)] = NODE_CACHE
+    node: str = NODE_CACHE
 
     _factors = field_validator("factors")(readable_url)
+
+    @field_validator("node")
+    @classmethod
+    def _same_everywhere(cls, node: str) -> str:
+        if not node.startswith(("/", "~")):
+            raise ValueError(
+                f"{node!r} is no absolute path, and processes start in many folders; /... or ~/..."
+            )
+        return node
 
 
 def builder_mistakes(calibration: CalibrationSection, cache: CacheSection) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -249,3 +250,26 @@ def test_a_manifest_cannot_write_outside_the_copy(remote: Path, tmp_path: Path) 
     with pytest.raises(RankfrontError, match=r"'\.\./\.\./outside' is no name of a file inside it"):
         local_store(url_of(folder), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_a_killed_process_left_of_a_file_is_written_over(remote: Path, tmp_path: Path) -> None:
+    copy = model_copy(url_of(remote), tmp_path / "cache")
+    partial = copy.rename(copy.with_name(f"{copy.name}.partial"))
+    (partial / "config.json").rename(partial / "config.json.tmp")
+    again = model_copy(url_of(remote), tmp_path / "cache")
+    assert again == copy
+    assert names(copy) == ["LICENSE", "config.json", "model.safetensors", "nested/more.json"]
+    assert fetched(tmp_path)[4:] == ["config.json"]
+
+
+def test_an_error_of_a_drivers_own_names_the_url(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import aiohttp  # `datasets` brings it; drivers of http:// raise its errors
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise aiohttp.ClientPayloadError("cut off")
+
+    monkeypatch.setattr(Counted, "get_file", refuse)
+    with pytest.raises(RankfrontError, match=r"^counted:///.*: cut off"):
+        model_copy(url_of(remote), tmp_path / "cache")

@@ -26,7 +26,9 @@ from actors.types import (
     RankfrontError,
     ReplicaSpec,
 )
-from search.config import parse_config
+from search.config import Config, parse_config
+from search.folder import StudyFolder
+from search.spectra import losses
 
 
 class Site:
@@ -36,20 +38,22 @@ class Site:
         self.root, self.remote = root, root / "remote"
         tiny.tiny_config(self.remote)
 
-    def spec(self, node: str, **overrides: Any) -> PreparationSpec:
+    def config(self, node: str) -> Config:
         """A study without tasks, as a node with a home of its own sees it."""
-        overrides = {
-            "runs": str(self.root / node / "runs"),
-            "model": {"source": f"counted://{self.remote / 'model'}"},
-            "cache": {
+        raw = tiny.tiny_config(
+            self.remote,
+            runs=str(self.root / node / "runs"),
+            model={"source": f"counted://{self.remote / 'model'}"},
+            scoring={"tasks": []},
+            cache={
                 "factors": f"counted://{self.remote / 'factors'}",
                 "node": str(self.root / node / "cache"),
             },
-            **overrides,
-        }
-        raw = tiny.tiny_config(self.remote, **overrides)
-        raw["scoring"]["tasks"] = []
-        return parse_config(raw).preparation()
+        )
+        return parse_config(raw)
+
+    def spec(self, node: str) -> PreparationSpec:
+        return self.config(node).preparation()
 
     def fetched(self) -> list[str]:
         """Every transfer so far, `get` or `put` and the name of the file."""
@@ -131,6 +135,13 @@ def test_a_damaged_copy_is_made_again(site: Site, prepared: Prepared) -> None:
     assert isinstance(again, Prepared)
     assert again.reused
     assert file.read_bytes() == whole
+
+
+def test_the_driver_reads_predicted_losses_from_a_copy(site: Site, prepared: Prepared) -> None:
+    config = site.config("head")
+    folder = StudyFolder(config.folder, config, prepared)
+    assert folder.factor_store.is_relative_to(site.root / "head" / "cache")
+    assert losses(folder.factor_store).keys() == {target.name for target in prepared.targets}
 
 
 def test_a_model_that_became_another_one_is_refused(site: Site, prepared: Prepared) -> None:

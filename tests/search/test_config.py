@@ -448,7 +448,8 @@ def test_a_shared_folder_of_factors_is_used_in_place(raw: dict[str, Any], tmp_pa
         ("cache.factors", "nosuch://a/b", "cache.factors: 'nosuch://a/b' cannot be read here"),
         ("cache.factors", "ftp://me:secret@host/x", "cache.factors: 'ftp://host/x' came with a password"),
         ("text.source", "file:///x/text.txt", "text.source: 'file:///x/text.txt' is no source"),
-        ("cache.node", "", "cache.node: ''"),
+        ("cache.node", "", "cache.node: '' is no absolute path"),
+        ("cache.node", "./cache", "cache.node: './cache' is no absolute path"),
     ],
 )
 def test_urls_that_cannot_be_used_are_mistakes(raw: dict[str, Any], key: str, value: str, said: str) -> None:
