@@ -25,6 +25,8 @@ from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, Ope
 
 from actors.types import RankfrontError
 from search.database_storage import StudyDatabase
+from search.outage import OwnSessionError
+from search.patience import Patience
 
 # A variable of the environment, written in a config in place of its value.
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -161,8 +163,12 @@ def _arguments(url: URL) -> dict[str, Any]:
     """What a connection tells PostgreSQL of itself."""
     if url.get_backend_name() != "postgresql":
         return {}
-    name = f"rankfront process {os.getpid()} on {socket.gethostname()}"[:_NAME_BYTES]
-    return {"application_name": name, "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
+    return {"application_name": _application(), "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
+
+
+def _application() -> str:
+    """What the server calls a session of this process."""
+    return f"rankfront process {os.getpid()} on {socket.gethostname()}"[:_NAME_BYTES]
 
 
 @contextlib.contextmanager
@@ -194,8 +200,10 @@ def _said(url: URL) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leased(template: str, study: str) -> Iterator[BaseStorage]:
+def leased(template: str, study: str, patience: Patience | None = None) -> Iterator[BaseStorage]:
     """The storage of a database, held as the study's one driver.
+
+    With patience a server that goes away is waited for, once the lease is held.
 
     On anything but PostgreSQL there is no lease; the lock of the study's folder is all that holds a second
     driver off.
@@ -216,6 +224,7 @@ def leased(template: str, study: str) -> Iterator[BaseStorage]:
         with _said(url):
             with storage.engine.connect():
                 pass
+            storage.patience = patience or storage.patience
             yield optuna.storages.get_storage(storage)
     finally:
         storage.engine.dispose()
@@ -239,7 +248,9 @@ class _Lease:
                 return
             holder = self.holder(cursor) or "it is just ending"
         connection.close()
-        raise RankfrontError(f"study {self._study!r} has a driver already: {holder}")
+        own = holder.startswith(f"{_application()} since")
+        refusal = f"study {self._study!r} has a driver already: {holder}"
+        raise OwnSessionError(refusal) if own else RankfrontError(refusal)
 
     def holder(self, cursor: Any) -> str | None:
         """Whose session holds the lock, None where none does."""
