@@ -34,6 +34,8 @@ _SECRETS = ("password", "sslpassword")
 CONNECT_SECONDS = 10
 # A machine that vanished says no goodbye: the server asks after it, and ends its session in about 25 s.
 _KEEPALIVE = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+# The advisory lock of who makes the tables: one number, so none of a study's leases, which are pairs.
+_TABLES = int.from_bytes(hashlib.sha256(b"rankfront/tables").digest()[:8], "big", signed=True)
 # PostgreSQL cuts an application's name at this length.
 _NAME_BYTES = 63
 
@@ -152,11 +154,26 @@ def lease_holder(template: str, study: str) -> str | None:
 
 
 def _connected(url: URL, pool: dict[str, Any]) -> StudyDatabase:
-    with _said(url), _installed(url):
+    with _said(url), _installed(url), _making_tables(url):
         return StudyDatabase(
             url.render_as_string(hide_password=False),
             {"connect_args": _arguments(url), "hide_parameters": True, **pool},
         )
+
+
+@contextlib.contextmanager
+def _making_tables(url: URL) -> Iterator[None]:
+    """One process at a time: of those that make the tables of an empty database at once, all but one fail."""
+    if url.get_backend_name() != "postgresql":
+        yield
+        return
+    engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": _TABLES})
+            yield
+    finally:
+        engine.dispose()  # the session ends, and its lock with it
 
 
 def _arguments(url: URL) -> dict[str, Any]:

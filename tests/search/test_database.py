@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import optuna
 import psycopg
@@ -215,6 +216,24 @@ def test_a_killed_driver_holds_nobody_off(database: str) -> None:
         holder.kill()
         holder.communicate()
     _once_free(database)
+
+
+def test_of_drivers_that_start_at_once_on_an_empty_database_one_drives(database: str) -> None:
+    """Whose tables all of them would make."""
+    command = [sys.executable, "-c", HOLD, database]
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    drivers = [subprocess.Popen(command, **pipes, text=True) for _ in range(3)]
+    try:
+        held = [driver for driver in drivers if driver.stdout.readline() == "held\n"]
+        assert len(held) == 1
+        for driver in drivers:
+            if driver not in held:
+                _, said = driver.communicate()
+                assert f"study 'made-up' has a driver already: rankfront process {held[0].pid} on" in said
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.communicate()
 
 
 def _once_free(database: str) -> None:
