@@ -163,7 +163,7 @@ class StudyDatabase(RDBStorage):
                 stored: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
                 self.check_trial_is_updatable(trial_id, stored.state)
                 if stored.state != TrialState.WAITING:
-                    return again and stored.datetime_start == now
+                    return bool(again and stored.datetime_start == now)
                 stored.state, stored.datetime_start = TrialState.RUNNING, now
                 return True
 
