@@ -70,13 +70,19 @@ class TrialLinear(nn.Module):
     def install(self, rank: int, store: Ranks, name: str, tokens: int, method: str | None = None) -> None:
         """Run at `rank` from now on, cut from the factors of `method` (None: the configured one).
 
-        `tokens` is how many tokens the trial will send through.
+        `tokens` is how many tokens the trial will send through. A layer whose installation is cut short, out
+        of memory, is dense and says so: the next trial does not take it for what it was to become.
         """
+        self.rank = self.method = None
+        self._lay(rank, store, name, tokens, method)
+        self.rank, self.method = rank, method
+
+    def _lay(self, rank: int, store: Ranks, name: str, tokens: int, method: str | None) -> None:
+        """Make what `forward` reads at a rank."""
         weight, own = weight_of(self.dense), bias_of(self.dense)
         left, right, bias = store.rank(name, rank, method)  # (r, m), (r, n), (m,) or None
         bias = None if bias is None else bias.to(weight.dtype)
         rows, cols = weight.shape
-        self.rank, self.method = rank, method
         self._bias = bias if own is None else own if bias is None else own + bias
         without = min(rows, cols) - rank
         nested = store if without < rank and isinstance(store, Nested) else None

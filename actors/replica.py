@@ -23,6 +23,7 @@ from actors.types import (
     ReplicaSpec,
     Rival,
     Score,
+    ScoringError,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +83,17 @@ class Replica:
         return Place(socket.gethostname(), os.getpid())
 
     def score(self, allocation: Allocation, split: str, rivals: tuple[Rival, ...]) -> Score:
-        return self._scorer.score(allocation, split, rivals)
+        """Raises ScoringError where there is no valid score, also for want of memory: the replica stays."""
+        import torch
+
+        try:
+            return self._scorer.score(allocation, split, rivals)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+        # Past the handler: what the error's frames held is free by now. Torch's own class does not travel,
+        # a driver would import torch to read it.
+        torch.cuda.empty_cache()
+        raise ScoringError(f"out of memory on the {split} split: {reason}")
 
 
 class Refiner:

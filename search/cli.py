@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 errors = Console(stderr=True, highlight=False)
+# A full disk, a quota, the largest file that is allowed: none is a fault of the program.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @app.command("search")
@@ -208,6 +211,13 @@ def main() -> None:
         app()
     except RankfrontError as error:
         errors.print(f"[bold red]rankfront:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        full = f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
+        hint = "every finished trial is saved; make room, and the same command goes on"
+        errors.print(f"[bold red]rankfront:[/] {_escaped(full)}: {hint}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("rankfront: interrupted; every finished trial is saved, the same command goes on")

@@ -26,6 +26,8 @@ from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, Ope
 
 from actors.types import RankfrontError
 from search.database_storage import StudyDatabase
+from search.outage import OwnSessionError
+from search.patience import Patience
 
 # A variable of the environment, written in a config in place of its value.
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -33,6 +35,8 @@ _SECRETS = ("password", "sslpassword")
 CONNECT_SECONDS = 10
 # A machine that vanished says no goodbye: the server asks after it, and ends its session in about 25 s.
 _KEEPALIVE = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+# The advisory lock of who makes the tables: one number, so none of a study's leases, which are pairs.
+_TABLES = int.from_bytes(hashlib.sha256(b"rankfront/tables").digest()[:8], "big", signed=True)
 # PostgreSQL cuts an application's name at this length.
 _NAME_BYTES = 63
 
@@ -153,19 +157,38 @@ def lease_holder(template: str, study: str) -> str | None:
 
 
 def _connected(url: URL, pool: dict[str, Any]) -> StudyDatabase:
-    with _said(url), _installed(url):
+    with _said(url), _installed(url), _making_tables(url):
         return StudyDatabase(
             url.render_as_string(hide_password=False),
             {"connect_args": _arguments(url), "hide_parameters": True, **pool},
         )
 
 
+@contextlib.contextmanager
+def _making_tables(url: URL) -> Iterator[None]:
+    """One process at a time: of those that make the tables of an empty database at once, all but one fail."""
+    if url.get_backend_name() != "postgresql":
+        yield
+        return
+    engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": _TABLES})
+            yield
+    finally:
+        engine.dispose()  # the session ends, and its lock with it
+
+
 def _arguments(url: URL) -> dict[str, Any]:
     """What a connection tells PostgreSQL of itself."""
     if url.get_backend_name() != "postgresql":
         return {}
-    name = f"rankfront process {os.getpid()} on {socket.gethostname()}"[:_NAME_BYTES]
-    return {"application_name": name, "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
+    return {"application_name": _application(), "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
+
+
+def _application() -> str:
+    """What the server calls a session of this process."""
+    return f"rankfront process {os.getpid()} on {socket.gethostname()}"[:_NAME_BYTES]
 
 
 @contextlib.contextmanager
@@ -197,8 +220,10 @@ def _said(url: URL) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leased(template: str, study: str) -> Iterator[BaseStorage]:
+def leased(template: str, study: str, patience: Patience | None = None) -> Iterator[BaseStorage]:
     """The storage of a database, held as the study's one driver.
+
+    With patience a server that goes away is waited for, once the lease is held.
 
     On anything but PostgreSQL there is no lease; the lock of the study's folder is all that holds a second
     driver off.
@@ -219,6 +244,7 @@ def leased(template: str, study: str) -> Iterator[BaseStorage]:
         with _said(url):
             with storage.engine.connect():
                 pass
+            storage.patience = patience or storage.patience
             yield optuna.storages.get_storage(storage)
     finally:
         storage.engine.dispose()
@@ -242,7 +268,9 @@ class _Lease:
                 return
             holder = self.holder(cursor) or "it is just ending"
         connection.close()
-        raise RankfrontError(f"study {self._study!r} has a driver already: {holder}")
+        own = holder.startswith(f"{_application()} since")
+        refusal = f"study {self._study!r} has a driver already: {holder}"
+        raise OwnSessionError(refusal) if own else RankfrontError(refusal)
 
     def holder(self, cursor: Any) -> str | None:
         """Whose session holds the lock, None where none does."""

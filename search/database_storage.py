@@ -8,14 +8,13 @@ changed is read whole.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy
-from optuna.distributions import distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
@@ -23,11 +22,27 @@ from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.orm import Session
 
-from search.journal_storage import StudyJournal, distribution_of
+from search.journal_storage import StudyJournal
 from search.memory import shared_copy
+from search.outage import OUTAGES, passing
+from search.patience import impatient
+from search.trial_rows import read_trials, rows_of, value_rows
 
-# Trials that are read by one statement for each table: a hundred thousand rows of parameters.
-TRIALS_AT_ONCE = 500
+T = TypeVar("T")
+
+
+def _never(session: Session) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class _Write:
+    """What is written to a trial, and noted of it in memory; `there` asks whether it was written already."""
+
+    trial_id: int
+    do: Callable[[Session], None]
+    note: Callable[[FrozenTrial], None]
+    there: Callable[[Session], bool] = _never
 
 
 class StudyDatabase(RDBStorage):
@@ -41,69 +56,141 @@ class StudyDatabase(RDBStorage):
     def __init__(self, url: str, engine_kwargs: dict[str, Any]) -> None:
         super().__init__(url, engine_kwargs)
         self._open: dict[int, FrozenTrial] = {}
-        self._group: Session | None = None
+        self._group: list[_Write] | None = None
+        self.patience = impatient()
+
+    def _asked(self, ask: Callable[[bool], T]) -> T:
+        """What the database answers, asked again while it is away: see `search.patience`."""
+
+        def attempt(again: bool) -> T:
+            if again:
+                self.engine.dispose()  # by a new connection: another server may answer there by now
+            return ask(again)
+
+        return self.patience.ride_out(attempt, OUTAGES, passing)
 
     # -- writing ------------------------------------------------------------------------------
 
     @contextmanager
     def grouped(self) -> Iterator[None]:
-        """Attributes and states that are written inside are one transaction: all of them hold, or none."""
-        with _create_scoped_session(self.scoped_session) as session:
-            self._group = session
-            try:
-                yield
-            finally:
-                self._group = None
+        """Attributes and states that are written inside are one transaction, at the end: all hold, or none.
 
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        if self._group is not None:
-            yield self._group
+        Raises:
+            UpdateFinishedTrialError: another program had ended a trial that is written to.
+        """
+        group: list[_Write] = []
+        self._group = group
+        try:
+            yield
+        finally:
+            self._group = None
+        self._write_all(group)
+
+    def _write(self, write: _Write) -> None:
+        if self._group is None:
+            self._write_all([write])
         else:
+            self._group.append(write)
+
+    def _write_all(self, writes: Sequence[_Write]) -> None:
+        def ask(again: bool) -> None:
             with _create_scoped_session(self.scoped_session) as session:
-                yield session
+                # A commit whose answer was lost: it is all there, or nothing of it.
+                if not (again and any(write.there(session) for write in writes)):
+                    for write in writes:
+                        write.do(session)
+
+        self._asked(ask)
+        for write in writes:
+            if write.trial_id in self._open:
+                write.note(self._open[write.trial_id])
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        with self._session() as session:
-            self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, value)
-        if trial_id in self._open:
-            self._open[trial_id].user_attrs[key] = json.loads(json.dumps(value))
+        self._set_attribute(models.TrialUserAttributeModel, "user_attrs", trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        with self._session() as session:
-            self._set_trial_attr_without_commit(
-                session, models.TrialSystemAttributeModel, trial_id, key, value
-            )
-        if trial_id in self._open:
-            self._open[trial_id].system_attrs[key] = json.loads(json.dumps(value))
+        self._set_attribute(models.TrialSystemAttributeModel, "system_attrs", trial_id, key, value)
+
+    def _set_attribute(self, model: Any, kind: str, trial_id: int, key: str, value: Any) -> None:
+        kept = json.loads(json.dumps(value))
+
+        def do(session: Session) -> None:
+            self._set_trial_attr_without_commit(session, model, trial_id, key, value)
+
+        self._write(_Write(trial_id, do, lambda trial: getattr(trial, kind).update({key: kept})))
 
     def _set_trial_param(self, trial_id: int, *arguments: Any) -> None:
         self._open.pop(trial_id, None)
-        super()._set_trial_param(trial_id, *arguments)
+        write = super()._set_trial_param
+        self._asked(lambda again: write(trial_id, *arguments))
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
+        if state == TrialState.RUNNING:
+            return self._start(trial_id)
         if not state.is_finished():
             self._open.pop(trial_id, None)
             return super().set_trial_state_values(trial_id, state, values)
         now = datetime.now()
-        with self._session() as session:
+
+        def do(session: Session) -> None:
             stored: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             self.check_trial_is_updatable(trial_id, stored.state)
-            rows = _value_rows(trial_id, values or ())
+            rows = value_rows(trial_id, values or ())
             if rows:
                 session.execute(sqlalchemy.insert(models.TrialValueModel), rows)
             stored.state, stored.datetime_complete = state, now
-        if trial_id in self._open:
-            trial = self._open[trial_id]
+
+        def note(trial: FrozenTrial) -> None:
             trial.state, trial.datetime_complete = state, now
             trial.values = None if values is None else [float(value) for value in values]
+
+        def there(session: Session) -> bool:
+            stored: Any = models.TrialModel.find_or_raise_by_id(trial_id, session)
+            return bool((stored.state, stored.datetime_complete) == (state, now))
+
+        self._write(_Write(trial_id, do, note, there))
         return True
+
+    def _start(self, trial_id: int) -> bool:
+        """A WAITING trial RUNNING; False where another program started it."""
+        self._open.pop(trial_id, None)
+        now = datetime.now()
+
+        def ask(again: bool) -> bool:
+            with _create_scoped_session(self.scoped_session) as session:
+                stored: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+                self.check_trial_is_updatable(trial_id, stored.state)
+                if stored.state != TrialState.WAITING:
+                    return bool(again and stored.datetime_start == now)
+                stored.state, stored.datetime_start = TrialState.RUNNING, now
+                return True
+
+        return self._asked(ask)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         if template_trial is None:
             return super()._create_new_trial(study_id)
+
+        def ask(again: bool) -> FrozenTrial:
+            there = self._equal_trial(study_id, template_trial) if again else None
+            return there or self._add(study_id, template_trial)
+
+        trial = self._asked(ask)
+        if not trial.state.is_finished():
+            self._open[trial._trial_id] = trial
+        return trial
+
+    def _equal_trial(self, study_id: int, trial: FrozenTrial) -> FrozenTrial | None:
+        """The stored trial that says all that this one does, to the microsecond it was started in."""
+        model = models.TrialModel
+        look = sqlalchemy.select(model.trial_id).where(model.study_id == study_id, model.state == trial.state)
+        with _create_scoped_session(self.scoped_session) as session:
+            found = read_trials(session, session.scalars(look).all())
+        return next((each for each in found.values() if _told(each) == _told(trial)), None)
+
+    def _add(self, study_id: int, template_trial: FrozenTrial) -> FrozenTrial:
         with _create_scoped_session(self.scoped_session) as session:
             # The lock of the study's row: numbers are counted, and others may be creating trials too.
             models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
@@ -116,12 +203,10 @@ class StudyDatabase(RDBStorage):
             session.add(stored)
             session.flush()
             stored.number = stored.count_past_trials(session)
-            for model, rows in _rows_of(stored.trial_id, template_trial):
+            for model, rows in rows_of(stored.trial_id, template_trial):
                 self._insert(session, model, rows)
             trial = shared_copy(template_trial)
             trial.number, trial._trial_id = stored.number, stored.trial_id
-        if not trial.state.is_finished():
-            self._open[trial._trial_id] = trial
         return trial
 
     def _insert(self, session: Session, model: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -134,7 +219,22 @@ class StudyDatabase(RDBStorage):
 
     # -- reading ------------------------------------------------------------------------------
 
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        read = super().get_trial
+        return self._asked(lambda again: read(trial_id))
+
     def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        return self._asked(
+            lambda again: self._look(study_id, states, included_trial_ids, trial_id_greater_than)
+        )
+
+    def _look(
         self,
         study_id: int,
         states: Container[TrialState] | None,
@@ -151,42 +251,11 @@ class StudyDatabase(RDBStorage):
             if not found:
                 models.StudyModel.find_or_raise_by_id(study_id, session)
             changed = [i for i, state in found.items() if i not in self._open or self._open[i].state != state]
-            read = self._read(session, study_id, changed)
+            read = read_trials(session, changed)
         trials = [read[i] if i in read else self._open[i] for i in sorted(found)]
         known = {**self._open, **read}
         self._open = {i: trial for i, trial in known.items() if not trial.state.is_finished()}
         return trials if states is None else [trial for trial in trials if trial.state in states]
-
-    def _read(self, session: Session, study_id: int, ids: Sequence[int]) -> dict[int, FrozenTrial]:
-        """Whole trials by id."""
-        found: dict[int, FrozenTrial] = {}
-        for start in range(0, len(ids), TRIALS_AT_ONCE):
-            some = ids[start : start + TRIALS_AT_ONCE]
-            trials = sqlalchemy.select(models.TrialModel).where(models.TrialModel.trial_id.in_(some))
-            params = _by_trial(session, models.TrialParamModel, some, _PARAM)
-            values = _by_trial(session, models.TrialValueModel, some, _VALUE)
-            user = _by_trial(session, models.TrialUserAttributeModel, some, _ATTRIBUTE)
-            system = _by_trial(session, models.TrialSystemAttributeModel, some, _ATTRIBUTE)
-            stored: Any
-            for stored in session.scalars(trials):
-                i = stored.trial_id
-                # In the order they were written, which is the model's.
-                ranges = {name: (distribution_of(text), value) for _, name, value, text in sorted(params[i])}
-                found[i] = FrozenTrial(
-                    number=stored.number,
-                    state=stored.state,
-                    value=None,
-                    values=[_value(value, kind) for _, value, kind in sorted(values[i], key=_first)] or None,
-                    datetime_start=stored.datetime_start,
-                    datetime_complete=stored.datetime_complete,
-                    params={name: known.to_external_repr(value) for name, (known, value) in ranges.items()},
-                    distributions={name: known for name, (known, _) in ranges.items()},
-                    user_attrs={key: json.loads(text) for _, key, text in user[i]},
-                    system_attrs={key: json.loads(text) for _, key, text in system[i]},
-                    intermediate_values={},
-                    trial_id=i,
-                )
-        return found
 
 
 _PARAMETERS_AT_ONCE = sqlalchemy.text(
@@ -196,62 +265,12 @@ _PARAMETERS_AT_ONCE = sqlalchemy.text(
     "CAST(:param_value AS float8[]), CAST(:distribution_json AS text[])) WITH ORDINALITY "
     "AS given (trial_id, param_name, param_value, distribution_json, place) ORDER BY place"
 )
-_PARAM = ("param_id", "param_name", "param_value", "distribution_json")
-_VALUE = ("objective", "value", "value_type")
-_ATTRIBUTE = ("trial_id", "key", "value_json")
-_value = models.TrialValueModel.stored_repr_to_value
 
 
-def _first(row: tuple[Any, ...]) -> Any:
-    return row[0]
-
-
-def _by_trial(
-    session: Session, model: Any, ids: Sequence[int], columns: Sequence[str]
-) -> dict[int, list[tuple[Any, ...]]]:
-    """Columns of a table's rows, by the trial they are of."""
-    chosen = [getattr(model, name) for name in columns]
-    rows = session.execute(sqlalchemy.select(model.trial_id, *chosen).where(model.trial_id.in_(ids)))
-    found = defaultdict(list)
-    for row in rows:
-        found[row[0]].append(tuple(row[1:]))
-    return found
-
-
-def _value_rows(trial_id: int, values: Iterable[float]) -> list[dict[str, Any]]:
-    stored = map(models.TrialValueModel.value_to_stored_repr, values)
-    return [
-        {"trial_id": trial_id, "objective": objective, "value": value, "value_type": kind}
-        for objective, (value, kind) in enumerate(stored)
-    ]
-
-
-def _rows_of(trial_id: int, trial: FrozenTrial) -> Iterable[tuple[type, list[dict[str, Any]]]]:
-    """What a trial is in each table beside its own."""
-    kinds = {id(kind): kind for kind in trial.distributions.values()}
-    texts = {key: distribution_to_json(kind) for key, kind in kinds.items()}
-    yield (
-        models.TrialParamModel,
-        [
-            {
-                "trial_id": trial_id,
-                "param_name": name,
-                "param_value": trial.distributions[name].to_internal_repr(value),
-                "distribution_json": texts[id(trial.distributions[name])],
-            }
-            for name, value in trial.params.items()
-        ],
-    )
-    yield models.TrialValueModel, _value_rows(trial_id, trial.values or ())
-    for model, attributes in (
-        (models.TrialUserAttributeModel, trial.user_attrs),
-        (models.TrialSystemAttributeModel, trial.system_attrs),
-    ):
-        rows = [
-            {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-            for key, value in attributes.items()
-        ]
-        yield model, rows
+def _told(trial: FrozenTrial) -> Any:
+    """What a trial says, under whatever number it is stored."""
+    attributes = json.loads(json.dumps([trial.user_attrs, trial.system_attrs]))
+    return trial.datetime_start, trial.params, attributes
 
 
 def grouped(storage: BaseStorage) -> AbstractContextManager[None]:

@@ -16,6 +16,8 @@ EVENTS = (
     "pruned",
     "replica started",
     "replica died",
+    "storage refused",
+    "storage back",
     "stopped",
 )
 """Every event. A trial is `copied` where the record of an equal one answers it; `replica started` says by

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
@@ -21,6 +21,7 @@ from search.evaluations import Evaluations
 from search.journal import driver_lock, open_journal, repair_journal
 from search.landscape import Landscape, landscape_of
 from search.pareto import front
+from search.patience import Patience, impatient
 from search.records import StudySummary
 from search.report import write_report
 from search.runner import hypervolumes, minimised, reference_point, room_of
@@ -38,13 +39,15 @@ CONFIG, PREPARED = "config.yaml", "prepared.json"
 class StudyFolder:
     """A study on disk: its config and what was prepared for it.
 
-    `leased` is the database's storage where this process drives the study there.
+    `leased` is the database's storage where this process drives the study there; `patience` is a driver's
+    with a storage that refuses.
     """
 
     path: Path
     config: Config
     prepared: Prepared
     leased: BaseStorage | None = None
+    patience: Patience = field(default_factory=impatient, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> StudyFolder:
@@ -105,7 +108,7 @@ class StudyFolder:
         if self.leased is not None:
             return self.leased
         database = self.config.database
-        return open_journal(self.path) if database is None else open_database(database)
+        return open_journal(self.path, self.patience) if database is None else open_database(database)
 
     @property
     def cost(self) -> CostModel:

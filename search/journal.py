@@ -1,4 +1,4 @@
-"""The embedded journal: one driver at a time, torn tails repaired at open and said aloud."""
+"""The embedded journal: one driver at a time, torn tails repaired aloud, appends whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
 
 from actors.types import RankfrontError
 from search.journal_storage import StudyJournal
+from search.patience import Patience, impatient
 
 JOURNAL = "study.journal"
 LOCK = "driver.lock"
@@ -88,9 +90,68 @@ def _write_lock(folder: Path) -> JournalFileOpenLock:
     return JournalFileOpenLock(str(folder / JOURNAL), grace_period=LOCK_SECONDS)
 
 
-def open_journal(folder: Path) -> StudyJournal:
-    """The storage of a study folder. The lock file guards single writes against `enqueue` and dashboards."""
-    return StudyJournal(JournalFileBackend(str(folder / JOURNAL), _write_lock(folder)))
+class JournalFile(JournalFileBackend):
+    """A journal whose appends are there as a whole or not at all, as long as this process lives.
+
+    Optuna's leaves what it had written when the disk was full, and the next record begins in that line.
+    """
+
+    def __init__(self, folder: Path, patience: Patience) -> None:
+        super().__init__(str(folder / JOURNAL), _write_lock(folder))
+        self._path, self._patience = folder / JOURNAL, patience
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Durable when this returns; tried again while the file system refuses, as long as there is patience.
+
+        Raises:
+            RankfrontError: it refuses still. The journal holds every append before, and nothing of this one.
+        """
+        content = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        try:
+            self._patience.ride_out(lambda again: self._append(content), (OSError,), self._reason)
+        except OSError as error:
+            raise RankfrontError(
+                f"{self._reason(error)}. What ended before is in it; the same command goes on once it can be "
+                "written"
+            ) from error
+
+    def _reason(self, error: Exception) -> str:
+        return f"{self._path} cannot be written: {getattr(error, 'strerror', None) or error}"
+
+    def _append(self, content: bytes) -> None:
+        """Cut back what an append leaves that fails, and before one what somebody left who was killed."""
+        with _held(self._lock), self._path.open("a+b", buffering=0) as stream:
+            whole = stream.seek(0, os.SEEK_END)
+            if whole and os.pread(stream.fileno(), 1, whole - 1) != b"\n":
+                self._patience.say(f"journal: {repair(self._path)}")
+                whole = stream.seek(0, os.SEEK_END)
+            try:
+                left = memoryview(content)
+                while left:  # a disk that fills up takes the first part of a write, and refuses the next
+                    left = left[stream.write(left) :]
+                os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(whole)
+                raise
+
+
+@contextmanager
+def _held(lock: Any) -> Iterator[None]:
+    """Hold a journal's lock. Who waited LOCK_SECONDS took it for one left behind: what was written stays."""
+    lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):
+            lock.release()
+
+
+def open_journal(folder: Path, patience: Patience | None = None) -> StudyJournal:
+    """The storage of a study folder. The lock file guards single writes against `enqueue` and dashboards.
+
+    Without patience the first write that fails ends the command.
+    """
+    return StudyJournal(JournalFile(folder, patience or impatient()))
 
 
 @contextmanager

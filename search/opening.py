@@ -21,6 +21,7 @@ from search.files import write_atomic
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.identity import config_differences, fingerprint_differences, refuse
 from search.journal import LOCK, driver_lock, repair_journal
+from search.patience import SECONDS, Patience
 from search.pool import Machine, connect
 from search.preparing import builder_count, prepare
 from search.screen import ProgressBar
@@ -47,7 +48,8 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
     """
     path = config.folder
     say = _sayer(console)
-    with _study_folder(path), _storage(config) as storage:
+    patience = Patience(SECONDS, say)
+    with _study_folder(path), _storage(config, patience) as storage:
         identity = _identity(config.study, path, storage)
         if identity is not None:
             saved = parse_config(identity.config, identity.where)
@@ -64,14 +66,14 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
         write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
         if storage is not None:
             write_identity(storage, config, prepared)
-        yield Session(StudyFolder(path, config, prepared, storage), machine, say)
+        yield Session(StudyFolder(path, config, prepared, storage, patience), machine, say)
 
 
-def _storage(config: Config) -> contextlib.AbstractContextManager[BaseStorage | None]:
+def _storage(config: Config, patience: Patience) -> contextlib.AbstractContextManager[BaseStorage | None]:
     """The study's database, held as its driver; None where the study is the journal of its folder."""
     if config.database is None:
         return contextlib.nullcontext()
-    return leased(config.database, config.study)
+    return leased(config.database, config.study, patience)
 
 
 def _identity(study: str, path: Path, storage: BaseStorage | None) -> Identity | None:

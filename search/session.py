@@ -54,6 +54,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         stop, metrics = Stop(), RayMetrics(config.study)
         with event_log(folder.path, secrets_of(config.database), session.say) as log:
             note = told(log, metrics.note)
+            folder.patience.note = note
             note("resumed" if study.started else "started", study=config.study, trials=study.started)
             with (
                 replicas(session, note) as pool,

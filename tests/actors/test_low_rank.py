@@ -180,6 +180,38 @@ def test_the_order_of_trials_leaves_no_trace(setting: Setting, ids: torch.Tensor
     assert torch.equal(logits(model, ids[:2]), alone)
 
 
+class Faltering:
+    """A factor store that runs out of memory while it is asked for what one target leaves out."""
+
+    def __init__(self, store: FactorStore) -> None:
+        self._store, self.at = store, ""
+
+    def rank(self, name: str, rank: int, method: str | None = None) -> Any:
+        return self._store.rank(name, rank, method)
+
+    def rest(self, name: str, rank: int, method: str | None = None) -> Any:
+        if name == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._store.rest(name, rank, method)
+
+
+def test_a_trial_that_ran_out_of_memory_leaves_no_trace(setting: Setting, ids: torch.Tensor) -> None:
+    """Tried again where it failed it is that allocation, and not what its targets were before."""
+    one, other = setting.allocation(q_proj=30, up_proj=30), setting.allocation(q_proj=29, up_proj=31)
+    model, trial = setting.trial()
+    trial.install(other, MANY)
+    alone = logits(model, ids[:2])
+    store = Faltering(setting.store)
+    trial.use(store)
+    trial.install(one, MANY)
+    store.at = "model.layers.1.mlp.up_proj"
+    with pytest.raises(torch.OutOfMemoryError):
+        trial.install(other, MANY)
+    store.at = ""
+    trial.install(other, MANY)
+    assert torch.equal(logits(model, ids[:2]), alone)
+
+
 def test_only_changed_targets_are_touched(setting: Setting) -> None:
     _, trial = setting.trial()
     assert trial.install(Allocation.dense(setting.targets), MANY) == 0

@@ -17,6 +17,7 @@ from search.constraints import Constraint
 from search.cost import CostModel
 from search.journal import open_journal
 from search.landscape import Landscape, landscape_of
+from search.patience import Patience
 from search.pool import Job, Outcome
 from search.records import Objective
 from search.samplers import make_sampler
@@ -59,12 +60,13 @@ def open_study(
     objectives: tuple[Objective, ...] = OBJECTIVES,
     constraints: tuple[Constraint, ...] = (),
     lag: int | None = None,
+    patience: Patience | None = None,
     **space: Any,
 ) -> SearchStudy:
     """The study of a folder, created if it is new: what a driver does when it starts."""
     cost = cost_model()
     section = SamplerSection(name=sampler, seed=seed, population=population)
-    study = open_storage_study(open_journal(folder), "made-up", objectives)
+    study = open_storage_study(open_journal(folder, patience), "made-up", objectives)
     levels = space_of(cost, **space)
     proposer = make_sampler(section, lambda: landscape(levels, cost, objectives))
     return SearchStudy(study, proposer, seed, levels, cost, objectives, constraints, lag)
@@ -131,6 +133,20 @@ class ShuffledPool(MadeUpPool):
     def wait(self, seconds: float) -> Iterator[Outcome]:
         if self._queue and self._chance.random() < 0.7:
             yield self._answer(self._queue.pop(self._chance.randrange(len(self._queue))))
+
+
+class Time:
+    """A clock that only sleeping moves; `then` is told after each sleep how many seconds it has been."""
+
+    def __init__(self, then: Callable[[float], None] = lambda seconds: None) -> None:
+        self.now, self._then = 0.0, then
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._then(self.now)
 
 
 def energy_of(target: TargetSpec) -> np.ndarray:

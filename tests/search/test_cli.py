@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -117,6 +119,30 @@ def test_enqueue_adds_waiting_trials_under_the_numbers_it_says(
     assert run(monkeypatch, "enqueue", folder.path, file) == 0
     assert "none; 2 are in the study already" in capsys.readouterr().out
     assert len(trials(folder)) == 4
+
+
+def test_a_full_disk_is_no_crash(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the journal, which is left as it was, and of any other file."""
+    file = written(tmp_path / "mine.yaml", [{"layers.0.q_proj": 3}])
+    journal = folder.path / JOURNAL
+    before = journal.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
+    try:
+        assert run(monkeypatch, "enqueue", folder.path, file) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "study.journal cannot be written: File too large" in capsys.readouterr().err
+    assert journal.read_bytes() == before
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "front.png")
+
+    monkeypatch.setattr("search.cli.report", full)
+    assert run(monkeypatch, "report", folder.path) == 2
+    assert "No space left on device (front.png): every finished trial is saved" in capsys.readouterr().err
 
 
 @pytest.fixture

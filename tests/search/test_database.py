@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import optuna
 import psycopg
 import pytest
-from fakes import OBJECTIVES, TARGETS, cost_model, propose_and_complete, score_of, space_of
+from fakes import OBJECTIVES, TARGETS, Time, cost_model, propose_and_complete, score_of, space_of
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -32,6 +33,7 @@ from search.database import (
     shown,
 )
 from search.packing import RESULT, result_of
+from search.patience import Patience
 from search.samplers import make_sampler
 from search.sections import SamplerSection
 from search.study import SearchStudy, open_storage_study
@@ -216,6 +218,24 @@ def test_a_killed_driver_holds_nobody_off(database: str) -> None:
     _once_free(database)
 
 
+def test_of_drivers_that_start_at_once_on_an_empty_database_one_drives(database: str) -> None:
+    """Whose tables all of them would make."""
+    command = [sys.executable, "-c", HOLD, database]
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    drivers = [subprocess.Popen(command, **pipes, text=True) for _ in range(3)]
+    try:
+        held = [driver for driver in drivers if driver.stdout.readline() == "held\n"]
+        assert len(held) == 1
+        for driver in drivers:
+            if driver not in held:
+                _, said = driver.communicate()
+                assert f"study 'made-up' has a driver already: rankfront process {held[0].pid} on" in said
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.communicate()
+
+
 def _once_free(database: str) -> None:
     """Take the lease of a driver that was just killed; its session ends when the server sees it is gone."""
     for attempt in itertools.count():
@@ -250,6 +270,57 @@ def test_a_driver_that_lost_its_lease_writes_nothing(database: str) -> None:
             assert [trial.state.name for trial in seen(database)] == ["RUNNING"]
             study_of(other).complete(planned, score_of(planned.allocation))
     assert [trial.state.name for trial in seen(database)] == ["COMPLETE"]
+
+
+def admin(database: str, *statements: str) -> None:
+    """Run statements on the server, from beside the database."""
+    url = resolve(database)
+    with psycopg.connect(
+        host=str(url.query["host"]), user="postgres", password=PASSWORD, autocommit=True
+    ) as to:
+        for statement in statements:
+            to.execute(statement.format(url.database))  # type: ignore[arg-type]
+
+
+CLOSED = ("ALTER DATABASE {} ALLOW_CONNECTIONS false", "ALTER DATABASE {} ALLOW_CONNECTIONS true")
+READ_ONLY = (
+    "ALTER DATABASE {} SET default_transaction_read_only = on",
+    "ALTER DATABASE {} RESET default_transaction_read_only",
+)
+
+
+@pytest.mark.parametrize(("refuse", "admit"), [CLOSED, READ_ONLY])
+def test_a_server_that_refuses_for_ten_seconds_is_waited_for(database: str, refuse: str, admit: str) -> None:
+    """Restarted, or taken over by one that cannot be written yet; the lease is held again at the end."""
+
+    def back(seconds: float) -> None:
+        if seconds >= 10.0:
+            admin(database, admit)
+
+    time, said = Time(back), list[str]()
+    with leased(database, "made-up", Patience(60.0, said.append, time.clock, time.sleep)) as storage:
+        study = study_of(storage)
+        done = propose_and_complete(study, 2)
+        flying = study.propose("random")
+        for act in (
+            lambda: study.complete(flying, score_of(flying.allocation)),
+            lambda: done.append(study.propose("random")),
+        ):
+            admin(database, refuse)
+            cut(database)
+            time.now = 0.0
+            act()
+            assert 10.0 <= time.now < 60.0
+        with pytest.raises(RankfrontError, match="has a driver already"), leased(database, "made-up"):
+            raise AssertionError("two drivers")
+    trials = seen(database)
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3 + ["RUNNING"]
+    assert [trial.values[1] for trial in trials[:3]] == [
+        score_of(planned.allocation).text.nll for planned in (*done[:2], flying)
+    ]
+    assert "terminating connection" in said[0]
+    answers = [line.startswith("storage: answers again") for line in said]
+    assert answers == [False, True] * (len(said) // 2)
 
 
 def test_a_database_that_goes_away_ends_the_run_in_one_line(database: str) -> None:

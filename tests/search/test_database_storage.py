@@ -6,18 +6,22 @@ On SQLite, as the statements are the same; `test_database.py` has the study on P
 from __future__ import annotations
 
 import math
+import sqlite3
 from pathlib import Path
 
 import optuna
 import pytest
-from fakes import OBJECTIVES, cost_model, propose_and_complete, score_of, space_of
+from fakes import OBJECTIVES, TARGETS, MadeUpPool, Time, cost_model, propose_and_complete, score_of, space_of
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import TrialState, create_trial
 
+from actors.types import Allocation
 from search.database_storage import StudyDatabase
+from search.patience import Patience
+from search.runner import Runner, Stop
 from search.samplers import make_sampler
-from search.sections import SamplerSection
+from search.sections import SamplerSection, StopSection
 from search.study import SearchStudy, open_storage_study
 
 
@@ -96,3 +100,59 @@ def test_what_another_program_ends_is_seen(url: str) -> None:
     assert [row.state for row in study.rows()] == ["COMPLETE", "COMPLETE", "RUNNING", "RUNNING"]
     assert study.rows()[1].values == (0.5, 3.0)
     assert storage.get_all_trials(1) == as_optuna_reads(url)
+
+
+OUTAGE_SECONDS = 10.0
+
+
+class Outages:
+    """Every so-many-th commit of a storage fails, and so do all of the ten seconds after it.
+
+    With `lost` that commit arrived: only the answer did not.
+    """
+
+    def __init__(self, storage: BaseStorage, every: int, lost: bool) -> None:
+        beneath = storage._backend  # type: ignore[attr-defined]
+        self.time, self.said = Time(), list[str]()
+        beneath.patience = Patience(60.0, self.said.append, self.time.clock, self.time.sleep)
+        dialect, self._every, self._lost = beneath.engine.dialect, every, lost
+        self._commits, self._until, self._commit = 0, -1.0, dialect.do_commit
+        dialect.do_commit = self
+
+    def __call__(self, connection: object) -> None:
+        if self.time.now >= self._until:
+            self._commits += 1
+            if self._commits % self._every:
+                return self._commit(connection)
+            self._until = self.time.now + OUTAGE_SECONDS
+            if self._lost:
+                self._commit(connection)
+        raise sqlite3.OperationalError("server closed the connection unexpectedly\n\tno more of it")
+
+
+def searched(
+    url: str, outages: tuple[int, bool] | None = None
+) -> tuple[list[tuple[object, ...]], Outages | None]:
+    """What a driver leaves, and the outages it went through once it had opened its study."""
+    storage = ours(url)
+    study = study_of(storage)
+    broken = outages and Outages(storage, *outages)
+    mine = Allocation.of({TARGETS[4].name: 7}, TARGETS)
+    study.enqueue([(Allocation.dense(TARGETS), "dense"), (mine, "seed")])
+    Runner(study, MadeUpPool(), StopSection(trials=8), "random", Stop()).run()  # type: ignore[arg-type]
+    return [(t.number, t.state, t.params, t.values, t.user_attrs) for t in as_optuna_reads(url)], broken
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("every", [3, 4, 7])
+def test_a_database_that_is_away_costs_nothing_but_the_wait(every: int, lost: bool, tmp_path: Path) -> None:
+    """Whether or not what was not answered had arrived: every trial is there once, as without an outage."""
+    whole, _ = searched(f"sqlite:///{tmp_path / 'whole.db'}")
+    found, outages = searched(f"sqlite:///{tmp_path / 'broken.db'}", (every, lost))
+    assert found == whole
+    assert outages is not None
+    assert outages.time.now >= OUTAGE_SECONDS
+    assert (
+        outages.said[0] == "storage: server closed the connection unexpectedly; asking again for up to 60 s"
+    )
+    assert outages.said[1].startswith("storage: answers again after")

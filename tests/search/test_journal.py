@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +185,26 @@ def test_the_second_driver_is_refused_until_the_first_is_gone(tmp_path: Path) ->
         holder.communicate()
     with driver_lock(tmp_path):
         pass
+
+
+def test_of_drivers_that_start_at_once_one_drives(tmp_path: Path) -> None:
+    """A lock is of an opened file, so threads stand for processes."""
+    begin, end = threading.Barrier(8), threading.Barrier(8)
+
+    def start(_: int) -> str:
+        begin.wait()
+        try:
+            with driver_lock(tmp_path):
+                end.wait()
+                return "drives"
+        except RankfrontError as error:
+            end.wait()
+            return str(error)
+
+    with ThreadPoolExecutor(8) as threads:
+        ended = list(threads.map(start, range(8)))
+    assert ended.count("drives") == 1
+    assert sum(line.startswith(f"{tmp_path} has a driver already") for line in ended) == 7
 
 
 def test_a_lock_file_that_was_taken_away_holds_nobody(

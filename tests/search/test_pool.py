@@ -24,6 +24,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(
+            address="local",
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
@@ -37,9 +38,9 @@ def cluster() -> Iterator[None]:
 def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = "") -> type:
     """A replica without a model. The rank of its one target says which job it is.
 
-    `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`,
-    `refuse`, `break`, or `meet`: wait for all jobs that meet, which takes a replica for each. A score
-    after that. A class made here travels to the workers by value.
+    `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`, `kill`
+    or `stop` (by a signal), `refuse`, `break`, or `meet`: wait for all jobs that meet, which takes a replica
+    for each. A score after that. A class made here travels to the workers by value.
     """
     marks = str(folder)
     meeting = [rank for rank, acts in behaviour.items() if "meet" in acts]
@@ -59,6 +60,7 @@ def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = ""
 
         def score(self, allocation: Any, split: str, rivals: Any) -> Any:
             import os
+            import signal
             import threading
             import time
             from pathlib import Path
@@ -74,6 +76,8 @@ def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = ""
                 os._exit(1)
             if act == "hang":
                 threading.Event().wait()
+            if act in ("kill", "stop"):
+                os.kill(os.getpid(), signal.SIGKILL if act == "kill" else signal.SIGSTOP)
             while act == "meet" and not all(list(Path(marks).glob(f"{other}-*")) for other in meeting):
                 time.sleep(0.01)
             if act == "refuse":
@@ -225,6 +229,31 @@ def test_a_trial_that_always_hangs_fails_with_its_reason(pool_of: Any, tmp_path:
     assert "no score within 0.5 seconds" in (found[2].reason or "")
     assert "attempt 2 of 2" in (found[2].reason or "")
     assert attempts_of(tmp_path, 2) == 2
+
+
+def test_a_process_that_is_killed_or_stopped_is_replaced_and_gone(pool_of: Any, tmp_path: Path) -> None:
+    """A stopped one holds its memory, and hears nothing that Ray asks of it."""
+    processes = []
+
+    def note(event: str, **facts: Any) -> None:
+        if event == "replica started":
+            processes.append(facts["pid"])
+
+    pool = pool_of({2: ["stop"], 4: ["kill"]}, count=1, trial_seconds=2.0, note=note)
+    found = drain(pool, [1, 2, 3, 4, 5])
+    assert all(outcome.score is not None for outcome in found.values())
+    assert [attempts_of(tmp_path, rank) for rank in range(1, 6)] == [1, 2, 1, 2, 1]
+    assert len(processes) == 3
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while any(map(_holds_memory, processes[:2])):
+        assert time.monotonic() < deadline, "a replica that was given up still holds its memory"
+        time.sleep(0.05)
+
+
+def _holds_memory(process: int) -> bool:
+    """Whether a process is there and no zombie, as Linux tells."""
+    path = Path(f"/proc/{process}/stat")
+    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_closed_pool_holds_no_replica(pool_of: Any) -> None:
