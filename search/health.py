@@ -26,7 +26,10 @@ WRITE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class ReplicaHealth:
-    """One replica. `state` is `loading`, `idle` or `busy`; `trials` are the one it scores and those behind.
+    """One replica. `trials` are the one it scores and those behind it.
+
+    `state` is `waiting` (for a node), `loading`, `idle`, `busy` or `failed` (it could not start, and will be
+    tried again).
 
     `starts` counts it and those before it in its place; `failure` is why the last of them ended. `since` is
     when it began the trial it scores (Unix time, seconds).
@@ -59,8 +62,9 @@ class Health:
 
     @property
     def busy(self) -> float:
-        """The share of replicas that score a trial."""
-        return sum(each.state == "busy" for each in self.replicas) / max(1, len(self.replicas))
+        """The share of replicas that score a trial; those without a node are none yet."""
+        there = [each for each in self.replicas if each.state != "waiting"]
+        return sum(each.state == "busy" for each in there) / max(1, len(there))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
