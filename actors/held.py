@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from actors.lease import UNASKED_SECONDS, Lease
+from actors.lease import SILENT_SECONDS, UNASKED_SECONDS, Lease
 from actors.types import Allocation, Place, ReplicaSpec, Rival, Score
 
 # The concurrency group of what must be answered while a trial is scored.
@@ -24,8 +24,15 @@ class Held:
     it is at: nothing of a driver that died holds a GPU for longer.
     """
 
-    def __init__(self, kind: Any, spec: ReplicaSpec, token: str, alone_seconds: float | None) -> None:
-        self._kind, self._spec, self._lease = kind, spec, Lease(token)
+    def __init__(
+        self,
+        kind: Any,
+        spec: ReplicaSpec,
+        token: str,
+        alone_seconds: float | None = None,
+        silent_seconds: float = SILENT_SECONDS,
+    ) -> None:
+        self._kind, self._spec, self._lease = kind, spec, Lease(token, silent_seconds)
         self._replica: Any = None
         self._asked = False
         if alone_seconds is not None:

@@ -22,11 +22,13 @@ class NotHolderError(RankfrontError):
 class Lease:
     """Invariant: one token holds it; a token that lost it never holds it again.
 
-    A new token is taken only from a holder that has been silent for SILENT_SECONDS. `clock` gives seconds.
+    A new token is taken only from a holder that has been silent for `silent_seconds`. `clock` gives seconds.
     """
 
-    def __init__(self, token: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._token, self._clock = token, clock
+    def __init__(
+        self, token: str, silent_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._token, self._silent, self._clock = token, silent_seconds, clock
         self._heard = clock()
         self._retired: set[str] = set()
         self._lock = threading.Lock()
@@ -50,7 +52,7 @@ class Lease:
         if self.renew(token):
             return True
         with self._lock:
-            if token in self._retired or self._clock() - self._heard < SILENT_SECONDS:
+            if token in self._retired or self._clock() - self._heard < self._silent:
                 return False
             self._retired.add(self._token)
             self._token, self._heard = token, self._clock()

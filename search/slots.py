@@ -112,7 +112,8 @@ class Launch:
         if avoided := ",".join(avoid):
             options["label_selector"] = {_NODE_LABEL: f"!in({avoided})"}
         actor_class = ray.remote(concurrency_groups={PROMPT: 1})(Held).options(**options)
-        actor = actor_class.remote(self.kind, spec, self.token, tenure.alone_seconds if tenure else None)
+        waits = (tenure.alone_seconds, tenure.silent_seconds) if tenure else ()
+        actor = actor_class.remote(self.kind, spec, self.token, *waits)
         slot.seat, slot.node, slot.place = prompt(actor.seat).remote(), None, None
         self.fill(slot, actor, now)
 

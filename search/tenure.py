@@ -33,10 +33,14 @@ END_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Tenure:
-    """One driver's hold on the replicas of a study, which wait for the next driver `alone_seconds`."""
+    """One driver's hold on the replicas of a study, which wait for the next driver `alone_seconds`.
+
+    They follow another while this one has been silent for `silent_seconds`.
+    """
 
     study: str
     alone_seconds: float
+    silent_seconds: float = SILENT_SECONDS
     token: str = field(default_factory=lambda: secrets.token_hex(LETTERS))
 
     def name(self, spec: ReplicaSpec, gpus: float) -> str:
@@ -99,8 +103,8 @@ def _taken(
     tenure: Tenure, names: list[str], clock: Callable[[], float], pause: Callable[[float], None]
 ) -> dict[str, tuple[Any, str]]:
     """Every named replica that serves this driver from now on, with its node."""
-    since, taken, left = clock(), {}, dict.fromkeys(names)
-    actors = {name: actor for name in left if (actor := _actor(name)) is not None}
+    since, taken = clock(), {}
+    actors = {name: actor for name in names if (actor := _actor(name)) is not None}
     while actors:
         asked = {prompt(actor.take).remote(tenure.token): name for name, actor in actors.items()}
         answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
@@ -115,7 +119,7 @@ def _taken(
                 continue
             if node is not None:
                 taken[name] = (actors.pop(name), node)
-        if clock() - since > SILENT_SECONDS + ANSWER_SECONDS:
+        if clock() - since > tenure.silent_seconds + ANSWER_SECONDS:
             break  # they serve a driver that is alive: of a copy of the study
         if actors:
             pause(ASK_AGAIN_SECONDS)
