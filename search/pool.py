@@ -150,7 +150,7 @@ class Pool:
         self._tend()
         self._hand_out()
         if not self.outstanding and self.free:
-            return
+            seconds = 0.0  # there is nothing to wait for but replicas that load
         expected = {slot.queue[0][0]: slot for slot in self._slots if slot.queue}
         expected |= {slot.starting: slot for slot in self._slots if slot.starting is not None}
         expected |= {slot.seat: slot for slot in self._slots if slot.seat is not None}
@@ -159,7 +159,7 @@ class Pool:
                 self._pause(seconds)
             return
         ready, _ = ray.wait(list(expected), num_returns=len(expected), timeout=0)
-        if not ready:
+        if not ready and seconds:
             ready, _ = ray.wait(list(expected), num_returns=1, timeout=seconds)
         for reference in ready:
             slot = expected[reference]
