@@ -50,6 +50,7 @@ class Health:
     """A driver at the time `written` (Unix time, seconds, as `started`).
 
     `queue` are jobs without a replica; `stopped` is why it ended, None while it runs and where it was killed.
+    Killed, it leaves replicas that wait `alone_seconds` for the next driver.
     """
 
     written: float
@@ -59,6 +60,11 @@ class Health:
     queue: int
     replicas: tuple[ReplicaHealth, ...]
     stopped: str | None
+    alone_seconds: float = 0.0
+
+    def waits(self, now: float) -> float:
+        """How many seconds longer its replicas wait at a time (Unix time) when it is gone; 0 where none do."""
+        return 0.0 if self.stopped else max(0.0, self.written + self.alone_seconds - now)
 
     @property
     def busy(self) -> float:
@@ -76,10 +82,16 @@ class Health:
 
 
 def here(
-    started: float, queue: int, replicas: tuple[ReplicaHealth, ...], stopped: str | None = None
+    started: float,
+    queue: int,
+    replicas: tuple[ReplicaHealth, ...],
+    stopped: str | None = None,
+    alone_seconds: float = 0.0,
 ) -> Health:
     """Of this process as the driver, now."""
-    return Health(time.time(), started, socket.gethostname(), os.getpid(), queue, replicas, stopped)
+    return Health(
+        time.time(), started, socket.gethostname(), os.getpid(), queue, replicas, stopped, alone_seconds
+    )
 
 
 def write_health(folder: Path, health: Health) -> None:

@@ -110,6 +110,12 @@ class Pool:
         return len(self._queue) + sum(len(slot.queue) for slot in self._slots)
 
     @property
+    def alone_seconds(self) -> float:
+        """How long replicas wait for the next driver when this one dies; 0 where they end with it."""
+        tenure = self._launch.tenure
+        return tenure.alone_seconds if tenure else 0.0
+
+    @property
     def queued(self) -> int:
         """Jobs that no replica has yet."""
         return len(self._queue)

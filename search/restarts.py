@@ -15,7 +15,10 @@ AVOID_SECONDS = 900.0
 
 
 class Restarts:
-    """What is known of starts. `clock` gives seconds; `first_error` is that of the first failed start."""
+    """What is known of starts. `clock` gives seconds.
+
+    `first_error` is of the first start that failed, until none that failed is still to succeed.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -27,8 +30,10 @@ class Restarts:
 
     def succeeded(self, name: str, node: str | None) -> None:
         """A replica has loaded."""
-        self.in_a_row, self.first_error = 0, None
+        self.in_a_row = 0
         self._by_name.pop(name, None)
+        if not self._by_name:
+            self.first_error = None
         if node is not None:
             self._by_node.pop(node, None)
 

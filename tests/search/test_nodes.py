@@ -28,7 +28,7 @@ from search.pool import Pool
 from search.tenure import Tenure, prompt
 
 # Something that does not happen would be waited for without end.
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 60
 STORE = {"object_store_memory": OBJECT_STORE_BYTES}
 # A node that died without a word is noticed in two seconds instead of twenty.
 HEALTH = {
@@ -36,6 +36,7 @@ HEALTH = {
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 4,
 }
+HEAD = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **STORE}
 SPEC = ReplicaSpec("replica-0", None, None, threads=1)  # type: ignore[arg-type]
 # Ranks below this are scored at once; others when the test lets them.
 HELD_BACK = 100
@@ -116,9 +117,7 @@ def cluster() -> Iterator[Cluster]:
     """A head that has room for no replica; nodes of one core join it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        made = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": HEALTH, **STORE}
-        )
+        made = Cluster(initialize_head=True, head_node_args=HEAD)
         ray.init(made.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
         yield made
         ray.shutdown()

@@ -14,12 +14,12 @@ from rich.console import Console
 import search.opening
 import search.replicas
 from actors.types import Prepared, RankfrontError
+from search.cluster import Room
 from search.config import Config, parse_config
 from search.events import silent
 from search.folder import CONFIG, StudyFolder
 from search.identity import FIXED_FINGERPRINTS
 from search.journal import JOURNAL
-from search.cluster import Room
 from search.pool import Machine
 from search.replicas import elastic_of, replica_plan, tenure_of
 

@@ -27,12 +27,13 @@ def test_waits_double_up_to_a_bound_and_begin_anew_after_a_success() -> None:
     assert restarts.failed("replica-0", None, "no GPU") - clock.now == FIRST_SECONDS
 
 
-def test_the_first_error_is_kept_until_a_replica_starts() -> None:
+def test_the_first_error_is_kept_until_its_replica_starts() -> None:
     restarts = Restarts(Clock())
     for error in ("the cause", "an effect"):
         restarts.failed("replica-0", "a", error)
-    assert restarts.first_error == "the cause"
     restarts.succeeded("replica-1", "b")
+    assert restarts.first_error == "the cause"
+    restarts.succeeded("replica-0", "a")
     assert restarts.first_error is None
 
 
