@@ -63,7 +63,7 @@ class Health:
     alone_seconds: float = 0.0
 
     def waits(self, now: float) -> float:
-        """How many seconds longer its replicas wait at a time (Unix time) when it is gone; 0 where none do."""
+        """How many seconds longer its replicas wait, at a time (Unix time), if it is gone; 0: none do."""
         return 0.0 if self.stopped else max(0.0, self.written + self.alone_seconds - now)
 
     @property
