@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors.lease import RENEW_SECONDS, NotHolderError
 from actors.replica import Replica
@@ -157,9 +157,9 @@ class Pool:
         self._hand_out()
         if not self.outstanding and self.free:
             seconds = 0.0  # there is nothing to wait for but replicas that load
-        expected = {slot.queue[0][0]: slot for slot in self._slots if slot.queue}
+        expected = {slot.seat: slot for slot in self._slots if slot.seat is not None}
+        expected |= {slot.queue[0][0]: slot for slot in self._slots if slot.queue}
         expected |= {slot.starting: slot for slot in self._slots if slot.starting is not None}
-        expected |= {slot.seat: slot for slot in self._slots if slot.seat is not None}
         if not expected:
             if self._slots and seconds:
                 self._pause(seconds)
@@ -232,17 +232,19 @@ class Pool:
         """A replica has a node, or died before it said so, which its start says too."""
         try:
             slot.node = ray.get(slot.seat)
-        except RayActorError:
+        except RayError:
             slot.node = None
         slot.seat = None
 
     def _note_started(self, slot: Slot) -> None:
         """A replica has loaded, or died of it."""
+        if slot.seat is not None and ray.wait([slot.seat], timeout=0)[0]:
+            self._note_seated(slot)
         try:
             slot.place = ray.get(slot.starting)
         except RayError as error:
             self._check_holder(slot, error)
-            if self._left(slot):
+            if self._left(slot, error):
                 self._replace(slot, "its node left as it loaded")
             else:
                 self._put_off(slot, error)
@@ -275,12 +277,17 @@ class Pool:
         slot.failure = reason
         self._start(slot)
 
-    def _left(self, slot: Slot) -> bool:
-        """Whether a replica died because its node left."""
+    def _left(self, slot: Slot, error: RayError) -> bool:
+        """Whether a replica died because its node left.
+
+        Of a process that died its node tells Ray at once. Where nobody tells, the node itself is gone, which
+        Ray finds out only later.
+        """
         if self._elastic.nodes is None or slot.node is None:
             return False
         self._nodes = self._elastic.nodes()
-        return slot.leaving or slot.node not in self._nodes.rooms or slot.node in self._nodes.draining
+        stays = slot.node in self._nodes.rooms and slot.node not in self._nodes.draining
+        return not stays or isinstance(error, ActorUnavailableError)
 
     def _check_holder(self, slot: Slot, error: RayError) -> None:
         if isinstance(cause := cause_of(error), NotHolderError):
@@ -317,7 +324,7 @@ class Pool:
         reason = f"replica {slot.spec.name} died: {_last_line(error)}"
         if slot.overdue:
             reason = f"no score within {self._limit} seconds, replica stopped"
-        left = not slot.overdue and self._left(slot)
+        left = not slot.overdue and self._left(slot, error)
         slot.queue.clear()
         self._replace(slot, "its node left" if left else reason)
         if left and job.moves < MOVES:

@@ -82,9 +82,6 @@ def take_over(
     so an earlier driver is dead, though some replicas may have heard of it a moment ago.
     """
     names = [name for name in list_named_actors() if name.startswith(f"{tenure.study}:")]
-    if not names:
-        return []
-    say(f"replicas: {len(names)} wait from an earlier driver")
     taken = _taken(tenure, names, clock, pause)
     found: dict[str, Taken] = {}
     rest = []
@@ -95,7 +92,10 @@ def take_over(
         else:
             rest.append(actor)
     end_all(rest, tenure.token)
-    say(f"replicas: {len(found)} of them taken over, {len(rest)} ended: others are needed now")
+    if taken:
+        say(
+            f"replicas: {len(found)} of an earlier driver go on, {len(rest)} end: nobody needs what they hold"
+        )
     return list(found.values())
 
 

@@ -200,7 +200,7 @@ def test_the_replica_of_a_killed_driver_serves_the_next_one_alone(cluster: Clust
     (tmp_path / f"go-{HELD_BACK}").touch()
     tenure = Tenure("study", ALONE_SECONDS, "second", silent_seconds=1.0)
     pool = Pool([SPEC], 0, attempts=1, tenure=tenure, say=said.append)
-    assert said[0] == "replicas: 1 wait from an earlier driver"
+    assert said == ["replicas: 1 of an earlier driver go on, 0 end: nobody needs what they hold"]
     [outcome] = score_all(pool, [7]).values()
     assert outcome.score is not None
     assert outcome.score.text.nats == 7.0
