@@ -202,8 +202,13 @@ class Pool:
         return next(name for index in range(len(used) + 1) if (name := f"replica-{index}") not in used)
 
     def _vacate(self) -> None:
-        """Leave nodes that drain: what runs there ends there, what was queued behind it goes elsewhere."""
+        """Leave nodes that drain: what runs there ends there, what was queued behind it goes elsewhere.
+
+        Nodes that are gone took their idle replicas along; of the others their trials tell.
+        """
         for slot in self._slots:
+            if slot.loaded and not slot.queue and slot.node not in self._nodes.rooms:
+                self._replace(slot, "its node left")
             if slot.actor is None or slot.leaving or slot.node not in self._nodes.draining:
                 continue
             slot.leaving = True
