@@ -71,6 +71,11 @@ class Slot:
             return "loading" if self.loading(now) else "waiting"
         return "busy" if self.queue else "idle"
 
+    def give_back(self) -> list[Job]:
+        """Take back the jobs behind the one that runs; what the replica answers for them is not heard."""
+        behind = [self.queue.pop()[1] for _ in range(len(self.queue) - 1)]
+        return behind[::-1]
+
     def health(self, now: float, ago: float) -> ReplicaHealth:
         """How it is at `now` of the pool's clock, which is Unix time less `ago`."""
         return ReplicaHealth(

@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.exceptions import RayActorError
 
+import search.crew
 import search.pool
 import search.slots
 from actors.lease import NotHolderError
@@ -138,7 +139,7 @@ def test_replicas_follow_nodes_that_join_drain_and_die(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one attempt a trial: what a node that left was scoring costs none."""
-    for module in (search.pool, search.slots):
+    for module in (search.crew, search.slots):
         monkeypatch.setattr(module, "SEAT_SECONDS", 2.0)
     said: list[str] = []
     elastic = Elastic(1, 2, follow=True, need=Need(1), nodes=cluster_nodes)
