@@ -17,8 +17,11 @@ from search.study import SearchStudy
 class Beacon:
     """Costs nothing between two signals, which are WRITE_SECONDS apart."""
 
-    def __init__(self, folder: Path, study: SearchStudy, pool: Pool, metrics: RayMetrics) -> None:
+    def __init__(
+        self, folder: Path, study: SearchStudy, pool: Pool, metrics: RayMetrics, alone_seconds: float = 0.0
+    ) -> None:
         self._folder, self._study, self._pool, self._metrics = folder, study, pool, metrics
+        self._alone = alone_seconds
         self._started, self._last = time.time(), 0.0
 
     def tick(self) -> None:
@@ -32,7 +35,7 @@ class Beacon:
         self._signal(reason)
 
     def _signal(self, stopped: str | None) -> None:
-        health = here(self._started, self._pool.queued, self._pool.health(), stopped)
+        health = here(self._started, self._pool.queued, self._pool.health(), stopped, self._alone)
         write_health(self._folder, health)
         states = {state.name: self._study.count(state) for state in TrialState}
         self._metrics.look(states, health.queue, health.busy, current_hypervolume(self._study))

@@ -63,7 +63,9 @@ def _driver(status: Status) -> str:
     if status.ended is not None:
         return f"no driver; the last one stopped: {status.ended}"
     if status.trials.get("RUNNING"):
-        return "driver gone: it was killed, or lost its machine; the same command goes on"
+        gone = "driver gone: it was killed, or lost its machine; the same command goes on"
+        wait = f", and its replicas wait for that for {clock(status.waits)}" if status.waits else ""
+        return gone + wait
     return "no driver"
 
 

@@ -15,13 +15,15 @@ EVENTS = (
     "failed",
     "pruned",
     "replica started",
+    "replica taken over",
     "replica died",
     "storage refused",
     "storage back",
     "stopped",
 )
 """Every event. A trial is `copied` where the record of an equal one answers it; `replica started` says by
-`starts` how often it did, so above 1 that it was restarted."""
+`starts` how often it did, so above 1 that it was restarted; one that is `taken over` waited from an earlier
+driver."""
 
 
 class Note(Protocol):

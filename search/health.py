@@ -26,7 +26,10 @@ WRITE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class ReplicaHealth:
-    """One replica. `state` is `loading`, `idle` or `busy`; `trials` are the one it scores and those behind.
+    """One replica. `trials` are the one it scores and those behind it.
+
+    `state` is `waiting` (for a node), `loading`, `idle`, `busy` or `failed` (it could not start, and will be
+    tried again).
 
     `starts` counts it and those before it in its place; `failure` is why the last of them ended. `since` is
     when it began the trial it scores (Unix time, seconds).
@@ -47,6 +50,7 @@ class Health:
     """A driver at the time `written` (Unix time, seconds, as `started`).
 
     `queue` are jobs without a replica; `stopped` is why it ended, None while it runs and where it was killed.
+    Killed, it leaves replicas that wait `alone_seconds` for the next driver.
     """
 
     written: float
@@ -56,11 +60,17 @@ class Health:
     queue: int
     replicas: tuple[ReplicaHealth, ...]
     stopped: str | None
+    alone_seconds: float = 0.0
+
+    def waits(self, now: float) -> float:
+        """How many seconds longer its replicas wait, at a time (Unix time), if it is gone; 0: none do."""
+        return 0.0 if self.stopped else max(0.0, self.written + self.alone_seconds - now)
 
     @property
     def busy(self) -> float:
-        """The share of replicas that score a trial."""
-        return sum(each.state == "busy" for each in self.replicas) / max(1, len(self.replicas))
+        """The share of replicas that score a trial; those without a node are none yet."""
+        there = [each for each in self.replicas if each.state != "waiting"]
+        return sum(each.state == "busy" for each in there) / max(1, len(there))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -72,10 +82,16 @@ class Health:
 
 
 def here(
-    started: float, queue: int, replicas: tuple[ReplicaHealth, ...], stopped: str | None = None
+    started: float,
+    queue: int,
+    replicas: tuple[ReplicaHealth, ...],
+    stopped: str | None = None,
+    alone_seconds: float = 0.0,
 ) -> Health:
     """Of this process as the driver, now."""
-    return Health(time.time(), started, socket.gethostname(), os.getpid(), queue, replicas, stopped)
+    return Health(
+        time.time(), started, socket.gethostname(), os.getpid(), queue, replicas, stopped, alone_seconds
+    )
 
 
 def write_health(folder: Path, health: Health) -> None:

@@ -1,159 +1,97 @@
-"""The replicas: start them, keep each busy with one trial queued ahead, retry, replace.
+"""The replicas at work: keep each busy with one trial queued ahead, and try again what one did not end.
 
 A Ray task retry would hide how often a trial was tried, so Ray retries nothing; the pool does.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors.replica import Replica
-from actors.types import Allocation, Place, RankfrontError, ReplicaSpec, Rival, Score
+from actors.types import RankfrontError, ReplicaSpec
+from search.cluster import OBJECT_STORE_BYTES as OBJECT_STORE_BYTES
+from search.cluster import Machine as Machine
+from search.cluster import connect as connect
+from search.cluster import thread_environment as thread_environment
+from search.crew import Crew, last_line
+from search.elastic import FIXED, Elastic
 from search.events import Note, silent
 from search.failures import cause_of
 from search.health import ReplicaHealth
+from search.jobs import Job as Job
+from search.jobs import Outcome as Outcome
+from search.slots import Launch, Slot
+from search.tenure import Tenure
 
 # One trial runs and one waits behind it: the driver's work between two trials costs a replica nothing.
 DEPTH = 2
-# Replicas that die before their first answer this many times in a row: the cause is not bad luck.
-START_FAILURES = 3
-# Ray's store only ever holds allocations and scores; its default is 30% of the machine's memory.
-OBJECT_STORE_BYTES = 80 * 2**20
+# A trial that was on so many nodes as they left may be what ends them: from then on it is charged.
+MOVES = 3
 
 
-@dataclass(frozen=True)
-class Job:
-    """One allocation to score on one split, under a key of the caller's; `rivals` may stop it early."""
-
-    key: int
-    allocation: Allocation
-    split: str = "search"
-    attempt: int = 1
-    rivals: tuple[Rival, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a job: a score, or the reason there is none."""
-
-    job: Job
-    score: Score | None
-    reason: str | None = None
-
-
-@dataclass
-class _Slot:
-    """A replica and its queue; `since` is when the first job of the queue began.
-
-    `starts` counts it and those before it in its place, of which the last ended for `failure`.
-    """
-
-    spec: ReplicaSpec
-    actor: Any
-    starting: Any  # answers when the replica has loaded; None from then on
-    queue: deque[tuple[Any, Job]] = field(default_factory=deque)
-    since: float = 0.0
-    overdue: bool = False
-    starts: int = 1
-    failure: str | None = None
-    place: Place | None = None
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the cluster offers now: CPU cores, GPUs, bytes of free memory on this node.
-
-    `grows` says that nodes may join it: of any cluster that this process did not start.
-    """
-
-    cores: int
-    gpus: int
-    memory: int
-    grows: bool = False
-
-
-def connect() -> Machine:
-    """Join the cluster of RAY_ADDRESS, or start a local one that ends with this process."""
-    # Ray would otherwise copy the driver's folder to every worker and re-install the environment.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "namespace": "rankfront"}
-        if address:
-            try:
-                ray.init(**common)
-            except ConnectionError as error:
-                raise RankfrontError(
-                    f"RAY_ADDRESS={address}: no cluster answers there ({error}). Where it wants a token, set "
-                    "RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
-                ) from error
-        else:
-            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
-    total = ray.cluster_resources()
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cores, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    return Machine(cores, gpus, memory, grows=bool(address))
-
-
-def thread_environment(threads: int) -> dict[str, Any]:
-    """Ray's runtime environment of a worker that may use so many threads."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {"env_vars": {**dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}}
+def _unheard(line: str) -> None:
+    """Nobody listens."""
 
 
 class Pool:
-    """Replicas of one preparation. Results come from `wait`, in the order they are ready."""
+    """Replicas of one preparation. Results come from `wait`, in the order they are ready.
+
+    A node that leaves costs its replicas, which start again where there is room, and no trial an attempt.
+    With a `tenure` replicas outlive a driver that dies, and those of an earlier one are taken over. `clock`
+    (seconds) and `pause` are time itself.
+    """
 
     def __init__(
         self,
         specs: list[ReplicaSpec],
-        gpus_each: int,
+        gpus_each: float,
         attempts: int,
         trial_seconds: float | None = None,
         note: Note = silent,
+        elastic: Elastic = FIXED,
+        tenure: Tenure | None = None,
+        say: Callable[[str], None] = _unheard,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._gpus, self._attempts, self._limit = gpus_each, attempts, trial_seconds
-        self._note = note
+        self._attempts, self._limit, self._least = attempts, trial_seconds, elastic.least
+        self._note, self._clock, self._pause = note, clock, pause
+        launch = Launch(Replica, gpus_each, tenure)
+        self._crew = Crew(specs, launch, elastic, note, say, clock, pause)
+        self._slots = self._crew.slots
         self._queue: deque[Job] = deque()  # not yet with a replica
-        self._failed_starts = 0
-        self._slots = [self._start(spec) for spec in specs]
-
-    def _start(self, spec: ReplicaSpec) -> _Slot:
-        actor = (
-            ray.remote(Replica)
-            .options(
-                num_cpus=spec.threads,
-                num_gpus=self._gpus,
-                max_restarts=0,
-                max_task_retries=0,
-                runtime_env=thread_environment(spec.threads),
-            )
-            .remote(spec)
-        )
-        return _Slot(spec, actor, actor.ready.remote())
 
     @property
     def size(self) -> int:
-        return len(self._slots)
+        """Replicas that are loaded or load; not those that wait for a node, or for a cause to go away."""
+        now = self._clock()
+        return sum(slot.open(now) for slot in self._slots)
 
     @property
     def outstanding(self) -> int:
         return len(self._queue) + sum(len(slot.queue) for slot in self._slots)
 
     @property
+    def alone_seconds(self) -> float:
+        """How long replicas wait for the next driver when this one dies; 0 where they end with it."""
+        tenure = self._crew.launch.tenure
+        return tenure.alone_seconds if tenure else 0.0
+
+    @property
+    def queued(self) -> int:
+        """Jobs that no replica has yet."""
+        return len(self._queue)
+
+    @property
     def free(self) -> int:
         """Jobs that can be submitted before every replica has one running and one queued."""
-        return max(0, DEPTH * len(self._slots) - self.outstanding)
+        return max(0, DEPTH * self.size - self.outstanding)
 
     def submit(self, job: Job) -> None:
         """Take a job; it goes to the replica with the shortest queue, once one is loaded."""
@@ -162,16 +100,18 @@ class Pool:
 
     def _hand_out(self) -> None:
         while self._queue:
-            loaded = [slot for slot in self._slots if slot.starting is None and len(slot.queue) < DEPTH]
-            if not loaded:
+            loaded = [slot for slot in self._slots if slot.loaded]
+            open_ = [slot for slot in loaded if len(slot.queue) < DEPTH]
+            if not open_ or len(loaded) < self._least:
                 return
-            slot = min(loaded, key=lambda slot: len(slot.queue))
-            if slot.queue and len(self._queue) <= sum(slot.starting is not None for slot in self._slots):
+            slot, now = min(open_, key=lambda slot: len(slot.queue)), self._clock()
+            if slot.queue and len(self._queue) <= sum(slot.loading(now) for slot in self._slots):
                 return  # better run at once by a replica that is loading than second by a busy one
             job = self._queue.popleft()
             if not slot.queue:
-                slot.since = time.monotonic()
-            slot.queue.append((slot.actor.score.remote(job.allocation, job.split, job.rivals), job))
+                slot.since = now
+            score = slot.actor.score.remote(self._crew.launch.token, job.allocation, job.split, job.rivals)
+            slot.queue.append((score, job))
             facts = {"trial": job.key, "split": job.split, "attempt": job.attempt}
             self._note("dispatched", replica=slot.spec.name, **facts)
 
@@ -179,68 +119,71 @@ class Pool:
         """Outcomes that are ready within `seconds`; jobs of dead replicas are tried elsewhere.
 
         Raises:
-            RankfrontError: replicas cannot start; the first error in full.
+            RankfrontError: replicas cannot start, the first error in full; or another driver has them.
         """
+        self._queue.extendleft(reversed(self._crew.tend()))
         self._hand_out()
-        expected = {slot.queue[0][0]: slot for slot in self._slots if slot.queue}
+        if not self.outstanding and self.free:
+            seconds = 0.0  # there is nothing to wait for but replicas that load
+        expected = {slot.seat: slot for slot in self._slots if slot.seat is not None}
+        expected |= {slot.queue[0][0]: slot for slot in self._slots if slot.queue}
         expected |= {slot.starting: slot for slot in self._slots if slot.starting is not None}
-        if not expected or not self.outstanding:
+        if not expected:
+            if self._slots and seconds:
+                self._pause(seconds)
             return
         ready, _ = ray.wait(list(expected), num_returns=len(expected), timeout=0)
-        if not ready:
+        if not ready and seconds:
             ready, _ = ray.wait(list(expected), num_returns=1, timeout=seconds)
         for reference in ready:
             slot = expected[reference]
-            if reference is slot.starting:
-                self._note_started(slot)
-            else:
+            if reference is slot.seat:
+                self._crew.note_seated(slot)
+            elif reference is slot.starting:
+                self._crew.note_started(slot)
+            elif slot.queue and reference is slot.queue[0][0]:
                 outcome = self._collect(slot)
                 if outcome is not None:
                     yield outcome
         self._stop_overdue()
 
-    def _note_started(self, slot: _Slot) -> None:
-        """A replica has loaded, or died of it."""
-        try:
-            slot.place = ray.get(slot.starting)
-        except RayError as error:
-            self._failed_starts += 1
-            if self._failed_starts >= START_FAILURES:
-                raise RankfrontError(f"replicas cannot start: {cause_of(error)}") from error
-            self._replace(slot, f"it could not start: {_last_line(error)}")
-        else:
-            slot.starting, self._failed_starts = None, 0
-            facts = dataclasses.asdict(slot.place)
-            self._note("replica started", replica=slot.spec.name, starts=slot.starts, **facts)
-
-    def _collect(self, slot: _Slot) -> Outcome | None:
+    def _collect(self, slot: Slot) -> Outcome | None:
         reference, job = slot.queue[0]
         try:
             score = ray.get(reference)
         except RayTaskError as error:
-            slot.queue.popleft()
-            slot.since = time.monotonic()
+            self._crew.check_holder(slot, error)
             cause = cause_of(error)
-            text = str(cause) if isinstance(cause, RankfrontError) else _last_line(error)
+            text = str(cause) if isinstance(cause, RankfrontError) else last_line(error)
+            self._next(slot)
             return self._again_or_fail(job, text)
         except RayActorError as error:
-            reason = f"replica {slot.spec.name} died: {_last_line(error)}"
-            if slot.overdue:
-                reason = f"no score within {self._limit} seconds, replica stopped"
-            # Jobs queued behind the one that ran were not begun: they cost no attempt.
-            self._queue.extendleft(queued for _, queued in reversed(list(slot.queue)[1:]))
-            self._replace(slot, reason)
-            return self._again_or_fail(job, reason)
-        slot.queue.popleft()
-        slot.since = time.monotonic()
+            return self._lost(slot, error)
+        self._next(slot)
         return Outcome(job, score)
 
-    def _replace(self, slot: _Slot, reason: str) -> None:
-        """Start a new replica in a dead one's place."""
-        self._note("replica died", replica=slot.spec.name, reason=reason)
-        new = self._start(slot.spec)
-        new.starts, new.failure = slot.starts + 1, reason
-        self._slots[self._slots.index(slot)] = new
+    def _next(self, slot: Slot) -> None:
+        """A replica goes on to the next job of its queue; with none, it leaves a node that drains."""
+        slot.queue.popleft()
+        slot.since = self._clock()
+        if slot.leaving and not slot.queue:
+            self._crew.restart(slot, "its node is drained")
+
+    def _lost(self, slot: Slot, error: RayActorError) -> Outcome | None:
+        """A replica died with its jobs: those queued behind the one that ran were not begun."""
+        (_, job), *behind = slot.queue
+        self._queue.extendleft(queued for _, queued in reversed(behind))
+        reason = f"replica {slot.spec.name} died: {last_line(error)}"
+        if slot.overdue:
+            reason = f"no score within {self._limit} seconds, replica stopped"
+        left = not slot.overdue and self._crew.left(slot, error)
+        slot.queue.clear()
+        self._crew.restart(slot, "its node left" if left else reason)
+        if left and job.moves < MOVES:
+            self._note("retried", trial=job.key, attempt=job.attempt, reason="its node left")
+            self._queue.appendleft(replace(job, moves=job.moves + 1))
+            return None
+        return self._again_or_fail(job, reason)
 
     def _again_or_fail(self, job: Job, reason: str) -> Outcome | None:
         if job.attempt < self._attempts:
@@ -253,39 +196,14 @@ class Pool:
         if self._limit is None:
             return
         for slot in self._slots:
-            if slot.queue and not slot.overdue and time.monotonic() - slot.since > self._limit:
+            if slot.queue and not slot.overdue and self._clock() - slot.since > self._limit:
                 slot.overdue = True
                 ray.kill(slot.actor)  # its first job now ends in RayActorError, and is tried again
 
-    @property
-    def queued(self) -> int:
-        """Jobs that no replica has yet."""
-        return len(self._queue)
-
     def health(self) -> tuple[ReplicaHealth, ...]:
         """How every replica is."""
-        ago = time.time() - time.monotonic()
-        return tuple(
-            ReplicaHealth(
-                name=slot.spec.name,
-                state="loading" if slot.starting is not None else "busy" if slot.queue else "idle",
-                starts=slot.starts,
-                trials=tuple(job.key for _, job in slot.queue),
-                since=ago + slot.since if slot.queue else None,
-                node=slot.place.node if slot.place else None,
-                pid=slot.place.pid if slot.place else None,
-                failure=slot.failure,
-            )
-            for slot in self._slots
-        )
+        return self._crew.health()
 
     def close(self) -> None:
         """Let go of every replica at once; jobs under way are dropped."""
-        for slot in self._slots:
-            ray.kill(slot.actor)
-        self._slots = []
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        self._crew.close()

@@ -6,11 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from actors.storage import ITEMSIZE
-from actors.types import Prepared, ReplicaSpec
+from actors.types import Prepared, RankfrontError, ReplicaSpec
+from search.cluster import Need, cluster_nodes
 from search.config import Config
+from search.database import resolve, shown
+from search.elastic import Elastic
 from search.events import Note, silent
 from search.opening import Session
 from search.pool import DEPTH, Machine, Pool
+from search.tenure import Tenure, study_key
 
 # Bytes of a replica beyond its weights: torch, a batch of logits, activations.
 REPLICA_BYTES = 700 * 2**20
@@ -32,6 +36,7 @@ def _start_pool(
     config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None], note: Note
 ) -> Pool:
     count, threads = replica_plan(config, prepared, machine)
+    elastic = elastic_of(config, prepared, machine, threads)
     say(f"replicas: {count}, {threads} threads each" + (", one GPU each" if machine.gpus else ""))
     section, run = config.replicas, config.run
     if run.deterministic and run.lag + 1 < DEPTH * count:
@@ -40,14 +45,54 @@ def _start_pool(
     specs = [
         ReplicaSpec(f"replica-{index}", config.preparation(), prepared, threads) for index in range(count)
     ]
-    return Pool(specs, 1 if machine.gpus else 0, section.attempts, section.trial_seconds, note)
+    gpus = elastic.need.gpus
+    tenure = tenure_of(config, machine)
+    return Pool(specs, gpus, section.attempts, section.trial_seconds, note, elastic, tenure, say)
+
+
+def tenure_of(config: Config, machine: Machine) -> Tenure | None:
+    """How replicas outlive this driver; None where the cluster ends with it, or nothing is to wait."""
+    alone = config.replicas.alone_seconds
+    if not machine.grows or not alone:
+        return None
+    place = str(config.folder.resolve()) if config.database is None else shown(resolve(config.database))
+    return Tenure(study_key(place, config.study), alone)
+
+
+def elastic_of(config: Config, prepared: Prepared, machine: Machine, threads: int) -> Elastic:
+    """How the number of replicas follows the nodes. What this process started stays as it is.
+
+    Raises:
+        RankfrontError: fewer replicas than `replicas.min` fit a machine that no node joins.
+    """
+    section = config.replicas
+    memory = 0.0 if machine.gpus else replica_bytes(config, prepared)
+    need = Need(threads, 1 if machine.gpus else 0, memory)
+    if machine.grows:
+        return Elastic(section.min, section.max, section.count == "auto", need, cluster_nodes)
+    fit = min(machine.cores // threads, machine.gpus or machine.cores)
+    if section.min > fit:
+        each = f"{threads} of {machine.cores} cores" + (" and a GPU" if machine.gpus else "")
+        raise RankfrontError(
+            f"replicas.min: {section.min} never run at once: each takes {each}, and no node joins this "
+            f"machine; {fit} at most"
+        )
+    return Elastic(section.min, need=need)
+
+
+def replica_bytes(config: Config, prepared: Prepared) -> float:
+    """Memory that a replica without a GPU takes."""
+    weights = prepared.model_parameters * ITEMSIZE[config.model.dtype]
+    return REPLICA_BYTES + WEIGHT_COPIES * weights + config.scoring.prefix_memory_mb * 1e6
 
 
 def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[int, int]:
-    """How many replicas, with how many threads each: a GPU each, or what cores and memory allow.
+    """How many replicas to begin with, and their threads: a GPU each, or what cores and memory allow.
 
-    Sums over other numbers of threads differ: in a deterministic search `auto` is one thread, however many
-    replicas there are.
+    At least `replicas.min` and at most `replicas.max`, and where nodes may join as many as the most: those
+    that wait for a node are what an autoscaler goes by. Threads are no more than any node with room has for
+    each. Sums over other numbers of threads differ: in a deterministic search `auto` is one thread, however
+    many replicas there are.
     """
     section = config.replicas
     wanted_threads = 1 if section.threads == "auto" else section.threads
@@ -56,9 +101,20 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
     elif machine.gpus:
         count = machine.gpus
     else:
-        weights = prepared.model_parameters * ITEMSIZE[config.model.dtype]
-        each = REPLICA_BYTES + WEIGHT_COPIES * weights + config.scoring.prefix_memory_mb * 1e6
-        count = max(1, min(machine.cores // wanted_threads, int(0.8 * machine.memory / each)))
+        fit = int(0.8 * machine.memory / replica_bytes(config, prepared))
+        count = max(1, min(machine.cores // wanted_threads, fit))
+    there = count
+    if section.count == "auto":
+        most = section.max or max(count, section.min)
+        count = most if machine.grows and section.max else min(most, max(count, section.min))
     if section.threads == "auto" and not config.run.deterministic:
-        return count, max(1, machine.cores // count)
+        share = machine.cores // (min(count, there) if machine.grows else count)
+        return count, max(1, min(share, *_shares(machine)))
     return count, wanted_threads
+
+
+def _shares(machine: Machine) -> list[int]:
+    """Cores that each node with room has for a replica; of a node with GPUs, for each GPU."""
+    if not machine.gpus:
+        return [int(room.cpus) for room in machine.rooms if room.cpus >= 1] or [machine.cores]
+    return [int(room.cpus / room.gpus) for room in machine.rooms if room.gpus >= 1] or [machine.cores]

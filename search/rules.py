@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CalibrationSection,
         CorpusSection,
         FactorSection,
+        ReplicaSection,
         SamplerSection,
         ScoringSection,
         SpaceSection,
@@ -299,6 +300,18 @@ def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> li
     return found
 
 
+def _replica_mistakes(replicas: ReplicaSection) -> list[str]:
+    least, most, count = replicas.min, replicas.max, replicas.count
+    found = []
+    if most is not None and least > most:
+        found.append(f"replicas.min: {least} is above replicas.max, {most}")
+    if count != "auto" and count < least:
+        found.append(f"replicas.min: {least} is above replicas.count, {count}")
+    if count != "auto" and most is not None and count > most:
+        found.append(f"replicas.max: {most} is below replicas.count, {count}")
+    return found
+
+
 # The sections each rule needs; it is asked where all of them could be read.
 RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("objectives", "scoring"), _objective_mistakes),
@@ -308,6 +321,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("scoring", "text"), _kl_mistakes),
     (("objectives", "scoring"), _stage_mistakes),
     (("stop",), _stop_mistakes),
+    (("replicas",), _replica_mistakes),
     (("space",), _space_mistakes),
     (("sampler", "space"), _sampler_mistakes),
     (("factors",), _factor_mistakes),

@@ -352,9 +352,16 @@ class StopSection(Section):
 
 
 class ReplicaSection(Section):
-    """How many replicas, and what each may use. `auto` asks the machine."""
+    """How many replicas, and what each may use. `auto` asks the machine, and follows nodes that join it.
+
+    Fewer than `min` that are loaded get no trial; there are never more than `max`. On a cluster that outlives
+    the driver, replicas of one that died wait `alone_seconds` for the next; 0 ends them with it.
+    """
 
     count: CountOrAuto = "auto"
+    min: Positive = 1
+    max: Positive | None = None
     threads: CountOrAuto = "auto"
     attempts: Positive = 2
     trial_seconds: Annotated[float, Field(gt=0)] | None = None
+    alone_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0

@@ -59,7 +59,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
             with (
                 replicas(session, note) as pool,
                 stop_on_signals(stop, console),
-                _told_of(Beacon(folder.path, study, pool, metrics), note, stop) as beacon,
+                _told_of(Beacon(folder.path, study, pool, metrics, pool.alone_seconds), note, stop) as beacon,
             ):
                 reason = _run(session, study, pool, stop, console, beacon, note)
                 if not stop.reason:

@@ -64,7 +64,8 @@ class Status:
     """A study at the time `seen` (Unix time, seconds).
 
     `driver` is who holds it, None where nobody does; `ended` is then why, None where the last driver did not
-    come to say. `health_seconds` is the age of what is said of replicas, None where this machine has
+    come to say. `waits` are the seconds that the replicas of a killed driver wait for the next one at most, 0
+    where none do. `health_seconds` is the age of what is said of replicas, None where this machine has
     nothing of it: it is in the driver's folder. Rates are of trials that a replica scored; the hypervolume is
     None until the dense model is scored.
     """
@@ -74,6 +75,7 @@ class Status:
     seen: float
     driver: str | None
     ended: str | None
+    waits: float
     trials: Mapping[str, int]
     running: tuple[Running, ...]
     queue: int
@@ -139,6 +141,7 @@ def _status(folder: StudyFolder, storage: BaseStorage | None, place: str, driver
         seen=now,
         driver=driver,
         ended=health.stopped if health and not driver else None,
+        waits=health.waits(now) if health and not driver else 0.0,
         trials=dict(Counter(trial.state.name for trial in trials)),
         running=_running(trials, health if driver else None),
         queue=health.queue if health and driver else 0,

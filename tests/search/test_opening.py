@@ -14,13 +14,14 @@ from rich.console import Console
 import search.opening
 import search.replicas
 from actors.types import Prepared, RankfrontError
+from search.cluster import Room
 from search.config import Config, parse_config
 from search.events import silent
 from search.folder import CONFIG, StudyFolder
 from search.identity import FIXED_FINGERPRINTS
 from search.journal import JOURNAL
 from search.pool import Machine
-from search.replicas import replica_plan
+from search.replicas import elastic_of, replica_plan, tenure_of
 
 PREPARED = Prepared("", "", (), 10**9, {}, {}, {}, {}, reused=True)
 
@@ -132,3 +133,48 @@ def test_what_replicas_keep_counts_as_their_memory(tmp_path: Path) -> None:
     config = config_of(tmp_path, scoring={"prefix_memory_mb": 12_500.0})
     assert replica_plan(config_of(tmp_path), PREPARED, machine) == (4, 2)
     assert replica_plan(config, PREPARED, machine) == (2, 4)
+
+
+A_GPU_NODE = Room(cpus=8, gpus=2, memory=2.0**40)
+
+
+@pytest.mark.parametrize(
+    ("machine", "section", "plan"),
+    [
+        (Machine(8, 0, 2**40), {"max": 2}, (2, 4)),
+        (Machine(8, 0, 1), {"min": 2}, (2, 4)),
+        (Machine(8, 0, 2**40), {"max": 9}, (8, 1)),
+        (Machine(16, 4, 1, True), {"min": 6}, (6, 4)),
+        (Machine(16, 4, 1, True), {"max": 9}, (9, 4)),  # five wait for a node, an autoscaler's or anybody's
+        (Machine(24, 2, 1, True, (Room(16, 0, 1), A_GPU_NODE)), {}, (2, 4)),  # twelve would fit no GPU's node
+        (Machine(12, 0, 2**40, True, (Room(8, 0, 1), Room(4, 0, 1))), {"count": 2}, (2, 4)),
+    ],
+    ids=str,
+)
+def test_replicas_stay_within_their_bounds_and_fit_a_node(
+    machine: Machine, section: dict[str, Any], plan: tuple[int, int], tmp_path: Path
+) -> None:
+    assert replica_plan(config_of(tmp_path, replicas=section), PREPARED, machine) == plan
+
+
+def test_a_minimum_that_no_node_can_join_for_is_refused(tmp_path: Path) -> None:
+    section = {"count": "auto", "min": 9, "threads": 1}
+    config = config_of(tmp_path, replicas=section)
+    assert elastic_of(config, PREPARED, Machine(8, 0, 2**40, grows=True), 1).least == 9
+    with pytest.raises(RankfrontError, match=r"replicas\.min: 9 never run at once.*8 at most"):
+        elastic_of(config, PREPARED, Machine(8, 0, 2**40), 1)
+
+
+def test_replicas_outlive_their_driver_where_the_cluster_does(tmp_path: Path) -> None:
+    joined, own = Machine(8, 0, 2**40, grows=True), Machine(8, 0, 2**40)
+    config = config_of(tmp_path)
+    tenure, again = tenure_of(config, joined), tenure_of(config, joined)
+    assert tenure is not None
+    assert again is not None
+    assert (tenure.study, tenure.alone_seconds) == (again.study, 600.0)
+    assert tenure.token != again.token
+    assert tenure_of(config, own) is None
+    assert tenure_of(config_of(tmp_path, replicas={"alone_seconds": 0}), joined) is None
+    other = tenure_of(config_of(tmp_path / "elsewhere"), joined)
+    assert other is not None
+    assert other.study != tenure.study

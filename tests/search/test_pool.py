@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = "") -> type:
+def replica_class(
+    folder: Path, behaviour: dict[int, list[str]], start: str = "", bad_starts: dict[str, int] | None = None
+) -> type:
     """A replica without a model. The rank of its one target says which job it is.
 
     `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`, `kill`
     or `stop` (by a signal), `refuse`, `break`, or `meet`: wait for all jobs that meet, which takes a replica
-    for each. A score after that. A class made here travels to the workers by value.
+    for each. A score after that. `bad_starts` says how often a replica cannot start. A class made here
+    travels to the workers by value.
     """
     marks = str(folder)
     meeting = [rank for rank, acts in behaviour.items() if "meet" in acts]
@@ -49,7 +52,13 @@ def replica_class(folder: Path, behaviour: dict[int, list[str]], start: str = ""
         def __init__(self, spec: Any) -> None:
             if start:
                 raise RuntimeError(start)
+            from pathlib import Path
+
             self.name = spec.name
+            before = len(list(Path(marks).glob(f"{spec.name}-start-*")))
+            (Path(marks) / f"{spec.name}-start-{before}").touch()
+            if before < (bad_starts or {}).get(spec.name, 0):
+                raise RuntimeError("no device 1")
 
         def ready(self) -> Any:
             import os
@@ -101,10 +110,13 @@ def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         trial_seconds: float | None = None,
         start: str = "",
         note: Note = silent,
+        bad_starts: dict[str, int] | None = None,
+        **more: Any,
     ) -> Pool:
-        monkeypatch.setattr(search.pool, "Replica", replica_class(tmp_path, behaviour, start))
+        kind = replica_class(tmp_path, behaviour, start, bad_starts)
+        monkeypatch.setattr(search.pool, "Replica", kind)
         specs = [ReplicaSpec(f"replica-{index}", None, None, threads=1) for index in range(count)]  # type: ignore[arg-type]
-        made.append(Pool(specs, 0, attempts, trial_seconds, note))
+        made.append(Pool(specs, 0, attempts, trial_seconds, note, **more))
         return made[-1]
 
     yield make
@@ -130,6 +142,15 @@ def drain(pool: Pool, ranks: list[int]) -> dict[int, Outcome]:
             found[outcome.job.key] = outcome
     assert set(found) == set(ranks)
     return found
+
+
+def turn_until(pool: Pool, done: Callable[[], bool]) -> None:
+    """Look after an idle pool until something holds."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not done():
+        assert time.monotonic() < deadline, pool.health()
+        assert list(pool.wait(0.25)) == []
+        time.sleep(0.02)
 
 
 def attempts_of(folder: Path, rank: int) -> int:
@@ -194,6 +215,27 @@ def test_replicas_that_cannot_start_end_the_search_with_the_first_error(pool_of:
     pool = pool_of({}, start="libcuda.so.1: cannot open shared object file")
     with pytest.raises(RankfrontError, match=r"(?s)replicas cannot start.*libcuda\.so\.1: cannot open"):
         drain(pool, [1, 2, 3])
+
+
+def test_a_replica_that_cannot_start_is_tried_again_later_each_time(pool_of: Any) -> None:
+    """The other one scores meanwhile, and the first error is said in full."""
+    now = [0.0]
+    said: list[str] = []
+    pool = pool_of({}, count=2, bad_starts={"replica-1": 3}, clock=lambda: now[0], say=said.append)
+    bad = pool._slots[1]
+    for number, wait in enumerate((1.0, 2.0, 4.0), start=1):
+        turn_until(pool, lambda: bad.actor is None)
+        assert (bad.starts, bad.retry_at - now[0]) == (number, wait)
+        assert pool.health()[1].state == "failed"
+        assert all(outcome.score for outcome in drain(pool, [10 * number, 10 * number + 1]).values())
+        assert bad.actor is None, "not before its time"
+        now[0] += wait
+    turn_until(pool, lambda: bad.loaded)
+    assert (pool.size, bad.starts) == (2, 4)
+    [line] = said
+    assert line.startswith("replicas: replica-1 could not start")
+    assert "no device 1" in line
+    assert "Traceback" in line, "in full"
 
 
 def test_a_hanging_trial_is_killed_and_tried_again(pool_of: Any, tmp_path: Path) -> None:

@@ -115,6 +115,22 @@ def test_a_driver_that_was_killed_is_gone(folder: StudyFolder, capsys: pytest.Ca
     assert "killed by the kernel" in said
 
 
+def test_replicas_that_wait_for_the_next_driver_are_told_of(
+    folder: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searched(folder)
+    health = here(5.0, 1, (BUSY,), alone_seconds=600.0)
+    write_health(folder.path, health)
+    assert 0 < read_status("made-up", folder.path.parent).waits <= 600
+    status_command("made-up", folder.path.parent)
+    assert "its replicas wait for that for 9:5" in " ".join(capsys.readouterr().out.split())
+    assert health.waits(health.written + 150.0) == pytest.approx(450.0)
+    assert health.waits(health.written + 601.0) == 0.0
+    assert replace(health, stopped="done").waits(health.written) == 0.0
+    with driver_lock(folder.path):
+        assert read_status("made-up", folder.path.parent).waits == 0.0
+
+
 def test_a_driver_that_stopped_said_why(folder: StudyFolder) -> None:
     class Pool(MadeUpPool):
         queued = 0

@@ -1,0 +1,112 @@
+"""The Ray cluster a study runs on: joined or started, and what its nodes offer from moment to moment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import state
+
+from actors.types import RankfrontError
+
+# Ray's store only ever holds allocations and scores; its default is 30% of the machine's memory.
+OBJECT_STORE_BYTES = 80 * 2**20
+# All of rankfront's named actors are in it: a driver finds those that an earlier one left.
+NAMESPACE = "rankfront"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one replica takes of a node: CPU cores, GPUs, bytes of memory (0 where they are not counted)."""
+
+    cpus: int
+    gpus: float = 0.0
+    memory: float = 0.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a node has in all: CPU cores, GPUs, bytes of memory."""
+
+    cpus: float
+    gpus: float
+    memory: float
+
+    def places(self, need: Need) -> int:
+        """How many replicas it has room for when nothing else runs there."""
+        shares = [self.cpus / need.cpus]
+        shares += [self.gpus / need.gpus] if need.gpus else []
+        shares += [self.memory / need.memory] if need.memory else []
+        return int(min(shares))
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes that are alive, by id, and those of them that are to be vacated."""
+
+    rooms: Mapping[str, Room]
+    draining: frozenset[str] = frozenset()
+
+    def usable(self, need: Need) -> dict[str, int]:
+        """Nodes that stay and have room for a replica, and for how many."""
+        found = {node: room.places(need) for node, room in self.rooms.items() if node not in self.draining}
+        return {node: places for node, places in found.items() if places}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the cluster offers now: CPU cores, GPUs, bytes of free memory on this node.
+
+    `grows` says that nodes may join it: of any cluster that this process did not start. `rooms` are its
+    nodes, each by itself.
+    """
+
+    cores: int
+    gpus: int
+    memory: int
+    grows: bool = False
+    rooms: tuple[Room, ...] = ()
+
+
+def connect() -> Machine:
+    """Join the cluster of RAY_ADDRESS, or start a local one that ends with this process."""
+    # Ray would otherwise copy the driver's folder to every worker and re-install the environment.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not ray.is_initialized():
+        common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "namespace": NAMESPACE}
+        if address:
+            try:
+                ray.init(**common)
+            except ConnectionError as error:
+                raise RankfrontError(
+                    f"RAY_ADDRESS={address}: no cluster answers there ({error}). Where it wants a token, set "
+                    "RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
+                ) from error
+        else:
+            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+    total = ray.cluster_resources()
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
+    return Machine(cores, gpus, memory, bool(address), tuple(cluster_nodes().rooms.values()))
+
+
+def cluster_nodes() -> Nodes:
+    """The nodes as they are now."""
+    rooms = {
+        node["NodeID"]: Room(*(node["Resources"].get(name, 0.0) for name in ("CPU", "GPU", "memory")))
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    # Ray tells of drains through its dashboard, which may not run, or by this: its own libraries do so too.
+    return Nodes(rooms, frozenset(state.get_draining_nodes()))
+
+
+def thread_environment(threads: int) -> dict[str, Any]:
+    """Ray's runtime environment of a worker that may use so many threads."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {"env_vars": {**dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}}
