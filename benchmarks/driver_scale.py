@@ -214,6 +214,7 @@ class WatchedPool:
 def real(home: Path, size: int, seconds: float) -> list[object]:
     """A row of the table; starts `size` processes."""
     ray.init(
+        address="local",
         num_cpus=size,
         include_dashboard=False,
         log_to_driver=False,

@@ -88,7 +88,10 @@ def connect() -> Machine:
                     "RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
                 ) from error
         else:
-            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            # Named, as Ray would join a cluster of somebody else that runs on this machine.
+            ray.init(
+                address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
+            )
     total = ray.cluster_resources()
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))

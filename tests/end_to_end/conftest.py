@@ -13,6 +13,7 @@ def cluster() -> Iterator[str]:
     import ray
 
     context = ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
