@@ -129,7 +129,6 @@ def _hold(home: Path, pipe: Connection) -> None:
     raw = _tiny_config(home)
     _prepare(home, raw)
     context = ray.init(
-        address="local",
         address="local",  # whatever cluster may run here, or be named by the environment
         num_cpus=REPLICAS,
         include_dashboard=False,

@@ -163,6 +163,14 @@ def test_connect_joins_what_is_there() -> None:
     assert machine.memory > 0
 
 
+def test_connect_joins_no_cluster_that_was_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options))
+    connect()
+    assert [options["address"] for options in asked] == ["local"]
+
+
 def test_scores_belong_to_their_jobs_and_both_replicas_work(pool_of: Any) -> None:
     pool = pool_of({1: ["meet"], 2: ["meet"]})
     assert (pool.size, pool.outstanding, pool.free) == (2, 0, 4)
