@@ -62,6 +62,8 @@ OBJECTIVES = (Objective("budget.model", True), Objective("nll", True))
 # most lives must outlast the lock file of a killed one, or none after it writes anything.
 OPENING_SHARE = 0.2
 FAKE_SECONDS, REAL_SECONDS = 0.6, 1.5
+# A made-up score takes up to this: every trial is read again after every kill, so a life is to add few.
+SCORE_SECONDS = 0.15
 # So many of the kills hit a replica as well, where there are real ones.
 REPLICA_SHARE = 0.1
 # Trials that are left when the killing is over.
@@ -93,6 +95,7 @@ class FaultyPool:
 
     def wait(self, seconds: float) -> Iterator[Outcome]:
         if self._queue:
+            time.sleep(self._random.uniform(0, SCORE_SECONDS))
             job = self._queue.pop(self._random.randrange(len(self._queue)))
             yield _answer(job)
 
