@@ -221,5 +221,6 @@ def draw(reading: Reading, path: Path) -> None:
         xlim=(reading.setup.lowest, 1.0),
         ylim=(0, 1.5),
     )
-    left.legend(fontsize=7)
+    if any(reading.count(run) for run in reading.runs):
+        left.legend(fontsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})

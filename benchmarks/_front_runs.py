@@ -24,8 +24,7 @@ from _front_setup import Setup, Texts, linear_budget, uniform_at
 from optuna.storages import InMemoryStorage
 
 from actors.scoring import Scorer
-from actors.types import Allocation, Prepared, ReplicaSpec, Score, digest
-from search.config import Config
+from actors.types import Allocation, ReplicaSpec, Score, digest
 from search.folder import StudyFolder
 from search.samplers import make_sampler
 from search.sections import SamplerSection, SurgicalSection
@@ -80,7 +79,7 @@ class Bench:
     def __init__(self, setup: Setup, texts: Texts, book: Book, cache: Path, deadline: float) -> None:
         self.setup, self.book = setup, book
         self._texts, self._cache, self._deadline = texts, cache, deadline
-        self._ready: dict[str, tuple[Config, Prepared]] = {}
+        self._folders: dict[str, StudyFolder] = {}
         self._scorer: tuple[str, Scorer] | None = None
         self._seconds = dict.fromkeys(("search", "test"), 0.0)
 
@@ -90,11 +89,12 @@ class Bench:
         Raises:
             OutOfTimeError: they are not there, and building them does not end in time.
         """
-        storage = "auto" if method == "curvature" else "factored"
-        config = self.setup.config(self._texts, self._cache, method, storage)
-        if method not in self._ready:
-            self._ready[method] = config, prepared_in_parts(config.preparation(), self._deadline)
-        return StudyFolder(self._cache, *self._ready[method])
+        if method not in self._folders:
+            storage = "auto" if method == "curvature" else "factored"
+            config = self.setup.config(self._texts, self._cache, method, storage)
+            ready = prepared_in_parts(config.preparation(), self._deadline)
+            self._folders[method] = StudyFolder(self._cache, config, ready)
+        return self._folders[method]
 
     def _require(self, seconds: float) -> None:
         if time.monotonic() + seconds > self._deadline:
@@ -119,8 +119,8 @@ class Bench:
     def _scorer_of(self, method: str) -> Scorer:
         if self._scorer is None or self._scorer[0] != method:
             self._scorer = None  # one model at a time
-            config, ready = self._ready[method]
-            spec = ReplicaSpec("benchmark", config.preparation(), ready, torch.get_num_threads())
+            folder, threads = self.folder(method), torch.get_num_threads()
+            spec = ReplicaSpec("benchmark", folder.config.preparation(), folder.prepared, threads)
             self._scorer = method, Scorer(spec)
         return self._scorer[1]
 

@@ -15,6 +15,7 @@ is known, without a model; so does every invocation at its end.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -85,7 +86,8 @@ def write(setup: Setup, book: Book, folder: Path, where: str) -> None:
 
 def tried(folder: Path, minutes: float) -> Book:
     """The whole comparison on a tiny model made in `folder`."""
-    from tests.tiny import documents, tiny_llama
+    sys.path.append(str(ROOT / "tests"))
+    from tiny import documents, tiny_llama
 
     setup = tiny(tiny_llama(folder / "model"))
     text = "\n".join(documents())
