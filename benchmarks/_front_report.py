@@ -1,0 +1,226 @@
+"""The table and the picture of a comparison, from its book alone: what is there, and what is not yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from _common import table
+from _front_book import Book
+from _front_runs import IMPROVED, OURS, PAPER, Run, every_run
+from _front_setup import Setup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from search.pareto import front, hypervolume_history
+
+# nats/token above dense on the test split, before refinement: what is asked of our front.
+REQUIRED = {0.9: 0.075, 0.8: 0.33, 0.7: 0.72}
+
+
+class Reading:
+    """A book as one setup reads it."""
+
+    def __init__(self, setup: Setup, book: Book) -> None:
+        self.setup, self._book = setup, book
+        self.runs = every_run(setup)
+        self.labels = list(dict.fromkeys(run.label for run in self.runs))
+
+    def of(self, label: str) -> list[Run]:
+        return [run for run in self.runs if run.label == label]
+
+    def count(self, run: Run) -> int:
+        """Recorded trials."""
+        return len(self._book.runs.get(run.name, []))
+
+    def dense(self, run: Run) -> float:
+        """Of the dense model on the search split, as the run's first trial found it; nats/token."""
+        return self._book.scores[self._book.runs[run.name][0].score].nll
+
+    def points(self, run: Run, trials: int | None = None) -> np.ndarray:
+        """(n, 2): budget and loss above dense, nats/token, of a run's first trials; inf where a trial is
+        not kept."""
+        recorded = self._book.runs[run.name][:trials]
+        losses = [self._book.scores[trial.score].nll - self.dense(run) for trial in recorded]
+        budgets = [np.inf if trial.budget is None else trial.budget for trial in recorded]
+        return np.column_stack([budgets, losses]).reshape(-1, 2)
+
+    def tokens(self, run: Run) -> np.ndarray:
+        """(n,) spent by the end of each trial."""
+        return np.cumsum([trial.tokens for trial in self._book.runs[run.name]])
+
+    def history(self, run: Run) -> np.ndarray:
+        """(n,) hypervolume after each trial, as a share of the room; budgets below the lowest count as it."""
+        setup, points = self.setup, self.points(run)
+        points[:, 0] = np.maximum(points[:, 0], setup.lowest)
+        # A trial that is not kept is outside of the bound, and adds nothing.
+        points[~np.isfinite(points[:, 0])] = 2.0, 2 * setup.room
+        room = (1 - setup.lowest) * setup.room
+        return np.asarray(hypervolume_history(points, (1.0 + 1e-12, setup.room)) / room)
+
+    def test(self, run: Run, under: float) -> tuple[float, float] | None:
+        """Budget and loss above dense on the test split of what the run picked at or under a budget."""
+        pick = self._book.picks.get(run.name, {}).get(under)
+        dense = self._book.picks.get("dense", {}).get(1.0)
+        if pick is None or dense is None:
+            return None
+        return pick.budget, self._book.scores[pick.score].nll - self._book.scores[dense.score].nll
+
+    def complete(self, run: Run) -> bool:
+        return self._book.reached(run.name, self.setup.trials if run.sampler else 1)
+
+
+def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]:
+    """The result file, paragraph by paragraph; draws the picture."""
+    reading = Reading(setup, book)
+    yield f"# Fronts at equal cost: {setup.name}"
+    yield (
+        f"`python benchmarks/front_quality.py --table`; made of `{where}`. Calibration on at most "
+        f"{setup.calibration_tokens:,} tokens of the validation file, {setup.search_tokens:,} other tokens "
+        f"of it a trial, results on {setup.test_tokens:,} tokens of the raw test file; `<unk>` is deleted "
+        f"from the validation file with the space before it; windows of {setup.window}. Budgets are of all "
+        "parameters, delta is nats/token above dense. Curvature factors with a mean bias, each target in its "
+        "cheapest form, but for `surgical/paper` (feature, factored). What a strategy gives at a budget is "
+        "its point at or under it of the least search loss."
+    )
+    yield "## At budgets, on the test split"
+    yield table(["strategy", *(f"{budget:.0%}" for budget in setup.budgets)], list(_budgets(reading)))
+    yield f"## Hypervolume on the search split, of the room between budgets {setup.lowest:.0%} and 100%"
+    yield (
+        f"Reference point: the dense size, and {setup.room:.3f} nats/token above dense. Mean over what seeds "
+        "have got so far (their number)."
+    )
+    heads = [f"{count} trials" for count in setup.checkpoints]
+    yield table(["strategy", *heads, "all", "tokens spent"], list(_volumes(reading)))
+    lines = list(_against(reading))
+    if lines:
+        yield "## Ours above the warm-started baselines: mean paired difference, its standard error"
+        yield table(["baseline", *heads], lines)
+    for run in (Run(IMPROVED), Run(PAPER)):
+        said = _covered(reading, run)
+        if said is not None:
+            yield said
+    yield "## What is complete"
+    yield table(["run", "trials", "complete"], list(_progress(reading)))
+    draw(reading, picture)
+    yield f"![hypervolume and fronts]({picture.name})"
+
+
+def _budgets(reading: Reading) -> Iterator[list[str]]:
+    if reading.setup.model is None:
+        yield ["required of ours", *(f"{REQUIRED[budget]:g}" for budget in reading.setup.budgets)]
+    for label in reading.labels:
+        cells = []
+        for budget in reading.setup.budgets:
+            found = [reading.test(run, budget) for run in reading.of(label)]
+            losses = [pair[1] for pair in found if pair is not None]
+            cells.append(_spread(losses, len(found)))
+        yield [label, *cells]
+
+
+def _spread(values: Sequence[float], of: int) -> str:
+    """Mean and least..most, and of how many seeds where there are several."""
+    if not values:
+        return "not yet"
+    if of == 1:
+        return f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f} ({min(values):.3f}..{max(values):.3f}, {len(values)} of {of})"
+
+
+def _volumes(reading: Reading) -> Iterator[list[str]]:
+    for label in reading.labels:
+        runs = [run for run in reading.of(label) if reading.count(run)]
+        if not runs:
+            yield [label, *["not yet"] * (len(reading.setup.checkpoints) + 2)]
+            continue
+        histories = [reading.history(run) for run in runs]
+        cells = []
+        for count in reading.setup.checkpoints:
+            reached = [history[count - 1] for history in histories if len(history) >= count]
+            cells.append(f"{np.mean(reached):.4f} ({len(reached)})" if reached and runs[0].sampler else "")
+        ends = [history[-1] for history in histories]
+        spent = [reading.tokens(run)[-1] for run in runs]
+        yield [label, *cells, f"{np.mean(ends):.4f} ({len(ends)})", f"{np.mean(spent):,.0f}"]
+
+
+def _against(reading: Reading) -> Iterator[list[str]]:
+    """One line for each warm-started baseline that a checkpoint of ours can be compared with."""
+    ours = {run.seed: reading.history(run) for run in reading.of(OURS) if reading.count(run)}
+    for label in reading.labels:
+        if not label.endswith(" warm"):
+            continue
+        cells = []
+        for count in reading.setup.checkpoints:
+            pairs = [
+                ours[run.seed][count - 1] - reading.history(run)[count - 1]
+                for run in reading.of(label)
+                if run.seed in ours and len(ours[run.seed]) >= count <= reading.count(run)
+            ]
+            cells.append(_paired(pairs))
+        if any(cells):
+            yield [label, *cells]
+
+
+def _paired(pairs: Sequence[float]) -> str:
+    if len(pairs) < 2:
+        return f"{pairs[0]:+.4f} (1 seed)" if pairs else ""
+    error = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs))
+    return f"{np.mean(pairs):+.4f} ± {error:.4f} ({len(pairs)})"
+
+
+def _covered(reading: Reading, run: Run) -> str | None:
+    """How much of a surgical search's front the seeds of ours weakly dominate, on the search split."""
+    if not reading.count(run):
+        return None
+    theirs = reading.points(run)
+    theirs = theirs[np.isfinite(theirs[:, 0])]
+    theirs = theirs[front(theirs)]
+    lines = []
+    for ours in reading.of(OURS):
+        if reading.count(ours):
+            mine = reading.points(ours)
+            held = sum(bool((mine <= point + 1e-9).all(axis=1).any()) for point in theirs)
+            lines.append(f"seed {ours.seed}: {held} of {len(theirs)}")
+    if not lines:
+        return None
+    return f"Points of the front of `{run.name}` that ours weakly dominates: {', '.join(lines)}."
+
+
+def _progress(reading: Reading) -> Iterator[list[str]]:
+    for run in reading.runs:
+        wanted = f" of {reading.setup.trials}" if run.sampler else ""
+        yield [run.name, f"{reading.count(run)}{wanted}", "yes" if reading.complete(run) else "no"]
+
+
+def draw(reading: Reading, path: Path) -> None:
+    """Hypervolume against tokens spent, and the fronts on the search split."""
+    # Figure and canvas without pyplot: no global state, no display.
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for number, label in enumerate(reading.labels):
+        colour = f"C{number % 10}"
+        dashes = "-" if number < 10 else "--"
+        named = {"label": label, "color": colour, "linestyle": dashes}
+        for run in reading.of(label):
+            if not reading.count(run):
+                continue
+            left.step(reading.tokens(run), reading.history(run), where="post", lw=1.2, **named)
+            points = reading.points(run)
+            points = points[np.isfinite(points[:, 0])]
+            points = points[front(points)]
+            points = points[np.argsort(points[:, 0])]
+            right.step(points[:, 0], points[:, 1], where="post", lw=1.2, **named)
+            named.pop("label", None)
+    left.set(xlabel="tokens spent", ylabel="hypervolume, share of the room", xscale="log")
+    right.set(
+        xlabel="share of all parameters",
+        ylabel="nats/token above dense, search split",
+        xlim=(reading.setup.lowest, 1.0),
+        ylim=(0, 1.5),
+    )
+    if any(reading.count(run) for run in reading.runs):
+        left.legend(fontsize=7)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,0 +1,245 @@
+"""The strategies of a comparison, each played against the same scores.
+
+    uniform, seeds      every target at one share, or seeds of equal marginal loss, at a ladder of budgets
+    exchange            ours, from the seeds
+    random, nsga2, tpe  Optuna's, bare (from the dense model alone) or warm (from the same seeds)
+    surgical/paper      arXiv 2405.13039: `feature` factors, stored factored, its ladder scanned upwards
+    surgical/ours       the same walk over our factors, shares halved
+
+Samplers are driven as a search drives them, through `search.study.SearchStudy`; the study is in memory, and
+what a replica would be asked is asked here, in this process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _front_book import Book, Pick, Trial
+from _front_calibration import OutOfTimeError, prepared_in_parts, say
+from _front_setup import Setup, Texts, linear_budget, uniform_at
+from optuna.storages import InMemoryStorage
+
+from actors.scoring import Scorer
+from actors.types import Allocation, ReplicaSpec, Score, digest
+from search.folder import StudyFolder
+from search.samplers import make_sampler
+from search.sections import SamplerSection, SurgicalSection
+from search.seeds import ladder, predicted
+from search.study import SearchStudy, open_storage_study
+from search.surgical import Walk, make_rule
+
+
+@dataclass(frozen=True)
+class Run:
+    """A strategy with its seed. `start` is what it is given: nothing but dense, or our seeds too."""
+
+    strategy: str
+    seed: int = 0
+    warm: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}/{self.seed}" if self.sampler else self.strategy
+
+    @property
+    def label(self) -> str:
+        return f"{self.strategy} warm" if self.warm and self.strategy != OURS else self.strategy
+
+    @property
+    def sampler(self) -> bool:
+        return self.strategy in SAMPLERS
+
+
+OURS = "exchange"
+SAMPLERS = (OURS, "tpe", "nsga2", "random")
+PAPER, IMPROVED = "surgical/paper", "surgical/ours"
+
+
+def every_run(setup: Setup) -> list[Run]:
+    """In the order they are played: what is required first, then what it is held against."""
+    return [
+        Run("seeds"),
+        Run(OURS, setup.seeds[0], warm=True),
+        Run("uniform"),
+        *(Run(OURS, seed, warm=True) for seed in setup.seeds[1:]),
+        *(Run(name, seed, warm=True) for seed in setup.seeds for name in SAMPLERS[1:]),
+        Run(IMPROVED),
+        Run(PAPER),
+        *(Run(name, seed) for seed in setup.seeds for name in SAMPLERS[1:]),
+    ]
+
+
+class Bench:
+    """The models, prepared when they are first needed, and the book of what they were asked."""
+
+    def __init__(self, setup: Setup, texts: Texts, book: Book, cache: Path, deadline: float) -> None:
+        self.setup, self.book = setup, book
+        self._texts, self._cache, self._deadline = texts, cache, deadline
+        self._folders: dict[str, StudyFolder] = {}
+        self._scorer: tuple[str, Scorer] | None = None
+        self._seconds = dict.fromkeys(("search", "test"), 0.0)
+
+    def folder(self, method: str = "curvature") -> StudyFolder:
+        """What the factors of a method make of the model. Its folder is not written to.
+
+        Raises:
+            OutOfTimeError: they are not there, and building them does not end in time.
+        """
+        if method not in self._folders:
+            storage = "auto" if method == "curvature" else "factored"
+            config = self.setup.config(self._texts, self._cache, method, storage)
+            ready = prepared_in_parts(config.preparation(), self._deadline)
+            self._folders[method] = StudyFolder(self._cache, config, ready)
+        return self._folders[method]
+
+    def _require(self, seconds: float) -> None:
+        if time.monotonic() + seconds > self._deadline:
+            raise OutOfTimeError
+
+    def score(self, allocation: Allocation, split: str = "search", method: str = "curvature") -> str:
+        """The id of an allocation's score, which is in the book when this returns.
+
+        Raises:
+            OutOfTimeError: it is not there, and scoring would not end in time.
+        """
+        ready = self.folder(method).prepared
+        prints = [ready.fingerprints[name] for name in ("model", "factors", split)]
+        identity = digest([allocation.key, *prints])[:16]
+        if identity not in self.book.scores:
+            self._require(1.5 * self._seconds[split])
+            score = self._scorer_of(method).score(allocation, split)
+            self._seconds[split] = max(self._seconds[split], score.seconds)
+            self.book.add_score(identity, score.text)
+        return identity
+
+    def _scorer_of(self, method: str) -> Scorer:
+        if self._scorer is None or self._scorer[0] != method:
+            self._scorer = None  # one model at a time
+            folder, threads = self.folder(method), torch.get_num_threads()
+            spec = ReplicaSpec("benchmark", folder.config.preparation(), folder.prepared, threads)
+            self._scorer = method, Scorer(spec)
+        return self._scorer[1]
+
+    def whole(self, identity: str) -> Score:
+        """A score of the book as a study takes it."""
+        text = self.book.scores[identity]
+        return Score("search", text, {}, self.setup.search_tokens, seconds=0.0, replica="benchmark")
+
+    def seeds(self) -> list[Allocation]:
+        """Equal marginal loss per parameter at the ladder's budgets, by the spectra."""
+        folder = self.folder()
+        cost, store = folder.cost, Path(folder.prepared.factor_store)
+        curves = predicted(cost, self.setup.floor, folder.config.factor_spec, store)
+        budgets = [linear_budget(cost, budget) for budget in self.setup.ladder]
+        return [allocation for allocation in ladder(cost, curves, budgets) if allocation is not None]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An allocation that a run keeps as its `number`-th trial, and its loss on the search split."""
+
+    allocation: Allocation
+    budget: float
+    nll: float
+    number: int
+
+
+class Player:
+    """One run against the bench. The book has every trial when the next one begins."""
+
+    def __init__(self, bench: Bench, run: Run) -> None:
+        self._bench, self._run = bench, run
+        self._method = "feature" if run.strategy == PAPER else "curvature"
+        self._count, self._asked = 0, set[str]()
+
+    def play(self, trials: int) -> None:
+        """The run's first `trials` trials (all there are, where it is not a sampler's); then its picks.
+
+        Raises:
+            OutOfTimeError: it is not through; what was scored is in the book.
+        """
+        kept = list(self._points(trials))
+        for under in self._bench.setup.budgets:
+            within = [each for each in kept if each.budget <= under]
+            if within:
+                best = min(within, key=lambda each: each.nll)
+                identity = self._bench.score(best.allocation, "test", self._method)
+                self._bench.book.pick(self._run.name, Pick(identity, under, best.budget, self._count))
+
+    def _points(self, trials: int) -> Iterator[Kept]:
+        if self._run.sampler:
+            yield from self._sampled(trials)
+        elif self._run.strategy in (PAPER, IMPROVED):
+            yield from self._walked()
+        else:
+            yield from self._listed()
+
+    def _listed(self) -> Iterator[Kept]:
+        bench = self._bench
+        folder = bench.folder()
+        yield self._keep(Allocation.dense(folder.prepared.targets))
+        if self._run.strategy == "seeds":
+            found: Sequence[Allocation] = bench.seeds()
+        else:
+            found = [uniform_at(folder.cost, budget) for budget in bench.setup.ladder]
+        for allocation in found:
+            yield self._keep(allocation)
+
+    def _sampled(self, trials: int) -> Iterator[Kept]:
+        bench, run = self._bench, self._run
+        folder = bench.folder()
+        objectives = folder.config.named_objectives
+        study = SearchStudy(
+            open_storage_study(InMemoryStorage(), run.name, objectives),
+            make_sampler(SamplerSection(name=run.strategy, seed=run.seed), folder.landscape),
+            run.seed,
+            folder.space,
+            folder.cost,
+            objectives,
+        )
+        start = [(Allocation.dense(folder.prepared.targets), "dense")]
+        study.enqueue([*start, *((each, "seed") for each in bench.seeds() if run.warm)])
+        for _ in range(trials):
+            planned = study.propose(run.strategy)
+            kept = self._keep(planned.allocation)
+            study.complete(planned, bench.whole(bench.score(planned.allocation)))
+            yield kept
+
+    def _walked(self) -> Iterator[Kept]:
+        bench, method = self._bench, self._method
+        folder = bench.folder(method)
+        section = folder.config.surgical
+        if self._run.strategy == IMPROVED:
+            section = SurgicalSection(**{**section.model_dump(), "ladder": "shares", "ranks": "bisect"})
+        known: dict[str, Score] = {}
+        walk = Walk(folder.cost, section, make_rule(section, []), lambda asked: known[asked.key])
+        yield self._keep(walk.dense)
+        known[walk.dense.key] = bench.whole(bench.score(walk.dense, method=method))
+        while not walk.done:
+            for step in walk.advance():
+                if step.rank is not None:
+                    yield self._keep(step.allocation)
+            if walk.wanted:
+                asked = walk.wanted[0].allocation
+                self._note(asked, None)
+                known[asked.key] = bench.whole(bench.score(asked, method=method))
+
+    def _keep(self, allocation: Allocation) -> Kept:
+        budget = self._bench.folder(self._method).cost.budgets(allocation)["budget.model"]
+        identity = self._note(allocation, budget)
+        return Kept(allocation, budget, self._bench.book.scores[identity].nll, self._count)
+
+    def _note(self, allocation: Allocation, budget: float | None) -> str:
+        """Score an allocation and record it as the next trial."""
+        book = self._bench.book
+        identity = self._bench.score(allocation, method=self._method)
+        tokens = 0 if identity in self._asked else self._bench.setup.search_tokens
+        self._asked.add(identity)
+        if book.note(self._run.name, self._count, Trial(identity, budget, tokens)):
+            say(f"{self._run.name}: trial {self._count} is not the one recorded; those after it are dropped")
+        self._count += 1
+        return identity
