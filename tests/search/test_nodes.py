@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,9 @@ def drive(folder: str, address: str) -> None:
     """What the driver does that is killed: its replica is in the middle of a trial."""
     ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     search.pool.Replica = replica_class(folder)  # type: ignore[misc]
-    pool = Pool([SPEC], 0, attempts=1, tenure=Tenure("study", ALONE_SECONDS, "first", silent_seconds=1.0))
+    pool = Pool(
+        [SPEC], 0, attempts=1, tenure=Tenure("study", ALONE_SECONDS, token="first", silent_seconds=1.0)
+    )
     pool.submit(Job(HELD_BACK, Allocation((("t", HELD_BACK),))))
     until(pool, lambda: (Path(folder) / f"begun-{HELD_BACK}").exists())
     print(pool.health()[0].pid, flush=True)
@@ -115,10 +118,14 @@ def score_all(pool: Pool, ranks: list[int]) -> dict[int, Outcome]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head that has room for no replica; nodes of one core join it."""
-    with pytest.MonkeyPatch.context() as patch:
+    """A head that has room for no replica; nodes of one core join it.
+
+    In a folder of its own, short enough for the names of sockets: in Ray's own it would leave its address, and
+    tests that start a cluster beside this one would join it instead.
+    """
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray-") as folder:
         patch.delenv("RAY_ADDRESS", raising=False)
-        made = Cluster(initialize_head=True, head_node_args=HEAD)
+        made = Cluster(initialize_head=True, head_node_args=HEAD | {"temp_dir": folder})
         ray.init(made.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
         yield made
         ray.shutdown()
@@ -201,7 +208,7 @@ def test_the_replica_of_a_killed_driver_serves_the_next_one_alone(cluster: Clust
 
     said: list[str] = []
     (tmp_path / f"go-{HELD_BACK}").touch()
-    tenure = Tenure("study", ALONE_SECONDS, "second", silent_seconds=1.0)
+    tenure = Tenure("study", ALONE_SECONDS, token="second", silent_seconds=1.0)
     pool = Pool([SPEC], 0, attempts=1, tenure=tenure, say=said.append)
     assert said == ["replicas: 1 of an earlier driver go on, 0 end: nobody needs what they hold"]
     [outcome] = score_all(pool, [7]).values()
