@@ -120,8 +120,8 @@ def score_all(pool: Pool, ranks: list[int]) -> dict[int, Outcome]:
 def cluster() -> Iterator[Cluster]:
     """A head that has room for no replica; nodes of one core join it.
 
-    In a folder of its own, short enough for the names of sockets: in Ray's own it would leave its address, and
-    tests that start a cluster beside this one would join it instead.
+    In a folder of its own, short enough for the names of sockets: in Ray's own it would leave its address,
+    and tests that start a cluster beside this one would join it instead.
     """
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray-") as folder:
         patch.delenv("RAY_ADDRESS", raising=False)
