@@ -243,7 +243,7 @@ def test_a_replica_that_cannot_start_is_tried_again_later_each_time(pool_of: Any
     [line] = said
     assert line.startswith("replicas: replica-1 could not start")
     assert "no device 1" in line
-    assert "Traceback" in line, "in full"
+    assert "in __init__" in line, "in full"
 
 
 def test_a_hanging_trial_is_killed_and_tried_again(pool_of: Any, tmp_path: Path) -> None:
