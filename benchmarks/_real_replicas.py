@@ -1,10 +1,10 @@
 """A driver on real replicas of a tiny Llama, cheap enough to be killed a hundred times.
 
 What a life of a driver costs is mostly what it starts: Ray, and replicas that import torch. So Ray runs in
-a process that outlives the drivers, which join it by RAY_ADDRESS; the preparation is made once; and replicas
-are detached actors that the next driver takes by their names as they are, loaded. All else is as in a search:
-config, sampler, deterministic mode, journal or database, and the pool, whose only change is where it gets
-its actors from. A twentieth of the allocations run out of memory, another twentieth score NaN.
+a process that outlives the drivers, which join it by RAY_ADDRESS; the preparation is made once; and the next
+driver takes the replicas over, loaded. All else is as in a search too: config, sampler, deterministic mode,
+journal or database, and the pool. A twentieth of the allocations run out of memory, another twentieth score
+NaN.
 """
 
 from __future__ import annotations
@@ -22,45 +22,38 @@ from typing import Any
 import ray
 from _reporting import DISPATCHED, NAME, REPORTED, Drive, Opener, Reporting, appended, write
 
+import search.pool
 from actors.types import Prepared, ReplicaSpec
 from search.config import Config, parse_config
 from search.folder import StudyFolder
-from search.pool import OBJECT_STORE_BYTES, Job, Pool, _Slot, connect, thread_environment
+from search.pool import OBJECT_STORE_BYTES, Job, Pool, connect
 from search.references import reference_allocations
 from search.runner import Runner, Stop
 from search.samplers import make_sampler
 from search.sections import StopSection
 from search.stored import open_storage_study
+from search.tenure import Tenure, study_key
 
 ROOT = Path(__file__).resolve().parents[1]
 REPLICAS = 2
+# The next driver begins at once after a kill: it need not wait for as long as one that may yet be alive.
+SILENT_SECONDS = 0.2
+ALONE_SECONDS = 60.0
 LOADED = "replicas.jsonl"  # the process of every replica that answered
 OUT_OF_MEMORY, NAN = 0.05, 0.1  # shares of the allocations, as bounds of what their keys begin with
 
 
-class WarmPool(Pool):
-    """Replicas by name that outlive their driver: the next one takes them as they are."""
+class TracedPool(Pool):
+    """The pool of a search, which writes down what it dispatches and the processes of its replicas."""
 
     def __init__(self, specs: list[ReplicaSpec], folder: Path) -> None:
         self._dispatched, self._loaded = appended(folder / DISPATCHED), appended(folder / LOADED)
-        self._actor = ray.remote(_faulty_replica())
-        super().__init__(specs, gpus_each=0, attempts=2, note=self._note_process)
+        tenure = Tenure(study_key(str(folder), NAME), ALONE_SECONDS, SILENT_SECONDS)
+        super().__init__(specs, gpus_each=0, attempts=2, note=self._note_process, tenure=tenure)
 
     def _note_process(self, event: str, **facts: Any) -> None:
         if event == "replica started":
             write(self._loaded, [facts["replica"], facts["pid"]])
-
-    def _start(self, spec: ReplicaSpec) -> _Slot:
-        actor = self._actor.options(
-            name=spec.name,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=spec.threads,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env=thread_environment(spec.threads),
-        ).remote(spec)
-        return _Slot(spec, actor, actor.ready.remote())
 
     def submit(self, job: Job) -> None:
         write(self._dispatched, job.key)
@@ -185,6 +178,7 @@ def _drive(config: Config, prepared: Prepared, open_it: Opener, folder: Path, tr
             ReplicaSpec(f"{folder.name}-{index}", config.preparation(), prepared, threads=1)
             for index in range(REPLICAS)
         ]
-        pool = WarmPool(specs, folder)
+        search.pool.Replica = _faulty_replica()  # type: ignore[misc]
+        pool = TracedPool(specs, folder)
         Runner(study, pool, StopSection(trials=trials), section.name, Stop()).run()
         pool.close()  # room for those of the other study
