@@ -151,8 +151,8 @@ def test_a_driver_cut_off_at_any_write_goes_on_with_the_same_trials(
     for cuts in range(100):
         left[0] = 9 + cuts
 
-        def journal(path: Path) -> BaseStorage:
-            storage = plain(path)
+        def journal(path: Path, *patience: Any) -> BaseStorage:
+            storage = plain(path, *patience)
             cut_off(storage)
             return storage
 
