@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from actors.preparation import prepare
-from actors.types import PreparationSpec, Prepared
+from actors.types import Allocation, PreparationSpec, Prepared
 from search.config import Config, parse_config
+from search.cost import CostModel
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "runs" / "benchmarks"
@@ -35,6 +36,16 @@ def prepared(spec: PreparationSpec) -> Prepared:
         if isinstance(item, str):
             print(item, file=sys.stderr, flush=True)
     raise RuntimeError("the preparation ended without a result")
+
+
+def uniform_at(cost: CostModel, budget: float) -> Allocation:
+    """Every target at the largest common share whose model is within the budget."""
+    low, high = 0.0, 1.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        within = cost.budgets(cost.uniform(middle))["budget.model"] <= budget
+        low, high = (middle, high) if within else (low, middle)
+    return cost.uniform(low)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

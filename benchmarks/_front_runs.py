@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _common import uniform_at
 from _front_book import Book, Pick, Trial
 from _front_calibration import OutOfTimeError, prepared_in_parts, say
-from _front_setup import Setup, Texts, linear_budget, uniform_at
+from _front_setup import Setup, Texts, linear_budget
 from optuna.storages import InMemoryStorage
 
 from actors.scoring import Scorer

@@ -9,7 +9,6 @@ from typing import Any
 
 from _common import CACHE, quick_start
 
-from actors.types import Allocation
 from search.config import Config
 from search.cost import CostModel
 from search.files import write_atomic
@@ -110,16 +109,6 @@ def linear_budget(cost: CostModel, budget: float) -> float:
     """The share of the targets' parameters at which the whole model is at `budget`."""
     kept_dense = cost.model_parameters - cost.linear_parameters
     return (budget * cost.model_parameters - kept_dense) / cost.linear_parameters
-
-
-def uniform_at(cost: CostModel, budget: float) -> Allocation:
-    """Every target at the largest common share whose model is within the budget."""
-    low, high = 0.0, 1.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        within = cost.budgets(cost.uniform(middle))["budget.model"] <= budget
-        low, high = (middle, high) if within else (low, middle)
-    return cost.uniform(low)
 
 
 SMOLLM2 = Setup("smollm2", None, 512, 200_000, 2_048, 16_384)

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import math
 import os
 import random
 import secrets
@@ -29,99 +27,35 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 # Ray reads these when it is imported, and a driver that joins a cluster needs what the cluster began with.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import optuna
-from _reporting import DISPATCHED, NAME, REPORTED, Drive, Opener, Reporting, appended, write
+from _faulty_pool import drive_fake
+from _kill_checks import Checker, Trial, lines_of, stored
+from _reporting import DISPATCHED, NAME, REPORTED, Drive, Opener
 from optuna.storages import BaseStorage, RDBStorage
 
 import search.journal
-from actors.types import Allocation, FactorSpec, RankfrontError, Score, TargetSpec, TextScore
-from search.cost import CostModel
+from actors.types import RankfrontError
 from search.database import leased, resolve
 from search.journal import driver_lock, open_journal, repair_journal
-from search.packing import RESULT
-from search.pool import Job, Outcome
-from search.records import Objective
-from search.runner import Runner, Stop
-from search.samplers import make_sampler
-from search.sections import SamplerSection, StopSection
-from search.space import Space
-from search.study import open_storage_study
 
-TARGETS = tuple(TargetSpec(f"layers.{i}.proj", 48, 24, False, i, "proj") for i in range(12))
-OBJECTIVES = (Objective("budget.model", True), Objective("nll", True))
 # So many of the kills hit the opening; the others come up to so long after the first dispatch. On a journal
 # most lives must outlast the lock file of a killed one, or none after it writes anything.
 OPENING_SHARE = 0.2
 FAKE_SECONDS, REAL_SECONDS = 0.6, 1.5
-# A made-up score takes up to this: every trial is read again after every kill, so a life is to add few.
-SCORE_SECONDS = 0.15
 # So many of the kills hit a replica as well, where there are real ones.
 REPLICA_SHARE = 0.1
 # Trials that are left when the killing is over.
 REST = 10
 # Nobody but the driver writes here: a lock file of a killed one may be broken sooner than beside others.
 STALE_LOCK_SECONDS = 0.2
-
-
-class FaultyPool:
-    """Has the interface of `Pool`: answers in random order, a tenth of the trials with a fault."""
-
-    size = 2
-
-    def __init__(self, dispatched: int) -> None:
-        self._dispatched, self._random = dispatched, random.Random(os.getpid())
-        self._queue: list[Job] = []
-
-    @property
-    def outstanding(self) -> int:
-        return len(self._queue)
-
-    @property
-    def free(self) -> int:
-        return 2 * self.size - self.outstanding
-
-    def submit(self, job: Job) -> None:
-        write(self._dispatched, job.key)
-        self._queue.append(job)
-
-    def wait(self, seconds: float) -> Iterator[Outcome]:
-        if self._queue:
-            time.sleep(self._random.uniform(0, SCORE_SECONDS))
-            job = self._queue.pop(self._random.randrange(len(self._queue)))
-            yield _answer(job)
-
-
-def _answer(job: Job) -> Outcome:
-    """A function of the allocation alone."""
-    chance = int(job.allocation.key[:8], 16) / 2**32
-    if chance < 0.05:
-        return Outcome(job, None, "replica died (injected)")
-    loss = math.nan if chance < 0.1 else 2.0 + chance
-    text = TextScore("made-up@32", nats=100 * loss, tokens=100, stderr=0.01)
-    return Outcome(job, Score("search", text, {}, forward_tokens=100, seconds=0.0, replica="made-up"))
-
-
-def drive_fake(open_it: Opener, folder: Path, trials: int) -> None:
-    """What a driver does from its start to its end."""
-    with open_it() as storage:
-        cost = CostModel(TARGETS, 20_000, "pivoted", "none")
-        space = Space(cost, FactorSpec(), group="target", segments=1, levels=20, floor=0.2)
-        sampler = make_sampler(SamplerSection(name="random"))
-        plain = open_storage_study(storage, NAME, OBJECTIVES)
-        study = Reporting(plain, sampler, 0, space, cost, OBJECTIVES)
-        study.reported = appended(folder / REPORTED)
-        study.enqueue([(Allocation.dense(TARGETS), "dense")])
-        pool = FaultyPool(appended(folder / DISPATCHED))
-        Runner(study, pool, StopSection(trials=trials), "random", Stop()).run()  # type: ignore[arg-type]
 
 
 def journal(folder: Path) -> Opener:
@@ -153,71 +87,6 @@ def postgres(url: str) -> Opener:
             yield storage
 
     return opened
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is stored of a trial."""
-
-    state: str
-    params: Mapping[str, Any]
-    values: list[float] | None
-    has_result: bool
-
-    @property
-    def ended(self) -> bool:
-        return self.state not in ("WAITING", "RUNNING")
-
-
-def stored(storage: BaseStorage) -> list[Trial]:
-    """Every trial, as plain Optuna reads it."""
-    if NAME not in {study.study_name for study in storage.get_all_studies()}:
-        return []
-    trials = optuna.load_study(study_name=NAME, storage=storage).get_trials(deepcopy=False)
-    assert [trial.number for trial in trials] == list(range(len(trials))), "numbers have gaps"
-    return [Trial(t.state.name, t.params, t.values, RESULT in t.user_attrs) for t in trials]
-
-
-def _lines(path: Path, start: int) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()[start:]] if path.exists() else []
-
-
-class Checker:
-    """Holds each life of a driver against the one before."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._before: list[Trial] = []
-        self._seen = {REPORTED: 0, DISPATCHED: 0}
-        self._known: set[int] = set()  # trials whose end was stored by an earlier life
-        self.unreported = self.replayed = 0
-
-    def __call__(self, now: list[Trial]) -> None:
-        reported, dispatched = self._new(REPORTED), self._new(DISPATCHED)
-        numbers = [number for number, _, _ in reported]
-        assert len(set(numbers)) == len(numbers), f"reported twice: {numbers}"
-        assert not self._known & set(numbers), "an end that was stored is reported again"
-        for number, state, values in reported:
-            assert (now[number].state, now[number].values) == (state, values), (
-                f"trial {number} is not as reported"
-            )
-        ended = {number for number, trial in enumerate(now) if trial.ended}
-        more = ended - self._known - set(numbers)
-        assert len(more) <= 1, f"stored, not reported: {more}"
-        assert len(now) >= len(self._before), "trials are gone"
-        for number, (was, trial) in enumerate(zip(self._before, now, strict=False)):
-            assert not was.ended or was == trial, f"trial {number} had ended and changed"
-            assert was.params.items() <= trial.params.items(), f"trial {number} changed its parameters"
-        with_result = {number for number, was in enumerate(self._before) if was.has_result}
-        assert not with_result & set(dispatched), "a trial with a result was dispatched again"
-        self.unreported += len(more)
-        self.replayed += len((with_result - self._known) & ended)
-        self._before, self._known = now, ended
-
-    def _new(self, name: str) -> list[Any]:
-        lines = _lines(self._folder / name, self._seen[name])
-        self._seen[name] += len(lines)
-        return lines
 
 
 def _fork(drive: Drive, open_it: Opener, folder: Path, trials: int) -> int:
@@ -321,7 +190,7 @@ def kill(
     ended, whole = read(), read_whole()
     assert all(trial.ended for trial in ended)
     assert ended == whole, "not the study of a driver that nobody killed"
-    dispatched = _lines(folders[0] / DISPATCHED, 0)
+    dispatched = lines_of(folders[0] / DISPATCHED, 0)
     return Found(
         kills=done,
         trials=trials,

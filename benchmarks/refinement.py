@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import CACHE, machine, prepared, quick_start, table
+from _common import CACHE, machine, prepared, quick_start, table, uniform_at
 
 from actors.refined import RefinedFactors
 from actors.refinement import RefinementSpec, file_of, refinement_fingerprint
@@ -51,15 +51,10 @@ def config_of(arguments: argparse.Namespace) -> Config:
 
 
 def uniform(config: Config, ready: Prepared, budget: float) -> Allocation:
-    """Every target at the largest common share whose model is within the budget."""
+    """As `uniform_at`, of a prepared model."""
     itemsize = ITEMSIZE[config.model.dtype]
     cost = CostModel(ready.targets, ready.model_parameters, config.storage, config.factors.bias, itemsize)
-    low, high = 0.0, 1.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        within = cost.budgets(cost.uniform(middle))["budget.model"] <= budget
-        low, high = (middle, high) if within else (low, middle)
-    return cost.uniform(low)
+    return uniform_at(cost, budget)
 
 
 def refined(

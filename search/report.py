@@ -11,7 +11,7 @@ from actors.types import TargetSpec
 from search.constraints import broken
 from search.files import write_atomic
 from search.finalist_table import finalist_cells
-from search.findings import front_cells, front_table, headline, percent
+from search.findings import Cells, front_cells, front_table, headline, percent
 from search.further import further_cells
 from search.harness_table import harness_cells
 from search.page import chart, facts_section, page, table
@@ -94,33 +94,31 @@ def _front(summary: StudySummary) -> str:
 
 
 def _further(summary: StudySummary) -> str:
-    cells = further_cells(summary)
-    if cells is None:
-        return ""
     note = (
-        "MACs@L: of a token that attends to L positions. ± is one standard error; kl and nll in nats/token,"
+        "MACs@L: of a token that attends to L positions. ± is one standard error; kl and nll in nats/token, "
+        "bias in %, likelihood_diff in nats."
     )
-    note += " bias in %, likelihood_diff in nats."
-    shown = table(cells.columns, cells.rows, "named")
-    return f'<section><h2>More about the front</h2>{shown}<p class="note">{escape(note)}</p></section>'
+    return _named_table("More about the front", further_cells(summary), note)
 
 
 def _finalists(summary: StudySummary) -> str:
     cells = finalist_cells(summary)
-    if cells is None:
-        return ""
-    note = f"{cells.note}; nll in nats/token, kept in % of the model's parameters."
-    shown = table(cells.columns, cells.rows, "named")
-    return f'<section><h2>Refined finalists</h2>{shown}<p class="note">{escape(note)}</p></section>'
+    note = f"{cells.note}; nll in nats/token, kept in % of the model's parameters." if cells else ""
+    return _named_table("Refined finalists", cells, note)
 
 
 def _harness(summary: StudySummary) -> str:
     cells = harness_cells(summary)
+    note = f"{cells.note}; kept in % of the model's parameters." if cells else ""
+    return _named_table("lm-evaluation-harness", cells, note)
+
+
+def _named_table(title: str, cells: Cells | None, note: str) -> str:
+    """A section of one table; nothing where there is none."""
     if cells is None:
         return ""
-    note = f"{cells.note}; kept in % of the model's parameters."
     shown = table(cells.columns, cells.rows, "named")
-    return f'<section><h2>lm-evaluation-harness</h2>{shown}<p class="note">{escape(note)}</p></section>'
+    return f'<section><h2>{title}</h2>{shown}<p class="note">{escape(note)}</p></section>'
 
 
 def _ranks(summary: StudySummary, targets: Sequence[TargetSpec]) -> str:

@@ -21,16 +21,13 @@ from sqlalchemy.exc import OperationalError
 
 from actors.types import Allocation, Prepared, RankfrontError
 from search.begun import stored_identity, write_identity
-from search.config import Config, ConfigError, parse_config
+from search.config import parse_config
 from search.database import (
-    check_url,
     lease_holder,
     leased,
     open_database,
     open_tables,
     resolve,
-    secrets_of,
-    shown,
 )
 from search.packing import RESULT, result_of
 from search.patience import Patience
@@ -65,11 +62,6 @@ def seen(database: str) -> list[optuna.trial.FrozenTrial]:
     """As any Optuna program sees them."""
     url = resolve(database).render_as_string(hide_password=False)
     return optuna.load_study(study_name="made-up", storage=url).get_trials()
-
-
-def config_of(database: object) -> Config:
-    hub = {"model": {"source": "org/model"}, "text": {"source": "org/text"}}
-    return parse_config({"study": "made-up", "database": database, **hub})
 
 
 # -- the study --------------------------------------------------------------------------------
@@ -145,7 +137,8 @@ def test_trials_are_enqueued_beside_a_driver(database: str) -> None:
 
 
 def test_what_a_study_was_begun_with_is_found_from_any_machine(database: str) -> None:
-    config = config_of(database)
+    hub = {"model": {"source": "org/model"}, "text": {"source": "org/text"}}
+    config = parse_config({"study": "made-up", "database": database, **hub})
     prepared = Prepared("", "", TARGETS, 10, {"model": "f1"}, {}, {}, {}, reused=False)
     with leased(database, "made-up") as storage:
         assert stored_identity(storage, "made-up") is None
@@ -338,79 +331,9 @@ def test_a_database_that_goes_away_ends_the_run_in_one_line(database: str) -> No
     assert PASSWORD not in str(ended.value)
 
 
-# -- names and secrets ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql://me:hunter2@host/db",
-        "postgresql://me:x${A}hunter2@host/db",
-        "postgresql://me@host/db?password=hunter2",
-        "postgresql://me@host/db?sslpassword=hunter2",
-        ["postgresql://me:hunter2@host/db"],
-        "me:hunter2@host",
-    ],
-)
-def test_a_password_in_a_config_is_refused_and_not_repeated(url: object) -> None:
-    with pytest.raises(ConfigError) as refused:
-        config_of(url)
-    [mistake] = refused.value.mistakes
-    assert mistake.startswith("database: ")
-    assert "${" in mistake
-    assert "hunter2" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "url", [None, "${DB}", "postgresql://me:${PW}@host/db", "postgresql://me@host/db", "sqlite:///a.db"]
-)
-def test_a_url_without_secrets_is_kept_as_it_is_written(
-    url: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PW", "hunter2")
-    monkeypatch.setenv("DB", "postgresql://me:hunter2@host/db")
-    assert check_url(url) == url
-    text = config_of(url).to_yaml()
-    assert "hunter2" not in text
-    assert config_of(url).database == url
-
-
-def test_variables_are_filled_in_when_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PW", "p@ss:/%20")
-    monkeypatch.setenv("HOST", "db.example")
-    url = resolve("postgresql://me:${PW}@${HOST}:5433/studies?sslmode=require")
-    assert (url.drivername, url.username, url.password) == ("postgresql+psycopg", "me", "p@ss:/%20")
-    assert (url.host, url.port, url.database, url.query["sslmode"]) == (
-        "db.example",
-        5433,
-        "studies",
-        "require",
-    )
-    assert shown(url) == "postgresql+psycopg://me:***@db.example:5433/studies?sslmode=require"
-    monkeypatch.setenv("DB", "postgresql://me:hunter2@host/db?sslpassword=hunter2")
-    assert resolve("${DB}").password == "hunter2"
-    assert "hunter2" not in shown(resolve("${DB}"))
-    monkeypatch.setenv("DB", "hunter2")
-    for template, says in (("${DB}", "the value of"), ("${NONE_SUCH}", "NONE_SUCH is not set")):
-        with pytest.raises(RankfrontError, match=says) as refused:
-            resolve(template)
-        assert "hunter2" not in str(refused.value)
-
-
-def test_secrets_are_known_as_they_are_and_as_a_url_spells_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PW", "p@ss:/%20")
-    assert secrets_of("postgresql://me:${PW}@host/db") == ["p@ss:/%20", "p%40ss%3A%2F%2520"]
-    assert secrets_of("postgresql://me@host/db") == secrets_of(None) == []
-
-
 def test_a_refused_login_does_not_say_the_password(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET, "not-the-password")
     with pytest.raises(RankfrontError, match="password authentication failed") as refused:
         open_database(database)
     assert "not-the-password" not in str(refused.value)
     assert refused.value.__suppress_context__
-
-
-def test_a_database_driver_that_is_not_installed_is_named() -> None:
-    with pytest.raises(RankfrontError, match="not installed"):
-        open_database("mysql://me@host/db")
