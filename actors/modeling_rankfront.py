@@ -61,13 +61,27 @@ class PivotedLinear(nn.Module):
             return torch.cat((pivot, rest), dim=-1).index_select(-1, self.order)
         # Both products straight into one buffer: `cat` would be one more pass over it. Autograd has no `out`.
         rows = x.reshape(-1, self.in_features)
-        if x.device.type == "cpu" and (self.out_features > self.in_features or len(rows) == 1):
+        if x.device.type == "cpu" and len(rows) == 1:
+            return self._of_one_row(rows[0], own, others).view(*x.shape[:-1], self.out_features)
+        if x.device.type == "cpu" and self.out_features > self.in_features:
             return self._by_features(rows, own, others).view(*x.shape[:-1], self.out_features)
         both = x.new_empty(len(rows), self.out_features)
         pivot, rest = both.tensor_split((self.rank,), dim=1)
         _product(rows, self.pivots.T, own, pivot)
         _product(pivot, self.coefficients.T, others, rest)
         return both.index_select(1, self.order).view(*x.shape[:-1], self.out_features)
+
+    def _of_one_row(
+        self, row: torch.Tensor, own: torch.Tensor | None, others: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same (m,) for one row (n,), as decoding asks: a CPU multiplies a vector faster as a vector."""
+        if own is None or others is None:
+            pivot = torch.mv(self.pivots, row)
+            rest = torch.mv(self.coefficients, pivot)
+        else:
+            pivot = torch.addmv(own, self.pivots, row)
+            rest = torch.addmv(others, self.coefficients, pivot)
+        return torch.cat((pivot, rest)).index_select(0, self.order)
 
     def _by_features(
         self, rows: torch.Tensor, own: torch.Tensor | None, others: torch.Tensor | None
@@ -76,7 +90,6 @@ class PivotedLinear(nn.Module):
 
         On a CPU that pays on an MLP's wide side: its elementwise work keeps the layout and its next product
         takes it as it is. Elsewhere attention and residual sums lose more by the layout than the order gains.
-        One row is laid out alike both ways.
         """
         both = rows.new_empty(self.out_features, len(rows))
         pivot, rest = both.tensor_split((self.rank,))

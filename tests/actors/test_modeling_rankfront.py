@@ -47,7 +47,7 @@ def by_hand(layer: PivotedLinear, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "cols"), [(M, N), (N, M), (N, N)])
 @pytest.mark.parametrize("rank", [1, R, N])
-@pytest.mark.parametrize("before", [(), (2,), (2, 3), (0,)])
+@pytest.mark.parametrize("before", [(), (1, 1), (2,), (2, 3), (0,)])
 def test_a_pivoted_layer_computes_its_matrix(
     before: tuple[int, ...], rank: int, rows: int, cols: int, bias: bool
 ) -> None:
