@@ -7,7 +7,7 @@ exported folder, where `trust_remote_code=True` loads it without rankfront.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +40,32 @@ class PivotedLinear(nn.Module):
     """
 
     order: torch.Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.pivots = nn.Parameter(torch.empty(rank, in_features))
         self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
         self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        own, others = (None, None) if self.bias is None else self.bias.tensor_split((self.rank,))
-        if (
+        followed = (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
-            or torch.is_autocast_enabled(x.device.type)
-        ):
+            or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        )
+        if x.is_cpu and x.numel() == self.in_features and not followed:
+            return self._of_one_row(x)
+        own, others = (None, None) if self.bias is None else self.bias.tensor_split((self.rank,))
+        if followed:
             pivot = nn.functional.linear(x, self.pivots, own)
             rest = nn.functional.linear(pivot, self.coefficients, others)
             return torch.cat((pivot, rest), dim=-1).index_select(-1, self.order)
         # Both products straight into one buffer: `cat` would be one more pass over it. Autograd has no `out`.
         rows = x.reshape(-1, self.in_features)
-        if x.device.type == "cpu" and len(rows) == 1:
-            return self._of_one_row(rows[0], own, others).view(*x.shape[:-1], self.out_features)
-        if x.device.type == "cpu" and self.out_features > self.in_features:
+        if x.is_cpu and self.out_features > self.in_features:
             return self._by_features(rows, own, others).view(*x.shape[:-1], self.out_features)
         both = x.new_empty(len(rows), self.out_features)
         pivot, rest = both.tensor_split((self.rank,), dim=1)
@@ -71,17 +73,24 @@ class PivotedLinear(nn.Module):
         _product(pivot, self.coefficients.T, others, rest)
         return both.index_select(1, self.order).view(*x.shape[:-1], self.out_features)
 
-    def _of_one_row(
-        self, row: torch.Tensor, own: torch.Tensor | None, others: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The same (m,) for one row (n,), as decoding asks: a CPU multiplies a vector faster as a vector."""
-        if own is None or others is None:
-            pivot = torch.mv(self.pivots, row)
-            rest = torch.mv(self.coefficients, pivot)
+    def _of_one_row(self, x: torch.Tensor) -> torch.Tensor:
+        """The same (..., m) for the one row of x (..., n), as decoding asks.
+
+        A CPU multiplies a vector faster as a vector. Each layer takes some 100 us, of which a module's
+        attributes would be three: they are read where it keeps them.
+        """
+        weights: Mapping[str, Any] = self._parameters
+        pivots, coefficients, bias = weights["pivots"], weights["coefficients"], weights["bias"]
+        row = x.reshape(-1)
+        if bias is None:
+            pivot = torch.mv(pivots, row)
+            rest = torch.mv(coefficients, pivot)
         else:
-            pivot = torch.addmv(own, self.pivots, row)
-            rest = torch.addmv(others, self.coefficients, pivot)
-        return torch.cat((pivot, rest)).index_select(0, self.order)
+            own, others = bias.tensor_split((self.rank,))
+            pivot = torch.addmv(own, pivots, row)
+            rest = torch.addmv(others, coefficients, pivot)
+        y = torch.cat((pivot, rest)).index_select(0, self.order)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _by_features(
         self, rows: torch.Tensor, own: torch.Tensor | None, others: torch.Tensor | None
