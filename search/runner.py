@@ -18,7 +18,8 @@ from search.pool import Job, Outcome, Pool
 from search.records import Objective, TrialRow
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
-from search.study import Planned, SearchStudy, TakenError
+from search.study import SearchStudy, TakenError
+from search.view import Planned
 
 # How long one look for results may take: the screen is redrawn and Ctrl-C is seen this often.
 TICK_SECONDS = 0.25

@@ -23,7 +23,8 @@ from search.records import Objective
 from search.samplers import make_sampler
 from search.sections import SamplerSection
 from search.space import Space
-from search.study import Planned, SearchStudy, open_storage_study
+from search.study import SearchStudy, open_storage_study
+from search.view import Planned
 
 SHAPES = {"q_proj": (24, 24), "up_proj": (48, 24), "down_proj": (24, 48)}
 TARGETS = tuple(

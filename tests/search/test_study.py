@@ -25,7 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 from actors.types import Allocation, RankfrontError, Score
 from search.packing import PLAN, RESULT
 from search.records import Objective
-from search.study import Planned, TakenError
+from search.study import TakenError
+from search.view import Planned
 
 SAMPLERS = ("nsga2", "nsga3", "tpe", "random")
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from actors.types import Allocation, RankfrontError
 from search.packing import PLAN, RESULT
 from search.records import Objective
-from search.study import Planned
+from search.view import Planned
 
 SAMPLERS = ("nsga2", "nsga3", "tpe", "random")
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
