@@ -6,6 +6,8 @@ Its records, one a line of JSON:
     score   `id` of (allocation, factors, text), and the loss: an allocation is scored once, whoever asks
     trial   the `number`-th point of a run: its budget, and the tokens that it cost the run
     pick    the point of a run that is best at or under a budget, to be scored on the test split
+    end     of a run, behind its picks: how many trials it was played to
+    asked   what a pick answers on the test split of tasks
 
 A table is made of these alone. Runs are played anew each time, and answered from the scores: a trial that is
 not the one recorded under its number (other versions of a sampler's libraries may propose others) replaces it
@@ -45,6 +47,18 @@ class Pick:
     trials: int
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the model that was picked (by its test `score`) is right about: of each task the share of the
+    `examples`, and its standard error."""
+
+    score: str
+    budget: float
+    examples: int
+    acc: Mapping[str, float]
+    stderr: Mapping[str, float]
+
+
 class Book:
     """The records of one comparison.
 
@@ -59,6 +73,8 @@ class Book:
         self.scores: dict[str, TextScore] = {}
         self.runs: dict[str, list[Trial]] = defaultdict(list)
         self.picks: dict[str, dict[float, Pick]] = defaultdict(dict)
+        self._ends: dict[str, int] = {}
+        self.asked: dict[str, Asked] = {}
         for record in read_records(path, dict[str, Any]):
             self._take(record)
 
@@ -72,6 +88,10 @@ class Book:
             trials = self.runs[record["run"]]
             del trials[record["number"] :]
             trials.append(Trial(**values))
+        elif record["kind"] == "end":
+            self._ends[record["run"]] = values["trials"]
+        elif record["kind"] == "asked":
+            self.asked[record["run"]] = Asked(**values)
         else:
             self.picks[record["run"]][values["under"]] = Pick(**values)
 
@@ -95,7 +115,12 @@ class Book:
 
     def reached(self, run: str, trials: int) -> bool:
         """Whether a run was played to its picks over at least so many trials."""
-        return any(pick.trials >= trials for pick in self.picks.get(run, {}).values())
+        return self._ends.get(run, 0) >= trials
+
+    def end(self, run: str, trials: int) -> None:
+        """A run's picks over so many trials are all there."""
+        if self._ends.get(run) != trials:
+            self._add({"kind": "end", "run": run, "trials": trials})
 
     def add_score(self, of: str, score: TextScore) -> None:
         """Durable when it returns, as all that is added."""
@@ -113,3 +138,6 @@ class Book:
     def pick(self, run: str, pick: Pick) -> None:
         if self.picks[run].get(pick.under) != pick:
             self._add({"kind": "pick", "run": run, **asdict(pick)})
+
+    def ask(self, run: str, asked: Asked) -> None:
+        self._add({"kind": "asked", "run": run, **asdict(asked)})

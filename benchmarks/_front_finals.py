@@ -1,0 +1,115 @@
+"""What picks of a comparison come to: ours refined, and several asked the six tasks."""
+
+from __future__ import annotations
+
+from _front_book import Asked, Pick
+from _front_calibration import say
+from _front_runs import DENSE, Bench, Kept, Player, Run, asked_runs, refined_name
+
+from actors.refine import refine
+from actors.refined import RefinedFactors
+from actors.refinement import FOLDER, file_of, refinement_fingerprint
+from actors.text import text_parts, windows
+from actors.types import Allocation, digest
+
+
+class Finals:
+    """The picks of runs that were played."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._picks: dict[str, dict[float, Kept]] = {}
+
+    def refine(self, run: Run) -> None:
+        """Refine what a run picked, from the largest budget to the smallest.
+
+        Raises:
+            OutOfTimeError: it is not through; the steps that were taken stay, up to the last held-out score.
+        """
+        for under, kept in self._picked(run).items():
+            identity = self._refined_score(kept.allocation)
+            self._bench.book.pick(refined_name(run), Pick(identity, under, kept.budget, kept.number))
+
+    def ask(self) -> None:
+        """Ask what was picked at the budget of the tasks, refined or not, unless it was asked already.
+
+        Raises:
+            OutOfTimeError: it is not through; the answers to whole sets of tasks are in the book.
+        """
+        bench, under = self._bench, self._bench.setup.task_budget
+        for run in asked_runs(bench.setup):
+            method = Player(bench, run).method
+            if run == DENSE:
+                self._ask(run.name, Allocation.dense(bench.folder().prepared.targets), 1.0, method, "")
+            elif bench.book.picks.get(run.name) and under in (picked := self._picked(run)):
+                kept = picked[under]
+                self._ask(run.name, kept.allocation, under, method, "")
+                if bench.book.picks.get(refined_name(run)):
+                    self._ask(refined_name(run), kept.allocation, under, method, self._file(kept.allocation))
+
+    def _ask(self, name: str, allocation: Allocation, under: float, method: str, file: str) -> None:
+        bench = self._bench
+        pick, known = bench.book.picks[name][under], bench.book.asked.get(name)
+        if known is not None and known.score == pick.score:
+            return
+        say(f"{name}: asked {bench.setup.examples} questions of each task")
+        scorer = bench.scorer(method, tasks=True)
+        factors = RefinedFactors(bench.cache / FOLDER / file) if file else scorer.store
+        scorer.trial_model.use(factors)
+        bench.require(0.0)
+        found = scorer.score(allocation, "test").tasks
+        acc = {task: score.acc for task, score in found.items()}
+        stderr = {task: score.stderr for task, score in found.items()}
+        examples = min(score.examples for score in found.values())
+        bench.book.ask(name, Asked(pick.score, pick.budget, examples, acc, stderr))
+        scorer.trial_model.use(scorer.store)
+
+    def _picked(self, run: Run) -> dict[float, Kept]:
+        """A run's picks with their allocations: it is played again, from its scores."""
+        if run.name not in self._picks:
+            self._picks[run.name] = Player(self._bench, run).play(self._bench.setup.trials)
+        return self._picks[run.name]
+
+    def _fingerprint(self, allocation: Allocation) -> str:
+        setup, prints = self._bench.setup, self._bench.folder().prepared.fingerprints
+        made = refinement_fingerprint(prints, allocation, setup.refinement)
+        return digest([made, setup.refine_windows])
+
+    def _file(self, allocation: Allocation) -> str:
+        return file_of(self._fingerprint(allocation))
+
+    def _refined_score(self, allocation: Allocation) -> str:
+        """The id of the test score of an allocation's refined factors, which is in the book."""
+        bench = self._bench
+        fingerprint = self._fingerprint(allocation)
+        identity = digest([fingerprint, bench.folder().prepared.fingerprints["test"]])[:16]
+        if identity not in bench.book.scores:
+            path = bench.cache / FOLDER / file_of(fingerprint)
+            scorer = bench.scorer()
+            if not path.exists():
+                self._refine(allocation, fingerprint)
+            scorer.trial_model.use(RefinedFactors(path))
+            bench.book.add_score(identity, scorer.score(allocation, "test").text)
+            scorer.trial_model.use(scorer.store)
+        return identity
+
+    def _refine(self, allocation: Allocation, fingerprint: str) -> None:
+        bench, scorer = self._bench, self._bench.scorer()
+        spec = bench.folder().config.preparation()
+        parts = text_parts(spec.calibration, spec.scoring, spec.calibration_fraction)
+        calibration = spec.calibration
+        ids = windows(
+            parts["calibration"],
+            calibration.text.join,
+            scorer.tokenizer,
+            calibration.window,
+            calibration.tokens,
+        )[: bench.setup.refine_windows]
+        path = bench.cache / FOLDER / file_of(fingerprint)
+        path.parent.mkdir(exist_ok=True)
+        scorer.trial_model.use(scorer.store)  # every target is dense now
+        facts = {"fingerprint": fingerprint}
+        for step in refine(scorer.model, scorer.store, allocation, ids, bench.setup.refinement, path, facts):
+            if step.step % bench.setup.refinement.evaluate_every == 0:
+                say(f"refining: step {step.step} of {step.steps}, held-out KL {step.held_out:.4f}")
+            bench.require(0.0)
