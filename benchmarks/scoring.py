@@ -6,7 +6,8 @@ Seconds are of the processor, which other work on the machine disturbs less than
 
 Prefix: a walk from the last block to the first, the attention or the MLP of a block compressed at a time, all
 else dense. Both sides in one process, trial by trial, with the dense model scored first as in every study.
-Stages: one list of random allocations around two budgets through the search's own loop, study and all.
+Stages: one list of allocations through the search's own loop, study and all: seeds first, as in every study,
+then random ones around two budgets, which are mostly worse.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from _common import machine, prepared, quick_start, table
@@ -35,12 +37,15 @@ from search.records import Objective
 from search.runner import Runner, Stop, minimised
 from search.samplers import make_sampler
 from search.sections import SamplerSection, StopSection
+from search.seeds import ladder, predicted
 from search.space import Space
 from search.study import SearchStudy, open_storage_study
 
 WINDOW, BATCH = 128, 512
 EVERY = 5  # of the blocks, in the walk
 WALK_SHARE = 0.7
+# Budgets of the targets for which seeds are worked out, and the smallest share a target may keep in one.
+SEEDS, FLOOR = (0.95, 0.9, 0.8, 0.7, 0.6), 0.3
 # Random allocations: one share for each module type and third of the depth, this far around a budget.
 BUDGETS, EACH, SPREAD, THIRDS = (0.9, 0.7), 8, 0.2, 3
 OBJECTIVES = (Objective("budget.model", True), Objective("nll", True))
@@ -156,15 +161,20 @@ def random_allocations(targets: tuple[TargetSpec, ...], cost: CostModel) -> list
     return found
 
 
+def seeds(config: Config, ready: Prepared, cost: CostModel) -> list[Allocation]:
+    """Equal marginal loss per parameter, by the spectra."""
+    curves = predicted(cost, FLOOR, config.factor_spec, Path(ready.factor_store))
+    return [allocation for allocation in ladder(cost, curves, SEEDS) if allocation is not None]
+
+
 def stage_row(
-    name: str, scorer: Scorer, config: Config, cost: CostModel, staged: bool
+    name: str, scorer: Scorer, config: Config, allocations: list[Allocation], cost: CostModel, staged: bool
 ) -> tuple[list[str], list[int]]:
     """One search of the list: tokens, seconds, trials stopped; and the numbers on its front."""
     storage = open_storage_study(InMemoryStorage(), name, OBJECTIVES)
-    space = Space(cost, config.factor_spec, "module", THIRDS, levels=20, floor=0.3)
+    space = Space(cost, config.factor_spec, "module", THIRDS, levels=20, floor=FLOOR)
     sampler = make_sampler(SamplerSection(name="random"))
     study = SearchStudy(storage, sampler, 0, space, cost, OBJECTIVES)
-    allocations = random_allocations(cost.targets, cost)
     study.enqueue((allocation, "random") for allocation in allocations)
     rules = StopSection(trials=len(allocations))
     pool = Inline(scorer)
@@ -206,8 +216,9 @@ def main() -> None:
     }
     walked = prefix_rows(scorers, ready, cost, arguments.rounds)
     kept = scorers.pop("on").prefix.bytes / 1e6
+    allocations = [*seeds(config, ready, cost), *random_allocations(cost.targets, cost)]
     (off, before), (on, after) = (
-        stage_row(name, scorers["off"], config, cost, staged=name != "off")
+        stage_row(name, scorers["off"], config, allocations, cost, staged=name != "off")
         for name in ("off", f"after {stage:,} tokens")
     )
     print("# What prefix reuse and stages save\n")
@@ -217,7 +228,10 @@ def main() -> None:
     columns = ["first changed block", "off, s", "on, s", "saved", "bound by multiplications", "share reached"]
     print(table(columns, walked))
     print(f"\nHidden states of every block boundary: {kept:.0f} MB.\n")
-    print(f"Stages, {EACH} random allocations around each of {BUDGETS[0]:.0%} and {BUDGETS[1]:.0%}:\n")
+    print(
+        f"Stages, {len(SEEDS)} seeds, then {EACH} random allocations around each of {BUDGETS[0]:.0%} and "
+        f"{BUDGETS[1]:.0%}:\n"
+    )
     print(table(["stages", "stopped early", "tokens", "s", "front (trials)"], [off, on]))
     print(f"\nThe fronts are {'the same' if before == after else 'NOT the same'}.\n")
     print(

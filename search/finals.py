@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from actors.types import RankfrontError
+from search.driving import logged
 from search.evaluations import Evaluations
 from search.findings import Cells, perplexity
 from search.folder import StudyFolder, report
@@ -94,7 +95,11 @@ def evaluate_study(
         stop = Stop()
         wanted = unscored(session.folder, finished_numbers(study, numbers))
         if wanted:
-            with replicas(session) as pool, stop_on_signals(stop, console):
+            with (
+                logged(session.folder, session.say, "evaluate", stop) as note,
+                replicas(session, note) as pool,
+                stop_on_signals(stop, console),
+            ):
                 score_test(session.folder, study, wanted, pool, stop, session.say)
         return report(session.folder, study), stop.reason
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from actors.refinement import FOLDER, RefinementStep, file_of, refinement_fingerprint, variant_of
 from actors.types import SPLITS, RankfrontError, Score
+from search.driving import logged
 from search.evaluations import Evaluations
 from search.findings import Cells, paired
 from search.folder import StudyFolder
@@ -50,6 +51,7 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
     stop = Stop()
     with (
         driver_lock(folder.path),
+        logged(folder, console.print, "refine", stop),
         refiner(folder, connect()) as worker,
         stop_on_signals(stop, console),
         mistakes_named(),

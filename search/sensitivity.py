@@ -12,6 +12,7 @@ from actors.types import Allocation, RankfrontError
 from search.alone import Cell, Log, cells
 from search.config import Config
 from search.cost import CostModel
+from search.driving import logged
 from search.folder import short_name
 from search.opening import opened
 from search.pool import Job, Pool
@@ -102,7 +103,8 @@ def sensitivity(config: Config, console: Console) -> tuple[Path, Sensitivity | N
         )
         if missing:
             with (
-                replicas(session) as pool,
+                logged(folder, say, "sensitivity", stop) as note,
+                replicas(session, note) as pool,
                 stop_on_signals(stop, console),
                 _Screen(console, questions) as screen,
             ):

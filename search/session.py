@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -13,6 +12,7 @@ from search.beacon import Beacon
 from search.config import Config
 from search.constraints import dense_notes
 from search.database import secrets_of
+from search.driving import ends_told
 from search.event_log import event_log
 from search.events import Note, told
 from search.finalists import follow
@@ -56,14 +56,17 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
             note = told(log, metrics.note)
             folder.patience.note = note
             note("resumed" if study.started else "started", study=config.study, trials=study.started)
-            with (
-                replicas(session, note) as pool,
-                stop_on_signals(stop, console),
-                _told_of(Beacon(folder.path, study, pool, metrics, pool.alone_seconds), note, stop) as beacon,
-            ):
-                reason = _run(session, study, pool, stop, console, beacon, note)
-                if not stop.reason:
-                    score_test(folder, study, front_and_dense(study), pool, stop, session.say)
+            with replicas(session, note) as pool, stop_on_signals(stop, console):
+                beacon = Beacon(folder.path, study, pool, metrics, pool.alone_seconds)
+
+                def tell(reason: str) -> None:
+                    note("stopped", reason=reason)
+                    beacon.stop(reason)
+
+                with ends_told(tell, stop):
+                    reason = _run(session, study, pool, stop, console, beacon, note)
+                    if not stop.reason:
+                        score_test(folder, study, front_and_dense(study), pool, stop, session.say)
         if config.finalists.wanted and not stop.reason:
             report(folder, study)  # what was found is there to see, whatever comes of the finalists
             with stop_on_signals(stop, console):
@@ -89,20 +92,6 @@ def _seeds(folder: StudyFolder, say: Callable[[str], None]) -> Iterator[tuple[Al
         config.sensitivity.shares,
         say,
     )
-
-
-@contextmanager
-def _told_of(beacon: Beacon, note: Note, stop: Stop) -> Iterator[Beacon]:
-    """Tell how it ended, however that was."""
-    reason = "done"
-    try:
-        yield beacon
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        note("stopped", reason=stop.reason or reason)
-        beacon.stop(stop.reason or reason)
 
 
 class DenseNotes:

@@ -10,6 +10,8 @@ from rich.console import Console
 from actors.types import Allocation, Score
 from search.alone import Cell, Log
 from search.config import Config
+from search.driving import logged
+from search.events import Note
 from search.finals import front_and_dense, score_test
 from search.folder import StudyFolder, report
 from search.opening import opened
@@ -45,8 +47,12 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
         walk = Walk(folder.cost, config.surgical, rule, answers)
         study.enqueue([(walk.dense, "dense")])
         stop = Stop()
-        with replicas(session) as pool, stop_on_signals(stop, console):
-            _score_open_trials(study, pool, stop)
+        with (
+            logged(folder, say, "surgical", stop) as note,
+            replicas(session, note) as pool,
+            stop_on_signals(stop, console),
+        ):
+            _score_open_trials(study, pool, stop, note)
             with _Screen(console, walk, folder) as screen:
                 accept(walk, answers, pool, stop, screen.redraw)
             if not stop.reason:
@@ -54,9 +60,9 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
         return folder, report(folder, study), stop.reason or "every target is decided"
 
 
-def _score_open_trials(study: SearchStudy, pool: Pool, stop: Stop) -> None:
+def _score_open_trials(study: SearchStudy, pool: Pool, stop: Stop, note: Note) -> None:
     """The dense model, what was enqueued, and trials in flight when the last driver ended."""
-    Runner(study, pool, StopSection(trials=1), ORIGIN, stop).run()
+    Runner(study, pool, StopSection(trials=1), ORIGIN, stop, note=note).run()
 
 
 class Answers:

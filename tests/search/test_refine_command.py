@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from actors.refinement import RefinementStep
 from actors.types import RankfrontError
 from search.cli import main
 from search.evaluations import Evaluations
+from search.event_log import LOG
 from search.refine import comparison_cells, refined_file
 from search.runner import Stop
 
@@ -47,6 +49,8 @@ def test_a_trial_is_refined_scored_beside_its_own_factors_and_exported(
     assert (manifest["trial"], manifest["spec"]["steps"], manifest["variant"]) == (1, 4, name)
     assert f"{rows[1, name, 'test'].text.nll:.4f} ±" in out
     assert study.asked == [("search", file.name), ("test", None), ("test", file.name)]
+    noted = [json.loads(line)["event"] for line in (path / LOG).read_text().splitlines()]
+    assert noted == ["started", "stopped"]
 
     again = run("refine", str(path), "--trial", "1", "--steps", "4")
     assert "Stopped: it was refined before" in again

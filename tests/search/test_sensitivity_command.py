@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from actors.types import Allocation, Prepared, RankfrontError
 from search.alone import FILE
 from search.cli import main
 from search.config import Config, parse_config
+from search.event_log import LOG
 from search.journal import JOURNAL, driver_lock
 from search.pool import Job, Machine, Outcome
 from search.sensitivity import sensitivity
@@ -157,6 +159,15 @@ def test_a_stopped_command_says_how_to_go_on(
     assert len((config.folder / FILE).read_text().splitlines()) == 4
     lines = pq.read_table(config.folder / "sensitivity.parquet").to_pylist()
     assert [line["reason"] for line in lines].count("not scored yet") == COUNT - 4
+
+
+def test_it_tells_the_log_of_the_study(config: Config, machinery: Machinery) -> None:
+    sensitivity(config, Console(file=io.StringIO()))
+    lines = [json.loads(line) for line in (config.folder / LOG).read_text().splitlines()]
+    assert [(line["event"], line.get("command"), line.get("reason")) for line in lines] == [
+        ("started", "sensitivity", None),
+        ("stopped", None, "done"),
+    ]
 
 
 def test_a_second_process_is_refused(file: Path, config: Config, machinery: Machinery) -> None:
