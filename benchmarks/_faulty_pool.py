@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from _queue_pool import QueuePool
 from _reporting import DISPATCHED, NAME, REPORTED, Opener, Reporting, appended, write
 
 from actors.types import Allocation, FactorSpec, Score, TargetSpec, TextScore
@@ -27,26 +28,16 @@ OBJECTIVES = (Objective("budget.model", True), Objective("nll", True))
 SCORE_SECONDS = 0.15
 
 
-class FaultyPool:
-    """Has the interface of `Pool`: answers in random order, a tenth of the trials with a fault."""
-
-    size = 2
+class FaultyPool(QueuePool):
+    """Answers in random order, a tenth of the trials with a fault."""
 
     def __init__(self, dispatched: int) -> None:
+        super().__init__(size=2)
         self._dispatched, self._random = dispatched, random.Random(os.getpid())
-        self._queue: list[Job] = []
-
-    @property
-    def outstanding(self) -> int:
-        return len(self._queue)
-
-    @property
-    def free(self) -> int:
-        return 2 * self.size - self.outstanding
 
     def submit(self, job: Job) -> None:
         write(self._dispatched, job.key)
-        self._queue.append(job)
+        super().submit(job)
 
     def wait(self, seconds: float) -> Iterator[Outcome]:
         if self._queue:

@@ -29,6 +29,7 @@ from typing import Any
 import optuna
 import psycopg
 from _common import machine, table
+from _queue_pool import QueuePool
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -41,7 +42,7 @@ from search.cost import CostModel
 from search.database import leased, resolve
 from search.journal import JOURNAL, driver_lock, open_journal, repair_journal
 from search.packing import RESULT, Packing, result_of
-from search.pool import Job, Outcome
+from search.pool import Outcome
 from search.records import Objective
 from search.runner import Runner, Stop
 from search.screen import Screen
@@ -81,24 +82,8 @@ def score_of(allocation: Allocation) -> Score:
     return Score("search", text, {}, forward_tokens=8192, seconds=0.0, replica="made-up")
 
 
-class NoOpPool:
-    """Has the interface of `Pool`; every job is done when it is looked at."""
-
-    size = REPLICAS
-
-    def __init__(self) -> None:
-        self._queue: list[Job] = []
-
-    @property
-    def outstanding(self) -> int:
-        return len(self._queue)
-
-    @property
-    def free(self) -> int:
-        return 2 * self.size - self.outstanding
-
-    def submit(self, job: Job) -> None:
-        self._queue.append(job)
+class NoOpPool(QueuePool):
+    """Every job is done when it is looked at."""
 
     def wait(self, seconds: float) -> Iterator[Outcome]:
         if self._queue:
@@ -152,7 +137,7 @@ def ours(storage: BaseStorage, trials: int, sampler: TimedSampler) -> float:
     with Screen(Console(file=io.StringIO()), study, goal, goal - trials) as screen:
         runner = Runner(
             study,
-            NoOpPool(),  # type: ignore[arg-type]
+            NoOpPool(REPLICAS),  # type: ignore[arg-type]
             StopSection(trials=goal),
             "random",
             Stop(),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +13,17 @@ import torch
 import yaml
 from exported_models import Case, make_case
 from safetensors import safe_open
+from strangers import ask_stranger
 from transformers import AutoModelForCausalLM
 
 from actors.modeling_rankfront import FactoredLinear, PivotedLinear, RankfrontForCausalLM
 from actors.models import load_model
 from actors.types import Allocation
 
-# Run by another Python, outside the checkout, where `actors` and `search` cannot be imported.
+# What another Python does, see `ask_stranger`.
 STRANGER = """
-import importlib.abc, json, sys
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("actors", "search"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-import numpy, torch
+import numpy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-torch.set_num_threads(1)
-job = json.load(sys.stdin)
-answers = {}
 for name, folder in job["folders"].items():
     refused = []
     for loader in (AutoConfig, AutoModel, AutoModelForCausalLM):
@@ -92,18 +77,7 @@ def stranger(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -
         "out": str(place),
         "prompt": PROMPT,
     }
-    environment = {**os.environ, "HF_HOME": str(place / "home"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=place,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]), place
+    return ask_stranger(STRANGER, job, place), place
 
 
 NAMES = pytest.mark.parametrize("name", ["tied", "biased", "gpt2"])

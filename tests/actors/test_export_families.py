@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import tiny
 import torch
 from family_cases import CASES
 from safetensors import safe_open
+from strangers import ask_stranger
 from transformers import AutoModelForCausalLM
 
 from actors.calibration import collect_moments
@@ -33,22 +31,9 @@ STORAGE = "auto"
 # The types whose config has room for every bias that the factors bring.
 ROOM_FOR_BIASES = {"llama", "gpt2", "opt", "gpt_neox"}
 
-# Another Python that finds no rankfront.
+# What another Python does, see `ask_stranger`.
 STRANGER = """
-import importlib.abc, json, sys
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("actors", "search"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-import torch
 from transformers import AutoModelForCausalLM
-
-torch.set_num_threads(1)
-job = json.load(sys.stdin)
-answers = {}
 for name, folder in job["folders"].items():
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     ids = torch.tensor(job["ids"])
@@ -118,17 +103,7 @@ def stranger(exported: dict[str, Exported], ids: torch.Tensor, tmp_path_factory:
         "greedy": GREEDY,
         "out": str(place),
     }
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=place,
-        env={**os.environ, "HF_HOME": str(place / "home"), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {"again": place, **json.loads(done.stdout.splitlines()[-1])}
+    return {"again": place, **ask_stranger(STRANGER, job, place)}
 
 
 FAMILIES = pytest.mark.parametrize("name", [case.model_type for case in CASES])

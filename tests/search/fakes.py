@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import pytest
 from safetensors.numpy import save_file
 
 from actors.types import Allocation, FactorSpec, Score, TargetSpec, TaskScore, TextScore
@@ -94,6 +96,18 @@ def score_of(allocation: Allocation, nll: float | None = None, tokens: int = 100
     text = TextScore("made-up@32", nats=nll * tokens, tokens=tokens, stderr=0.01)
     tasks = {"boolq": TaskScore(examples=10, acc=0.6, acc_norm=None, margin=0.25)}
     return Score("search", text, tasks, forward_tokens=tokens, seconds=0.5, replica="made-up")
+
+
+@contextmanager
+def dies_before_the_state(study: SearchStudy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A driver that ends a trial in here dies when the result is written and the final state is not."""
+
+    def crash(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study._storage, "set_trial_state_values", crash)
+    with pytest.raises(KeyboardInterrupt):
+        yield
 
 
 class MadeUpPool:

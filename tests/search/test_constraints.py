@@ -13,6 +13,7 @@ from fakes import (
     TARGETS,
     MadeUpPool,
     cost_model,
+    dies_before_the_state,
     open_study,
     plain,
     propose_and_complete,
@@ -103,12 +104,7 @@ def test_constraints_are_written_before_the_state(tmp_path: Path, monkeypatch: p
     """Finished trials are immutable; a driver that died there writes the same again."""
     study = open_study(tmp_path, constraints=(PERPLEXITY,))
     planned = study.propose("random")
-
-    def crash(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study._storage, "set_trial_state_values", crash)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before_the_state(study, monkeypatch):
         study.complete(planned, score_of(planned.allocation))
     [before] = stored(tmp_path)
     assert before.state == TrialState.RUNNING

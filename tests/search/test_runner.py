@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import DENSE_NLL, TARGETS, MadeUpPool, loss, open_study, plain, score_of
+from fakes import DENSE_NLL, TARGETS, MadeUpPool, dies_before_the_state, loss, open_study, plain, score_of
 from optuna.trial import TrialState
 
 from actors.types import Allocation, KlScore, TextScore
@@ -265,12 +265,7 @@ def test_a_finished_result_is_replayed_before_anything_is_dispatched(
 ) -> None:
     before = open_study(tmp_path)
     planned = before.propose("random")
-
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(before._storage, "set_trial_state_values", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before_the_state(before, monkeypatch):
         before.complete(planned, score_of(planned.allocation))
     study, pool = open_study(tmp_path), MadeUpPool(size=1)
     runner(study, pool, trials=2).run()

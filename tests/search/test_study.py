@@ -12,6 +12,7 @@ import pytest
 from fakes import (
     TARGETS,
     cost_model,
+    dies_before_the_state,
     loss,
     open_study,
     plain,
@@ -64,12 +65,7 @@ def test_the_result_is_written_before_the_state(tmp_path: Path, monkeypatch: pyt
     """A finished trial without its score could not be mended: finished trials are immutable."""
     study = open_study(tmp_path)
     planned = study.propose("random")
-
-    def crash(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study._storage, "set_trial_state_values", crash)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before_the_state(study, monkeypatch):
         study.complete(planned, score_of(planned.allocation))
     [trial] = stored(tmp_path)
     assert trial.state == TrialState.RUNNING
@@ -488,12 +484,7 @@ def test_a_stopped_trial_is_pruned_with_its_part_and_no_values(tmp_path: Path) -
 def test_a_part_is_written_before_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = open_study(tmp_path)
     planned = study.propose("random")
-
-    def crash(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study._storage, "set_trial_state_values", crash)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_before_the_state(study, monkeypatch):
         study.prune(planned, part_of(planned))
     again = open_study(tmp_path)
     assert again.replay() == [planned.number], "what was written is enough to end it, in part"
