@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from actors.bias import load_comparisons
+from actors.devices import devices_of
 from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
@@ -22,6 +23,7 @@ from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
 from actors.resident import resident
 from actors.sentences import PackedSentences, pack_sentences, score_sentences
+from actors.spans import spread
 from actors.stages import Judge
 from actors.tasks import load_examples, task_of
 from actors.text import ScoredText, corpus_part, fingerprint_windows, text_name, text_parts, windows
@@ -209,14 +211,15 @@ class Scorer:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self._spec = spec = replace(spec, prepared=resident(spec.preparation, spec.prepared))
-        device = spec.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        devices = devices_of(spec)
         preparation, prepared = spec.preparation, spec.prepared
         self.tokenizer = load_tokenizer(prepared.model_folder, preparation.model)
-        self.model = load_model(prepared.model_folder, preparation.model, device)
+        first = devices[0] if len(devices) == 1 else "cpu"  # until it is spread
+        self.model = load_model(prepared.model_folder, preparation.model, first)
         self.limit = getattr(self.model.config, "max_position_embeddings", None)
-        self.store = FactorStore(prepared.factor_store, device)
+        self.store = FactorStore(prepared.factor_store, devices[0])
+        if len(devices) > 1:
+            spread(self.model, prepared.targets, self.store, devices)
         self.trial_model = TrialModel(self.model, prepared.targets, self.store)
         self._splits: dict[str, SplitData] = {}
         self._dense: dict[str, DenseTop] = {}
