@@ -22,17 +22,20 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
+from actors.busy import Busy
+
 T = TypeVar("T")
 
 # More than a pass has steps: a pass begins at each turn, and each goes one step further.
 LANES = 64
-# The attribute of a model that is spread.
-_ATTRIBUTE = "rankfront_relay"
+# The attribute of a model whose passes are watched.
+_ATTRIBUTE = "rankfront_passes"
 
 
 class _Stopped(BaseException):
@@ -40,9 +43,13 @@ class _Stopped(BaseException):
 
 
 class _Pass(Generic[T]):
-    """A pass in a thread of its own, which runs only from `go` to the next `pause`, or to its end."""
+    """A pass in a thread of its own, which runs only from `go` to the next `pause`, or to its end.
+
+    `place` is the device it is on, by its number.
+    """
 
     def __init__(self, work: Callable[[], T], here: threading.local, lanes: ThreadPoolExecutor) -> None:
+        self.place = 0
         self.ended = self._unwinding = False
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._future: Future[T] = lanes.submit(self._run, work, here)
@@ -93,18 +100,57 @@ class _Pass(Generic[T]):
             del future
 
 
-class Relay:
-    """The turns of one model's passes. Its hooks say `step` before a pass goes on to another device."""
+class InTurn:
+    """Passes one after another on one device, which is `busy` with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, busy: Busy) -> None:
+        self._busy = busy
+
+    def run(self, works: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+        """Results of `works` in their order; each runs when it is asked for."""
+        for work in works:
+            self._busy.begin(0)
+            result = work()
+            self._busy.end(0)
+            yield result
+
+
+class Relay:
+    """The turns of one model's passes. Its hooks say `leave` before a pass goes on to another device, and
+    `arrive` when all it needs is there. Passes that are not of `run` go on as if nobody else did."""
+
+    def __init__(self, busy: Busy) -> None:
+        self._busy = busy
         self._here = threading.local()
         self._lanes = ThreadPoolExecutor(LANES, thread_name_prefix="pass")
 
-    def step(self) -> None:
-        """Another device is next: where the pass that calls is one of several, others run meanwhile."""
-        running: _Pass[Any] | None = getattr(self._here, "running", None)
+    def leave(self) -> None:
+        """Another device is next for the pass that calls: others run meanwhile."""
+        running = self._running
         if running is not None:
+            self._busy.end(running.place)
             running.pause()
+
+    def arrive(self, place: int) -> None:
+        """The pass that calls goes on, on the device of this number."""
+        running = self._running
+        if running is not None:
+            running.place = place
+            self._busy.begin(place)
+
+    @property
+    def _running(self) -> _Pass[Any] | None:
+        """The pass that calls, None where it is none of `run`."""
+        return getattr(self._here, "running", None)
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        """A pass from its first device to its last."""
+        self._busy.begin(0)
+        result = work()
+        running = self._running
+        assert running is not None
+        self._busy.end(running.place)
+        return result
 
     def run(self, works: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
         """Results of `works` in their order, each a pass of the model and what is made of it.
@@ -128,7 +174,7 @@ class Relay:
                     work = next(waiting, None)
                     more = work is not None
                     if work is not None:
-                        under_way.append(_Pass(work, self._here, self._lanes))
+                        under_way.append(_Pass(partial(self._timed, work), self._here, self._lanes))
                         under_way[-1].go()
                 for _ in range(late):
                     yield ended.popleft().result()
@@ -142,11 +188,9 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def give_relay(model: nn.Module) -> Relay:
-    """The relay of a model that is spread from now on."""
-    relay = Relay()
-    setattr(model, _ATTRIBUTE, relay)
-    return relay
+def conduct(model: nn.Module, by: Relay | InTurn) -> None:
+    """Have the passes of a model run by `by` from now on."""
+    setattr(model, _ATTRIBUTE, by)
 
 
 def passes(model: nn.Module, works: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
@@ -155,5 +199,5 @@ def passes(model: nn.Module, works: Iterable[Callable[[], T]]) -> Generator[T, N
     They run one by one where the model is on one device; where it is spread, some are under way at once. Work
     reads no value back from its device: that would wait for it. To be closed by a caller that leaves early.
     """
-    relay: Relay | None = vars(model).get(_ATTRIBUTE)
-    return (work() for work in works) if relay is None else relay.run(works)
+    by: Relay | InTurn | None = vars(model).get(_ATTRIBUTE)
+    return (work() for work in works) if by is None else by.run(works)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from actors.bias import load_comparisons
+from actors.busy import Busy
 from actors.devices import devices_of
 from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
@@ -21,6 +22,7 @@ from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
+from actors.relay import InTurn, conduct
 from actors.resident import resident
 from actors.sentences import PackedSentences, pack_sentences, score_sentences
 from actors.spans import spread
@@ -218,8 +220,12 @@ class Scorer:
         self.model = load_model(prepared.model_folder, preparation.model, first)
         self.limit = getattr(self.model.config, "max_position_embeddings", None)
         self.store = FactorStore(prepared.factor_store, devices[0])
+        # A single CPU is busy while it scores: that is `seconds`.
+        self._busy, self._measured = Busy(devices), devices != ("cpu",)
         if len(devices) > 1:
-            spread(self.model, prepared.targets, self.store, devices)
+            spread(self.model, prepared.targets, self.store, devices, self._busy)
+        elif self._measured:
+            conduct(self.model, InTurn(self._busy))
         self.trial_model = TrialModel(self.model, prepared.targets, self.store)
         self._splits: dict[str, SplitData] = {}
         self._dense: dict[str, DenseTop] = {}
@@ -267,6 +273,7 @@ class Scorer:
             ScoringError: no valid score.
         """
         data, dense = self.split(split), self._dense_top(split)
+        self._busy.take()  # of what came before, such as a score that failed
         start = time.perf_counter()
         self.trial_model.install(allocation, data.tokens)
         installed = time.perf_counter() - start
@@ -274,4 +281,5 @@ class Scorer:
         judge = Judge(scoring.stages, scoring.window, rivals) if split == "search" else None
         with self._reusing(allocation, split):
             score = score_split(self.model, data, scoring.batch_tokens, self._spec.name, dense, judge)
-        return Score(**{**score.__dict__, "seconds": score.seconds + installed})
+        busy = self._busy.take() if self._measured else ()
+        return replace(score, seconds=score.seconds + installed, busy=busy)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.busy import Busy
 from actors.factors import FactorStore
 from actors.linears import weight_of
 from actors.models import decoder_blocks
-from actors.relay import Relay, give_relay
+from actors.relay import Relay, conduct
 from actors.types import RankfrontError, TargetSpec
 
 Tensor = torch.Tensor
@@ -110,11 +111,16 @@ def sizes_of(model: nn.Module, targets: Sequence[TargetSpec], store: FactorStore
 
 
 def spread(
-    model: nn.Module, targets: Sequence[TargetSpec], store: FactorStore, devices: Sequence[str]
+    model: nn.Module,
+    targets: Sequence[TargetSpec],
+    store: FactorStore,
+    devices: Sequence[str],
+    busy: Busy,
 ) -> tuple[range, ...]:
     """Put the blocks of a model, and their factors, on `devices`, in order; returns the span of each.
 
-    Passes of the model then go from device to device, and `actors.relay.passes` has several under way.
+    Passes of the model then go from device to device, and `actors.relay.passes` has several under way and
+    counts in `busy` what each device works.
     Inputs are those of the first device, where the first parameter is; logits are where the head is.
 
     Raises:
@@ -122,7 +128,9 @@ def spread(
     """
     spans = split(sizes_of(model, targets, store), len(devices))
     parts, blocks = _parts(model), decoder_blocks(model)[1]
-    hooks = _Hooks(give_relay(model))
+    relay = Relay(busy)
+    conduct(model, relay)
+    hooks = _Hooks(relay)
     model.register_forward_pre_hook(hooks.begin)
     model.register_forward_hook(hooks.end, always_call=True)
     placed: set[int] = set()
@@ -180,11 +188,14 @@ class _Hooks:
         """The hook of a module on the device at `place`."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            if self._here.place != place:
-                self._here.brought = {}
-                self._relay.step()
-                self._here.place = place
-            return self._bring(args, device), self._bring(keywords, device)
+            if self._here.place == place:
+                return self._bring(args, device), self._bring(keywords, device)
+            self._here.brought = {}
+            self._relay.leave()
+            self._here.place = place
+            brought = self._bring(args, device), self._bring(keywords, device)
+            self._relay.arrive(place)
+            return brought
 
         return hook
 

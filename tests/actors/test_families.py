@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from actors.busy import Busy
 from actors.calibration import collect_moments
 from actors.export import low_rank_model
 from actors.factors import FactorStore
@@ -326,7 +327,7 @@ def test_several_devices_give_the_bits_of_one(setting: Setting, ids: torch.Tenso
     """Whatever is installed, with several passes under way, from the first block or from a later one."""
     ids, dense = ids[:12], Allocation.dense(setting.targets)
     model, store = setting.dense(), FactorStore(setting.store.folder)
-    spread(model, setting.targets, store, ["cpu"] * devices)
+    spread(model, setting.targets, store, ["cpu"] * devices, Busy(["cpu"] * devices))
     trial = TrialModel(model, setting.targets, store)
     prefix = PrefixCache(model, setting.targets, dense, 10**4, 100.0, stride=1)
     alone, plain = setting.installed(dense, MANY)
@@ -348,7 +349,7 @@ def test_what_blocks_on_another_device_are_given_is_brought_there(
 ) -> None:
     """To `meta`, whose tensors take part in nothing together with others, and from which none come back."""
     model, store = setting.dense(), FactorStore(setting.store.folder)
-    spread(model, setting.targets, store, ["cpu", "meta"])
+    spread(model, setting.targets, store, ["cpu", "meta"], Busy(["cpu", "cpu"]))
     TrialModel(model, setting.targets, store).install(setting.mixed(), MANY)
     with torch.inference_mode():
         if model.get_output_embeddings().weight.device.type == "meta":

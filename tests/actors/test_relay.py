@@ -12,9 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from actors.relay import LANES, Relay, give_relay, passes
+from actors.busy import Busy
+from actors.relay import LANES, Relay, conduct, passes
 
 Step = tuple[int, int]
+
+
+def relay_of(devices: int = 3) -> Relay:
+    return Relay(Busy(["cpu"] * devices))
 
 
 def walks(relay: Relay, record: list[Step], count: int, steps: int = 2) -> list[Callable[[], int]]:
@@ -23,7 +28,8 @@ def walks(relay: Relay, record: list[Step], count: int, steps: int = 2) -> list[
     def walk(number: int) -> int:
         for step in range(steps):
             if step:
-                relay.step()
+                relay.leave()
+                relay.arrive(step % 3)
             record.append((number, step))
         return number
 
@@ -32,7 +38,7 @@ def walks(relay: Relay, record: list[Step], count: int, steps: int = 2) -> list[
 
 def test_each_pass_is_a_device_behind_the_one_before_it() -> None:
     """Three devices: while the first pass is on the last of them, two others are on those before it."""
-    relay, record = Relay(), list[Step]()
+    relay, record = relay_of(), list[Step]()
     assert list(relay.run(walks(relay, record, 4, steps=3))) == [0, 1, 2, 3]
     assert record == [
         (0, 0),
@@ -46,30 +52,31 @@ def test_each_pass_is_a_device_behind_the_one_before_it() -> None:
 
 @pytest.mark.parametrize(("count", "steps"), [(0, 2), (1, 1), (1, 3), (5, 1), (3, LANES + 9)])
 def test_results_come_in_order_however_many_steps_there_are(count: int, steps: int) -> None:
-    relay = Relay()
+    relay = relay_of()
     assert list(relay.run(walks(relay, [], count, steps))) == list(range(count))
 
 
 def test_a_result_is_handed_out_when_the_next_turn_has_begun() -> None:
     """The caller waits for its values; until then the devices have the passes behind it to work at."""
-    relay, record = Relay(), list[Step]()
+    relay, record = relay_of(), list[Step]()
     with closing(relay.run(walks(relay, record, 9))) as found:
         assert next(found) == 0
         assert record[-2:] == [(1, 1), (2, 0)]
 
 
 def test_passes_compute_without_gradients_in_threads_of_their_own() -> None:
-    relay, own = Relay(), threading.get_ident()
+    relay, own = relay_of(), threading.get_ident()
 
     def look() -> tuple[bool, bool]:
         return torch.is_inference_mode_enabled(), threading.get_ident() == own
 
     assert list(relay.run([look, look])) == [(True, False)] * 2
-    relay.step()  # outside of a pass nothing takes turns
+    relay.leave()  # outside of a pass nothing takes turns
+    relay.arrive(1)
 
 
 def test_who_leaves_early_leaves_nothing_under_way() -> None:
-    relay, record = Relay(), list[Step]()
+    relay, record = relay_of(), list[Step]()
     with closing(relay.run(walks(relay, record, 9, steps=3))) as found:
         next(found)
     there = len(record)
@@ -79,7 +86,7 @@ def test_who_leaves_early_leaves_nothing_under_way() -> None:
 
 def test_an_error_is_raised_in_its_turn_and_holds_nothing_afterwards() -> None:
     """A pass that fails at its first step waits for those before it: their results are good."""
-    relay, unwound = Relay(), list[int]()
+    relay, unwound = relay_of(), list[int]()
     held = torch.zeros(3)
     kept = weakref.ref(held)
 
@@ -88,8 +95,10 @@ def test_an_error_is_raised_in_its_turn_and_holds_nothing_afterwards() -> None:
 
     def unwinds() -> int:
         try:
-            relay.step()
-            relay.step()
+            for place in (1, 2):
+                relay.leave()
+                relay.arrive(place)
+            unwound.append(0)
         except Exception:  # what code of a model may do
             unwound.append(-1)
         finally:
@@ -117,6 +126,7 @@ def test_passes_of_a_model_on_one_device_run_one_by_one_where_they_are_asked_for
     found = passes(model, [lambda: record.append("first"), lambda: record.append("second")])
     next(found)
     assert record == ["first"]
-    relay, steps = give_relay(model), list[Step]()
+    relay, steps = relay_of(), list[Step]()
+    conduct(model, relay)
     assert list(passes(model, walks(relay, steps, 2))) == [0, 1]
     assert steps == [(0, 0), (0, 1), (1, 0), (1, 1)]

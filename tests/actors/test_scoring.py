@@ -332,11 +332,14 @@ def test_several_devices_score_as_one(replica: ReplicaSpec) -> None:
     for allocation in (cost.uniform(0.6), *walk, Allocation.dense(targets)):
         for split in ("search", "test"):
             found, expected = (scorer.score(allocation, split) for scorer in (three, one))
-            assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
+            assert replace(found, seconds=0.0, busy=()) == replace(expected, seconds=0.0)
+            assert len(found.busy) == 3
+            assert 0 < sum(found.busy) <= found.seconds, "of one CPU the three devices have a share each"
+            assert Score.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     rivals = (shifted(one.score(Allocation.dense(targets)), -9.0),)
     found, expected = (scorer.score(cost.uniform(0.6), rivals=rivals) for scorer in (three, one))
     assert (found.stopped_by, found.forward_tokens) == (5, 64)
-    assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
+    assert replace(found, seconds=0.0, busy=()) == replace(expected, seconds=0.0)
     assert three.prefix.bytes == one.prefix.bytes > 0
     three.model.get_submodule("model.norm").weight.fill_(torch.nan)
     with pytest.raises(ScoringError, match=r"non-finite loss in windows 0\.\.1, first in model\.norm"):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from actors.busy import Busy
 from actors.factors import FactorStore
 from actors.models import count_parameters, decoder_blocks, load_model
 from actors.perplexity import window_losses
@@ -99,7 +100,7 @@ def test_a_pass_is_on_one_device_while_the_next_is_on_the_one_before_it(
     """The record is the order in which work is queued; devices then work side by side."""
     folder, store = setting
     model = load_model(folder, ModelSource(str(folder)))
-    spans = spread(model, store.targets, FactorStore(store.folder), ["cpu", "cpu"])
+    spans = spread(model, store.targets, FactorStore(store.folder), ["cpu", "cpu"], Busy(["cpu", "cpu"]))
     record = places(model)
     window_losses(model, ids[:3], ids.shape[1], "text")
     first, second = ([f"block {block}" for block in span] for span in spans)
@@ -135,7 +136,7 @@ def test_weights_factors_and_states_are_where_they_are_used(
     folder, store = setting
     model = load_model(folder, ModelSource(str(folder)))
     store = FactorStore(store.folder)
-    spans = spread(model, store.targets, store, ["cpu", "meta"])
+    spans = spread(model, store.targets, store, ["cpu", "meta"], Busy(["cpu", "cpu"]))
     for device, span in zip(("cpu", "meta"), spans, strict=True):
         for block in span:
             held = {tensor.device.type for tensor in decoder_blocks(model)[1][block].parameters()}
@@ -159,6 +160,6 @@ def test_two_gpus_give_the_bits_of_one(setting: tuple[Path, FactorStore], ids: t
     """Its twins without GPUs are the two tests above and the contract of the families."""
     folder, store = setting
     one, two = (load_model(folder, ModelSource(str(folder))) for _ in range(2))
-    spread(two, store.targets, FactorStore(store.folder), ["cuda:0", "cuda:1"])
+    spread(two, store.targets, FactorStore(store.folder), ["cuda:0", "cuda:1"], Busy(["cuda:0", "cuda:1"]))
     losses = [window_losses(model, ids, 64, "text").nats for model in (one.to("cuda"), two)]
     assert torch.equal(*losses)
