@@ -42,7 +42,8 @@ class _GpuMoment:
     def until(self, later: _Moment) -> float:
         assert isinstance(later, _GpuMoment)
         later._event.synchronize()
-        return self._event.elapsed_time(later._event) / 1e3  # which is in milliseconds
+        milliseconds: float = self._event.elapsed_time(later._event)
+        return milliseconds / 1e3
 
 
 class Busy:

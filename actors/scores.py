@@ -247,14 +247,13 @@ class Score:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        rest = {
-            key: tuple(value) if key == "busy" else value
-            for key, value in data.items()
-            if key not in ("text", "tasks", "kl", "corpora", "bias")
-        }
+        parts = ("text", "tasks", "kl", "corpora", "bias", "busy")
+        rest = {key: value for key, value in data.items() if key not in parts}
         tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
         kl = data.get("kl")
         corpora = {name: TextScore(**text) for name, text in data.get("corpora", {}).items()}
         bias = {name: BiasScore(**one) for name, one in data.get("bias", {}).items()}
-        text = TextScore(**data["text"])
-        return cls(text=text, tasks=tasks, kl=kl and KlScore(**kl), corpora=corpora, bias=bias, **rest)
+        text, busy = TextScore(**data["text"]), tuple(data.get("busy", ()))
+        return cls(
+            text=text, tasks=tasks, kl=kl and KlScore(**kl), corpora=corpora, bias=bias, busy=busy, **rest
+        )

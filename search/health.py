@@ -84,9 +84,8 @@ class Health:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Health:
-        listed = ("trials", "gpus")
         replicas = [
-            ReplicaHealth(**{key: tuple(value) if key in listed else value for key, value in each.items()})
+            ReplicaHealth(**{**each, "trials": tuple(each["trials"]), "gpus": tuple(each.get("gpus", ()))})
             for each in data["replicas"]
         ]
         return cls(**{**data, "replicas": tuple(replicas)})
