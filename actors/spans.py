@@ -162,7 +162,7 @@ def _move_own(module: nn.Module, device: str) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
     for name, buffer in module.named_buffers(recurse=False):
-        module._buffers[name] = buffer.to(device)
+        setattr(module, name, buffer.to(device))
 
 
 class _Hooks:
