@@ -11,6 +11,7 @@ whole vocabulary, equal to it at k = vocabulary, and 0 only where all buckets ag
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from actors.nonfinite import culprit
+from actors.relay import passes, upload
 from actors.types import ScoringError
 
 Tensor = torch.Tensor
@@ -52,29 +54,41 @@ def dense_top(model: nn.Module, windows: Tensor, batch_tokens: int, top_k: int, 
     Raises:
         ScoringError: a non-finite logit, naming the windows and the layer it began in.
     """
-    device = next(model.parameters()).device
-    count, window = windows.shape
     ids = logs = torch.empty(0)
-    for start, batch in batches(windows, batch_tokens):
-        forward = partial(model, batch.to(device), use_cache=False)
-        logits = forward().logits
-        kept = min(top_k, logits.shape[-1])
-        if start == 0:
-            ids = torch.empty(count, window, kept, dtype=torch.int32, device=device)
-            logs = torch.empty(count, window, kept + 1, dtype=torch.float32, device=device)
-        ids_out = ids[start : start + len(batch)].view(-1, kept).split(LOGIT_ROWS)
-        logs_out = logs[start : start + len(batch)].view(-1, kept + 1).split(LOGIT_ROWS)
-        chunks = logits.flatten(0, 1).split(LOGIT_ROWS)
-        for rows, chosen, found in zip(chunks, ids_out, logs_out, strict=True):
-            rows = rows.float()
-            chosen.copy_(rows.topk(kept, dim=1).indices)
-            found.copy_(log_buckets(rows, chosen))
-        if not torch.isfinite(logs[start : start + len(batch), :, 0]).all():
-            raise ScoringError(
-                f"{name}: non-finite logits of the dense model in windows {start}..{start + len(batch) - 1}, "
-                f"{culprit(model, forward)}"
-            )
+    todo = batches(windows, batch_tokens)
+    works = (partial(_batch_top, model, batch, top_k) for _, batch in todo)
+    with closing(passes(model, works)) as tops:
+        for (start, batch), top in zip(todo, tops, strict=True):
+            if start == 0:
+                ids, logs = (each.new_empty(len(windows), *each.shape[1:]) for each in (top.ids, top.logs))
+            kept = slice(start, start + len(batch))
+            ids[kept], logs[kept] = top.ids, top.logs
+            if not torch.isfinite(top.logs[:, :, 0]).all():
+                raise ScoringError(
+                    f"{name}: non-finite logits of the dense model in windows {start}..{kept.stop - 1}, "
+                    f"{culprit(model, partial(forward, model, batch))}"
+                )
     return DenseTop(ids, logs)
+
+
+def _batch_top(model: nn.Module, batch: Tensor, top_k: int) -> DenseTop:
+    """What is kept of windows (b, window)."""
+    logits = forward(model, batch)
+    kept = min(top_k, logits.shape[-1])
+    ids = torch.empty(*batch.shape, kept, dtype=torch.int32, device=logits.device)
+    logs = torch.empty(*batch.shape, kept + 1, dtype=torch.float32, device=logits.device)
+    chunks = (each.flatten(0, 1).split(LOGIT_ROWS) for each in (logits, ids, logs))
+    for rows, chosen, found in zip(*chunks, strict=True):
+        rows = rows.float()
+        chosen.copy_(rows.topk(kept, dim=1).indices)
+        found.copy_(log_buckets(rows, chosen))
+    return DenseTop(ids, logs)
+
+
+def forward(model: nn.Module, batch: Tensor) -> Tensor:
+    """Logits (b, window, vocabulary) of windows (b, window), on the device of the model's head."""
+    device = next(model.parameters()).device
+    return model(upload(batch, device), use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def batches(windows: Tensor, batch_tokens: int) -> list[tuple[int, Tensor]]:

@@ -221,7 +221,18 @@ class FactorStore:
         self.targets = tuple(TargetSpec(**target) for target in self.manifest["targets"])
         self.methods: dict[str, list[str]] = self.manifest["methods"]
         self._device = device
+        self._places: dict[str, str] = {}
         self._tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def place(self, devices: Mapping[str, str]) -> None:
+        """Read the factors of these targets to devices of their own from now on."""
+        self._places = dict(devices)
+        self._tensors.clear()
+
+    def bytes_of(self, name: str) -> int:
+        """What the factors of a target take, by all methods together."""
+        files = self.manifest["files"].values()
+        return sum(int(entry["bytes"]) for entry in files if entry["target"] == name)
 
     def _read(self, name: str, method: str | None) -> dict[str, Tensor]:
         """The tensors of a target, by its configured method where none is named."""
@@ -233,7 +244,8 @@ class FactorStore:
                     f"factor store {self.folder}: {name} has factors by {held}, not {method}"
                 )
             with safe_open(self.folder / f"{name}.{method}.safetensors", framework="pt") as file:
-                tensors = {part: file.get_tensor(part).to(self._device) for part in file.keys()}  # noqa: SIM118
+                device = self._places.get(name, self._device)
+                tensors = {part: file.get_tensor(part).to(device) for part in file.keys()}  # noqa: SIM118
             self._tensors[name, method] = tensors
         return self._tensors[name, method]
 

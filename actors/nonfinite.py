@@ -11,9 +11,14 @@ from torch import nn
 from actors.low_rank import TrialLinear
 
 
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Whether every logit is a number, on their device: their sum is one only then, and reads them once."""
+    return torch.isfinite(logits.sum(dtype=torch.float32))
+
+
 def all_finite(logits: torch.Tensor) -> bool:
-    """Whether every logit is a number: their sum is one only then, and costs a single read of them."""
-    return bool(torch.isfinite(logits.sum(dtype=torch.float32)))
+    """The same as a value, which waits for the device."""
+    return bool(finite(logits))
 
 
 @torch.inference_mode()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
-from actors.divergence import LOGIT_ROWS, DenseTop, batches, divergence, log_buckets
-from actors.nonfinite import all_finite, culprit
+from actors.divergence import LOGIT_ROWS, DenseTop, batches, divergence, forward, log_buckets
+from actors.nonfinite import culprit, finite
+from actors.relay import passes, upload
 from actors.samples import pack_floats
 from actors.stages import Judge
 from actors.types import KlScore, ScoringError, TextScore
@@ -56,35 +58,51 @@ def window_losses(
     Raises:
         ScoringError: non-finite logits, loss or divergence, naming the windows and the layer it began in.
     """
-    device = next(model.parameters()).device
     if scored is None:
         scored = torch.full((len(windows),), windows.shape[1] - 1)
     nats, kl = [], []
-    for start, batch in batches(windows, batch_tokens):
-        batch = batch.to(device)
-        forward = partial(model, batch, use_cache=False)
-        logits = forward().logits
-        kept = slice(start, start + len(batch))
-        last = scored[kept].to(device)
-        nats.append(_window_nats(logits, batch, last).cpu())
-        where = f"windows {start}..{start + len(batch) - 1}"
-        sound = torch.isfinite(nats[-1]).all()
-        if not (sound and all_finite(logits)):
-            what = "logits" if sound else "loss"
-            raise ScoringError(f"{name}: non-finite {what} in {where}, {culprit(model, forward)}")
-        if dense is not None:
-            kl.append(window_divergence(logits, DenseTop(dense.ids[kept], dense.logs[kept]), last).cpu())
-            if not torch.isfinite(kl[-1]).all():
-                raise ScoringError(
-                    f"{name}: non-finite divergence from the dense model in {where}, "
-                    f"{culprit(model, forward)}"
-                )
-        done = start + len(batch)
-        if judge is not None and done < len(windows) and judge.due(done):
-            sums = {"nll": torch.cat(nats), **({"kl": torch.cat(kl)} if kl else {})}
-            if judge.stops({key: (lost / scored[:done]).tolist() for key, lost in sums.items()}):
-                break
+    todo = batches(windows, batch_tokens)
+    works = (partial(_batch_losses, model, batch, start, scored, dense) for start, batch in todo)
+    with closing(passes(model, works)) as found:
+        for (start, batch), (lost, diverged, sound) in zip(todo, found, strict=True):
+            done = start + len(batch)
+            fault = _fault(lost, diverged, sound)
+            if fault is not None:
+                first = culprit(model, partial(forward, model, batch))
+                raise ScoringError(f"{name}: non-finite {fault} in windows {start}..{done - 1}, {first}")
+            nats.append(lost.cpu())
+            if diverged is not None:
+                kl.append(diverged.cpu())
+            if judge is not None and done < len(windows) and judge.due(done):
+                sums = {"nll": torch.cat(nats), **({"kl": torch.cat(kl)} if kl else {})}
+                if judge.stops({key: (values / scored[:done]).tolist() for key, values in sums.items()}):
+                    break
     return WindowLosses(torch.cat(nats), torch.cat(kl) if kl else None)
+
+
+def _batch_losses(
+    model: nn.Module, batch: Tensor, start: int, scored: Tensor, dense: DenseTop | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of windows (b, w), the first of them the `start`-th: their loss (b,) float64, their divergence likewise
+    where it is asked for, and whether all logits are numbers; on the device of the logits."""
+    logits, kept = forward(model, batch), slice(start, start + len(batch))
+    batch, last = (upload(each, logits.device) for each in (batch, scored[kept]))
+    nats = _window_nats(logits, batch, last)
+    if dense is None:
+        return nats, None, finite(logits)
+    top = DenseTop(dense.ids[kept], dense.logs[kept])
+    return nats, window_divergence(logits, top, last), finite(logits)
+
+
+def _fault(nats: Tensor, diverged: Tensor | None, sound: Tensor) -> str | None:
+    """What of a batch is not a number, None where all is; reads the values back."""
+    if not torch.isfinite(nats).all():
+        return "loss"
+    if not sound:
+        return "logits"
+    if diverged is not None and not torch.isfinite(diverged).all():
+        return "divergence from the dense model"
+    return None
 
 
 def text_score(nats: Tensor, scored: Tensor | int, name: str) -> TextScore:

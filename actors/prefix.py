@@ -11,6 +11,7 @@ positions and rotary embeddings stay the work of the model's own code, whatever 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -54,8 +55,7 @@ class PrefixCache:
         self._boundaries: tuple[int, ...] | None = None if one_each else ()
         self._forms = [OPAQUE] * len(self._blocks)  # until a block has been seen to run
         self._states: dict[bytes, dict[int, Tensor]] = {}  # by input, then by block
-        self._batch: dict[int, Tensor] = {}  # those of the pass under way
-        self._restart = 0
+        self._pass = threading.local()  # of each pass under way: its states, and the block it starts at
 
     @property
     def bytes(self) -> int:
@@ -90,8 +90,9 @@ class PrefixCache:
         """Looks up the input of a pass, and the block it starts at: 0 where nothing is known of it."""
 
         def hook(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self._batch = self._states.setdefault(_digest(args, keywords), {})
-            self._restart = max((block for block in self._batch if block <= changed), default=0)
+            batch = self._states.setdefault(_digest(args, keywords), {})
+            self._pass.batch = batch
+            self._pass.restart = max((block for block in batch if block <= changed), default=0)
 
         return hook
 
@@ -99,11 +100,12 @@ class PrefixCache:
         """A block's forward that hands on, restarts, or runs and keeps."""
 
         def run(hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
-            if index < self._restart:
+            restart = self._pass.restart
+            if index < restart:
                 form = self._forms[index]
                 return hidden_states if form == BARE else (hidden_states, *[None] * (form - 1))
-            if index and index == self._restart:
-                hidden_states = self._batch[index].clone()  # some blocks work in place
+            if index and index == restart:
+                hidden_states = self._pass.batch[index].clone()  # some blocks work in place
             elif index:
                 self._keep(index, hidden_states)
             output = forward(hidden_states, *args, **keywords)
@@ -119,7 +121,7 @@ class PrefixCache:
         if index not in self._boundaries or OPAQUE in self._forms[:index]:
             return
         if self.bytes + state.nbytes <= self._memory and all_finite(state):
-            self._batch[index] = state.clone()
+            self._pass.batch[index] = state.clone()
 
 
 def boundaries(blocks: int, stride: int, most: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ by position ids that restart. One forward pass over the batch then scores all of
 from __future__ import annotations
 
 import contextlib
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from actors.nonfinite import all_finite, culprit
+from actors.nonfinite import culprit, finite
+from actors.relay import passes, upload
 from actors.samples import pack_bits, pack_floats
 from actors.tasks import Example
 from actors.types import RankfrontError, ScoringError, TaskScore
@@ -195,12 +197,20 @@ def _pack_batch(lanes: Sequence[Sequence[_Tree]]) -> PackedBatch:
 
 @contextlib.contextmanager
 def _head_reads(model: nn.Module, keep: Tensor) -> Iterator[None]:
-    """While open, the head is given the hidden states at `keep` (p,) alone, as one row: (1, p, hidden)."""
+    """While open, the head is given the hidden states at `keep` (p,) alone, as one row: (1, p, hidden).
 
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[keep][None], *args[1:])
+    In passes of this thread, as others may be under way (`actors.relay`); and before they change device.
+    """
+    own = threading.get_ident()
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != own:
+            return None
+        kept = keep.to(args[0].device, non_blocking=True)
+        return (args[0].flatten(0, 1)[kept][None], *args[1:])
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(gather, prepend=True)
     try:
         yield
     finally:
@@ -214,31 +224,42 @@ def log_likelihoods(model: nn.Module, task: Packed) -> Tensor:
     Raises:
         ScoringError: a non-finite value, naming the task, the batch (from 0) and the layer it began in.
     """
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    lowest = torch.finfo(dtype).min
     sums = torch.zeros(task.slots, dtype=torch.float64)
-    for number, batch in enumerate(task.batches):
-        mask = torch.zeros(batch.mask.shape, dtype=dtype, device=device)
-        mask.masked_fill_(~batch.mask.to(device), lowest)
-        forward = partial(
-            model,
-            batch.ids.to(device),
-            attention_mask=mask[:, None],
-            position_ids=batch.positions.to(device),
-            use_cache=False,
-        )
-        with _head_reads(model, batch.keep.to(device)):
-            logits = forward().logits[0]
-        scores = logits.float().log_softmax(-1)[batch.index.to(device), batch.token.to(device)]
-        scores = scores.double().cpu()
-        if not (torch.isfinite(scores).all() and all_finite(logits)):
-            raise ScoringError(
-                f"{task.name}: non-finite log-likelihood in batch {number} of {len(task.batches)}, "
-                f"{culprit(model, forward)}"
-            )
-        sums.index_add_(0, batch.slot, scores)
+    works = (partial(_token_scores, model, batch) for batch in task.batches)
+    with contextlib.closing(passes(model, works)) as found:
+        for number, (batch, (scores, sound)) in enumerate(zip(task.batches, found, strict=True)):
+            scores = scores.cpu()
+            if not (torch.isfinite(scores).all() and sound):
+                raise ScoringError(
+                    f"{task.name}: non-finite log-likelihood in batch {number} of {len(task.batches)}, "
+                    f"{culprit(model, partial(_forward, model, batch))}"
+                )
+            sums.index_add_(0, batch.slot, scores)
     return sums
+
+
+def _forward(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Logits of a batch, at every position unless the head reads fewer."""
+    parameter = next(model.parameters())
+    there, dtype = partial(upload, device=parameter.device), parameter.dtype
+    mask = torch.zeros(batch.mask.shape, dtype=dtype, device=parameter.device)
+    mask.masked_fill_(~there(batch.mask), torch.finfo(dtype).min)
+    output = model(
+        there(batch.ids),
+        attention_mask=mask[:, None],
+        position_ids=there(batch.positions),
+        use_cache=False,
+    )
+    return output.logits  # type: ignore[no-any-return]
+
+
+def _token_scores(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """The log-probability of every wanted token (w,) float64, and whether all logits are numbers."""
+    with _head_reads(model, batch.keep):
+        logits = _forward(model, batch)[0]
+    there = partial(upload, device=logits.device)
+    scores = logits.float().log_softmax(-1)[there(batch.index), there(batch.token)]
+    return scores.double(), finite(logits)
 
 
 def score_task(model: nn.Module, task: PackedTask) -> TaskScore:

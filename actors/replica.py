@@ -73,9 +73,11 @@ class Replica:
         quieten()
         import torch
 
+        from actors.devices import keep_to_share
         from actors.scoring import Scorer
 
         torch.set_num_threads(spec.threads)
+        keep_to_share(spec)
         self._scorer = Scorer(spec)
 
     def ready(self) -> Place:

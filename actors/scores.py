@@ -132,7 +132,8 @@ class Score:
     """The answer of a replica for one allocation on one split; `corpora` are further texts by name.
 
     `stopped_by` is the trial that dominated this one at the end of a stage: the score is then partial, of
-    the first windows alone, without tasks.
+    the first windows alone, without tasks. `busy` are the seconds that each GPU of the replica worked at
+    passes, in the order of the blocks they hold; empty for one without GPUs.
     """
 
     split: str
@@ -145,6 +146,7 @@ class Score:
     stopped_by: int | None = None
     corpora: Mapping[str, TextScore] = field(default_factory=dict)
     bias: Mapping[str, BiasScore] = field(default_factory=dict)
+    busy: tuple[float, ...] = ()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -245,12 +247,13 @@ class Score:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        rest = {
-            key: value for key, value in data.items() if key not in ("text", "tasks", "kl", "corpora", "bias")
-        }
+        parts = ("text", "tasks", "kl", "corpora", "bias", "busy")
+        rest = {key: value for key, value in data.items() if key not in parts}
         tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
         kl = data.get("kl")
         corpora = {name: TextScore(**text) for name, text in data.get("corpora", {}).items()}
         bias = {name: BiasScore(**one) for name, one in data.get("bias", {}).items()}
-        text = TextScore(**data["text"])
-        return cls(text=text, tasks=tasks, kl=kl and KlScore(**kl), corpora=corpora, bias=bias, **rest)
+        text, busy = TextScore(**data["text"]), tuple(data.get("busy", ()))
+        return cls(
+            text=text, tasks=tasks, kl=kl and KlScore(**kl), corpora=corpora, bias=bias, busy=busy, **rest
+        )

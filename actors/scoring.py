@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from actors.bias import load_comparisons
+from actors.busy import Busy
+from actors.devices import devices_of
 from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
@@ -20,8 +22,10 @@ from actors.models import load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, pack, score_task
+from actors.relay import InTurn, conduct
 from actors.resident import resident
 from actors.sentences import PackedSentences, pack_sentences, score_sentences
+from actors.spans import spread
 from actors.stages import Judge
 from actors.tasks import load_examples, task_of
 from actors.text import ScoredText, corpus_part, fingerprint_windows, text_name, text_parts, windows
@@ -209,14 +213,19 @@ class Scorer:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self._spec = spec = replace(spec, prepared=resident(spec.preparation, spec.prepared))
-        device = spec.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        devices = devices_of(spec)
         preparation, prepared = spec.preparation, spec.prepared
         self.tokenizer = load_tokenizer(prepared.model_folder, preparation.model)
-        self.model = load_model(prepared.model_folder, preparation.model, device)
+        first = devices[0] if len(devices) == 1 else "cpu"  # until it is spread
+        self.model = load_model(prepared.model_folder, preparation.model, first)
         self.limit = getattr(self.model.config, "max_position_embeddings", None)
-        self.store = FactorStore(prepared.factor_store, device)
+        self.store = FactorStore(prepared.factor_store, devices[0])
+        # A single CPU is busy while it scores: that is `seconds`.
+        self._busy, self._measured = Busy(devices), devices != ("cpu",)
+        if len(devices) > 1:
+            spread(self.model, prepared.targets, self.store, devices, self._busy)
+        elif self._measured:
+            conduct(self.model, InTurn(self._busy))
         self.trial_model = TrialModel(self.model, prepared.targets, self.store)
         self._splits: dict[str, SplitData] = {}
         self._dense: dict[str, DenseTop] = {}
@@ -264,6 +273,7 @@ class Scorer:
             ScoringError: no valid score.
         """
         data, dense = self.split(split), self._dense_top(split)
+        self._busy.take()  # of what came before, such as a score that failed
         start = time.perf_counter()
         self.trial_model.install(allocation, data.tokens)
         installed = time.perf_counter() - start
@@ -271,4 +281,5 @@ class Scorer:
         judge = Judge(scoring.stages, scoring.window, rivals) if split == "search" else None
         with self._reusing(allocation, split):
             score = score_split(self.model, data, scoring.batch_tokens, self._spec.name, dense, judge)
-        return Score(**{**score.__dict__, "seconds": score.seconds + installed})
+        busy = self._busy.take() if self._measured else ()
+        return replace(score, seconds=score.seconds + installed, busy=busy)

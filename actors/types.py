@@ -378,10 +378,15 @@ class Place:
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """Everything a replica needs to start: it loads these once and lives for the whole search."""
+    """Everything a replica needs to start: it loads these once and lives for the whole search.
+
+    `gpus` are those it must have, or devices of the kind `device` where one is named: below 1 a share of one,
+    above it so many that share the blocks. None is one GPU where there are any.
+    """
 
     name: str
     preparation: PreparationSpec
     prepared: Prepared
     threads: int
     device: str = "auto"
+    gpus: float | None = None

@@ -38,4 +38,5 @@ class Beacon:
         health = here(self._started, self._pool.queued, self._pool.health(), stopped, self._alone)
         write_health(self._folder, health)
         states = {state.name: self._study.count(state) for state in TrialState}
-        self._metrics.look(states, health.queue, health.busy, current_hypervolume(self._study))
+        front = current_hypervolume(self._study)
+        self._metrics.look(states, health.queue, health.busy, health.busy_gpus, front)

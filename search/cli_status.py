@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from search.findings import Cells, cells_table, percent, perplexity
+from search.health import ReplicaHealth
 from search.screen import clock
 from search.status import Status, read_status
 from search.terminal import Runs, console
@@ -84,7 +85,7 @@ def _tables(status: Status) -> Iterator[Table]:
         yield cells_table(Cells(columns, running, ""), "running", left=("replica", "where"))
     if status.replicas and status.health_seconds is not None:
         replicas = tuple(
-            (each.name, each.state, str(each.starts - 1), _place(each.node, each.pid), each.failure or "")
+            (each.name, _state(each), str(each.starts - 1), _place(each.node, each.pid), each.failure or "")
             for each in status.replicas
         )
         columns = ("replica", "state", "restarts", "where", "last failure")
@@ -94,6 +95,12 @@ def _tables(status: Status) -> Iterator[Table]:
         failures = tuple((str(len(each.trials)), each.reason, _some(each.trials)) for each in status.failures)
         columns = ("failed", "reason", "trials")
         yield cells_table(Cells(columns, failures, ""), "failures", left=columns, widths={"reason": 70})
+
+
+def _state(replica: ReplicaHealth) -> str:
+    """And the share of the time that each of its GPUs works, where it has any."""
+    shares = " ".join(f"{share:.0%}" for share in replica.gpus)
+    return f"{replica.state}, GPU at work {shares}" if shares else replica.state
 
 
 def _place(node: str | None, pid: int | None) -> str:

@@ -11,6 +11,7 @@ import ray
 from ray._private.state import state
 
 from actors.types import RankfrontError
+from search.shares import gpu_places
 
 # Ray's store only ever holds allocations and scores; its default is 30% of the machine's memory.
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -20,7 +21,8 @@ NAMESPACE = "rankfront"
 
 @dataclass(frozen=True)
 class Need:
-    """What one replica takes of a node: CPU cores, GPUs, bytes of memory (0 where they are not counted)."""
+    """What one replica takes of a node: CPU cores, GPUs (below 1 a share of one), bytes of memory (0 where
+    they are not counted)."""
 
     cpus: int
     gpus: float = 0.0
@@ -38,7 +40,7 @@ class Room:
     def places(self, need: Need) -> int:
         """How many replicas it has room for when nothing else runs there."""
         shares = [self.cpus / need.cpus]
-        shares += [self.gpus / need.gpus] if need.gpus else []
+        shares += [gpu_places(self.gpus, need.gpus)] if need.gpus else []
         shares += [self.memory / need.memory] if need.memory else []
         return int(min(shares))
 

@@ -148,7 +148,7 @@ class Crew:
             else:
                 self._put_off(slot, error)
         else:
-            slot.starting = None
+            slot.starting, slot.loaded_at = None, self._clock()
             self._restarts.succeeded(slot.spec.name, slot.node)
             facts = dataclasses.asdict(slot.place)
             self._note("replica started", replica=slot.spec.name, starts=slot.starts, **facts)

@@ -32,7 +32,8 @@ class ReplicaHealth:
     tried again).
 
     `starts` counts it and those before it in its place; `failure` is why the last of them ended. `since` is
-    when it began the trial it scores (Unix time, seconds).
+    when it began the trial it scores (Unix time, seconds). `gpus` are the shares of the time since it was
+    loaded that each of its GPUs worked at trials which have ended.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ReplicaHealth:
     node: str | None
     pid: int | None
     failure: str | None
+    gpus: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,20 @@ class Health:
         there = [each for each in self.replicas if each.state != "waiting"]
         return sum(each.state == "busy" for each in there) / max(1, len(there))
 
+    @property
+    def busy_gpus(self) -> dict[tuple[str, int], float]:
+        """The share of its time that each GPU works, by replica and its number there."""
+        return {(each.name, gpu): share for each in self.replicas for gpu, share in enumerate(each.gpus)}
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Health:
-        replicas = [ReplicaHealth(**{**each, "trials": tuple(each["trials"])}) for each in data["replicas"]]
+        replicas = [
+            ReplicaHealth(**{**each, "trials": tuple(each["trials"]), "gpus": tuple(each.get("gpus", ()))})
+            for each in data["replicas"]
+        ]
         return cls(**{**data, "replicas": tuple(replicas)})
 
 

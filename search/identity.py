@@ -67,6 +67,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("stop", "free", "how far to go"),
     Rule("run", "fixed", "the same trials again only by the same rule"),
     Rule("replicas", "free", "how fast to go"),
+    Rule("replicas.gpus", "free", "where blocks lie, not what they compute"),
     Rule("cache", "free", "where files lie, not what they hold"),
 )
 

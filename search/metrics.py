@@ -24,6 +24,7 @@ GAUGES = {
     "rankfront_trials": "Trials of the study by state (tag `state`, Optuna's).",
     "rankfront_queued_trials": "Trials that wait for a replica.",
     "rankfront_busy_replicas": "Share of replicas that score a trial.",
+    "rankfront_busy_gpu": "Share of its time that a GPU works (tags `replica`, `gpu`: its number there).",
     "rankfront_tokens_per_second": f"Scored tokens a second over the last {RATE_SECONDS:.0f} s.",
     "rankfront_hypervolume": "Hypervolume of the front; there once the dense model is scored.",
 }
@@ -34,7 +35,10 @@ class RayMetrics:
 
     def __init__(self, study: str) -> None:
         self._counters = {name: Counter(name, text, ("study",)) for name, text in COUNTERS.items()}
-        tags = {"rankfront_trials": ("study", "state")}
+        tags = {
+            "rankfront_trials": ("study", "state"),
+            "rankfront_busy_gpu": ("study", "replica", "gpu"),
+        }
         self._gauges = {name: Gauge(name, text, tags.get(name, ("study",))) for name, text in GAUGES.items()}
         for metric in (*self._counters.values(), *self._gauges.values()):
             metric.set_default_tags({"study": study})
@@ -51,12 +55,22 @@ class RayMetrics:
             self._counters["rankfront_scored_tokens"].inc(facts["tokens"])
             self._scored.append((time.monotonic(), facts["tokens"]))
 
-    def look(self, states: Mapping[str, int], queue: int, busy: float, hypervolume: float | None) -> None:
-        """How things are: trials by state, jobs without a replica, share of replicas that score."""
+    def look(
+        self,
+        states: Mapping[str, int],
+        queue: int,
+        busy: float,
+        gpus: Mapping[tuple[str, int], float],
+        hypervolume: float | None,
+    ) -> None:
+        """How things are: trials by state, jobs without a replica, share of replicas that score, share of its
+        time that each GPU works (by replica and number)."""
         for state, count in states.items():
             self._gauges["rankfront_trials"].set(count, {"state": state})
         self._gauges["rankfront_queued_trials"].set(queue)
         self._gauges["rankfront_busy_replicas"].set(busy)
+        for (replica, gpu), share in gpus.items():
+            self._gauges["rankfront_busy_gpu"].set(share, {"replica": replica, "gpu": str(gpu)})
         self._gauges["rankfront_tokens_per_second"].set(self._rate(time.monotonic()))
         if hypervolume is not None:
             self._gauges["rankfront_hypervolume"].set(hypervolume)

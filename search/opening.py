@@ -19,6 +19,7 @@ from search.config import Config, parse_config
 from search.database import leased
 from search.files import write_atomic
 from search.folder import CONFIG, PREPARED, StudyFolder
+from search.gpus import gpu_shortage
 from search.identity import config_differences, fingerprint_differences, refuse
 from search.journal import LOCK, driver_lock, repair_journal
 from search.patience import SECONDS, Patience
@@ -58,6 +59,8 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
         if repaired:
             say(f"journal: {repaired}")
         machine = connect()
+        if not (path / PREPARED).exists():
+            gpu_shortage(config.replicas, machine)  # refused before the long work, not after it
         check = _fingerprint_check(config.study, identity)
         count = builder_count(config.builders, machine)
         with ProgressBar(console) as bar:

@@ -159,6 +159,7 @@ class Pool:
             return self._again_or_fail(job, text)
         except RayActorError as error:
             return self._lost(slot, error)
+        slot.add_work(score.busy)
         self._next(slot)
         return Outcome(job, score)
 

@@ -12,8 +12,10 @@ from search.config import Config
 from search.database import resolve, shown
 from search.elastic import Elastic
 from search.events import Note, silent
+from search.gpus import gpu_shortage, gpus_each, places_by_gpu
 from search.opening import Session
 from search.pool import DEPTH, Machine, Pool
+from search.shares import gpu_places, in_words
 from search.tenure import Tenure, study_key
 
 # Bytes of a replica beyond its weights: torch, a batch of logits, activations.
@@ -35,17 +37,22 @@ def replicas(session: Session, note: Note = silent) -> Iterator[Pool]:
 def _start_pool(
     config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None], note: Note
 ) -> Pool:
+    waits = gpu_shortage(config.replicas, machine)
     count, threads = replica_plan(config, prepared, machine)
     elastic = elastic_of(config, prepared, machine, threads)
-    say(f"replicas: {count}, {threads} threads each" + (", one GPU each" if machine.gpus else ""))
+    gpus = elastic.need.gpus
+    say(f"replicas: {count}, {threads} threads" + (f" and {in_words(gpus)}" if gpus else "") + " each")
+    if waits is not None:
+        say(waits)
     section, run = config.replicas, config.run
     if run.deterministic and run.lag + 1 < DEPTH * count:
         taken = DEPTH * count
         say(f"run.lag: {run.lag} lets {run.lag + 1} trials be under way, the replicas could take {taken}")
+    asked = None if section.gpus == "auto" else gpus
     specs = [
-        ReplicaSpec(f"replica-{index}", config.preparation(), prepared, threads) for index in range(count)
+        ReplicaSpec(f"replica-{index}", config.preparation(), prepared, threads, gpus=asked)
+        for index in range(count)
     ]
-    gpus = elastic.need.gpus
     tenure = tenure_of(config, machine)
     return Pool(specs, gpus, section.attempts, section.trial_seconds, note, elastic, tenure, say)
 
@@ -65,14 +72,15 @@ def elastic_of(config: Config, prepared: Prepared, machine: Machine, threads: in
     Raises:
         RankfrontError: fewer replicas than `replicas.min` fit a machine that no node joins.
     """
-    section = config.replicas
-    memory = 0.0 if machine.gpus else replica_bytes(config, prepared)
-    need = Need(threads, 1 if machine.gpus else 0, memory)
+    section, gpus = config.replicas, gpus_each(config.replicas, machine)
+    need = Need(threads, gpus, 0.0 if gpus else replica_bytes(config, prepared))
     if machine.grows:
         return Elastic(section.min, section.max, section.count == "auto", need, cluster_nodes)
-    fit = min(machine.cores // threads, machine.gpus or machine.cores)
+    fit = machine.cores // threads
+    if gpus:
+        fit = min(fit, places_by_gpu(machine, gpus))
     if section.min > fit:
-        each = f"{threads} of {machine.cores} cores" + (" and a GPU" if machine.gpus else "")
+        each = f"{threads} of {machine.cores} cores" + (f" and {in_words(gpus)}" if gpus else "")
         raise RankfrontError(
             f"replicas.min: {section.min} never run at once: each takes {each}, and no node joins this "
             f"machine; {fit} at most"
@@ -87,19 +95,21 @@ def replica_bytes(config: Config, prepared: Prepared) -> float:
 
 
 def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[int, int]:
-    """How many replicas to begin with, and their threads: a GPU each, or what cores and memory allow.
+    """How many replicas to begin with, and their threads: as GPUs allow, or cores and memory without any.
 
     At least `replicas.min` and at most `replicas.max`, and where nodes may join as many as the most: those
     that wait for a node are what an autoscaler goes by. Threads are no more than any node with room has for
     each. Sums over other numbers of threads differ: in a deterministic search `auto` is one thread, however
     many replicas there are.
     """
-    section = config.replicas
+    section, gpus = config.replicas, gpus_each(config.replicas, machine)
     wanted_threads = 1 if section.threads == "auto" else section.threads
     if section.count != "auto":
         count = section.count
-    elif machine.gpus:
-        count = machine.gpus
+    elif gpus:
+        count = places_by_gpu(machine, gpus)
+        if gpus < 1:  # more replicas than cores would wait for ever
+            count = min(count, machine.cores // wanted_threads)
     else:
         fit = int(0.8 * machine.memory / replica_bytes(config, prepared))
         count = max(1, min(machine.cores // wanted_threads, fit))
@@ -108,13 +118,18 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
         most = section.max or max(count, section.min)
         count = most if machine.grows and section.max else min(most, max(count, section.min))
     if section.threads == "auto" and not config.run.deterministic:
-        share = machine.cores // (min(count, there) if machine.grows else count)
-        return count, max(1, min(share, *_shares(machine)))
+        share = machine.cores // max(1, min(count, there) if machine.grows else count)
+        return count, max(1, min(share, *_cores(machine, gpus)))
     return count, wanted_threads
 
 
-def _shares(machine: Machine) -> list[int]:
-    """Cores that each node with room has for a replica; of a node with GPUs, for each GPU."""
-    if not machine.gpus:
+def _cores(machine: Machine, gpus: float) -> list[int]:
+    """Cores that each node with room has for a replica; of a node with GPUs, where its GPUs are all used.
+
+    Where no node has any, a node is waited for: it is taken to be as the largest of those there are.
+    """
+    if not gpus:
         return [int(room.cpus) for room in machine.rooms if room.cpus >= 1] or [machine.cores]
-    return [int(room.cpus / room.gpus) for room in machine.rooms if room.gpus >= 1] or [machine.cores]
+    used = [(room.cpus, gpu_places(room.gpus, gpus)) for room in machine.rooms]
+    largest = max((int(room.cpus) for room in machine.rooms), default=machine.cores)
+    return [int(cpus / places) for cpus, places in used if places] or [largest]

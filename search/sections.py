@@ -15,6 +15,7 @@ from actors.node_cache import is_url, url_problem
 from actors.sources import Source
 from actors.tasks import TASKS
 from actors.types import RankfrontError, TaskSource
+from search.shares import GpusOrAuto
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
@@ -354,14 +355,17 @@ class StopSection(Section):
 class ReplicaSection(Section):
     """How many replicas, and what each may use. `auto` asks the machine, and follows nodes that join it.
 
-    Fewer than `min` that are loaded get no trial; there are never more than `max`. On a cluster that outlives
-    the driver, replicas of one that died wait `alone_seconds` for the next; 0 ends them with it.
+    `gpus` are those of each replica: a share of one GPU, with as much of its memory, or a whole number, over
+    which the model's blocks are spread; `auto` is one where there are any. Fewer than `min` that are loaded
+    get no trial; there are never more than `max`. On a cluster that outlives the driver, replicas of one that
+    died wait `alone_seconds` for the next; 0 ends them with it.
     """
 
     count: CountOrAuto = "auto"
     min: Positive = 1
     max: Positive | None = None
     threads: CountOrAuto = "auto"
+    gpus: GpusOrAuto = "auto"
     attempts: Positive = 2
     trial_seconds: Annotated[float, Field(gt=0)] | None = None
     alone_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0

@@ -29,8 +29,9 @@ class Slot:
     """A replica and its queue; `since` is when the first job of the queue began.
 
     `starts` counts it and those before it in its place, of which the last ended for `failure`. Where `actor`
-    is None, the next one starts at `retry_at`. `asked` is when the actor was asked for, `node` the id of its
-    node, None until it has one. A slot that is `leaving` gets no more jobs: its node is to be vacated.
+    is None, the next one starts at `retry_at`. `asked` is when the actor was asked for, `loaded_at` when it
+    was loaded, `worked` the seconds that its GPUs worked since. `node` is the id of its node, None until it
+    has one. A slot that is `leaving` gets no more jobs: its node is to be vacated.
     """
 
     spec: ReplicaSpec
@@ -48,6 +49,8 @@ class Slot:
     starts: int = 0
     failure: str | None = None
     place: Place | None = None
+    loaded_at: float = 0.0
+    worked: tuple[float, ...] = ()
 
     @property
     def loaded(self) -> bool:
@@ -71,6 +74,10 @@ class Slot:
             return "loading" if self.loading(now) else "waiting"
         return "busy" if self.queue else "idle"
 
+    def add_work(self, busy: tuple[float, ...]) -> None:
+        """Count what a score says of each GPU (seconds)."""
+        self.worked = tuple(sum(each) for each in zip(self.worked or (0.0,) * len(busy), busy, strict=True))
+
     def give_back(self) -> list[Job]:
         """Take back the jobs behind the one that runs; what the replica answers for them is not heard."""
         behind = [self.queue.pop()[1] for _ in range(len(self.queue) - 1)]
@@ -87,7 +94,13 @@ class Slot:
             node=self.place.node if self.place else None,
             pid=self.place.pid if self.place else None,
             failure=self.failure,
+            gpus=tuple(_share(worked, now - self.loaded_at) for worked in self.worked),
         )
+
+
+def _share(worked: float, seconds: float) -> float:
+    """Of so many seconds; clocks of two devices agree to a few millionths."""
+    return min(1.0, worked / seconds) if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class Launch:
         """Put an actor into a slot and have it load, if it has not."""
         slot.actor, slot.asked, slot.starting = actor, now, actor.ready.remote(self.token)
         slot.queue, slot.overdue, slot.leaving, slot.renewal = deque(), False, False, None
+        slot.worked = ()
         slot.starts += 1
 
     def renew(self, slots: Iterable[Slot]) -> None:

@@ -17,14 +17,18 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from actors.busy import Busy
 from actors.calibration import collect_moments
 from actors.export import low_rank_model
+from actors.factors import FactorStore
 from actors.families import FAMILIES, family_of
 from actors.linears import bias_of, weight_of
+from actors.low_rank import TrialModel
 from actors.models import count_parameters, list_targets, load_model
 from actors.perplexity import window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, log_likelihoods, pack
+from actors.spans import spread
 from actors.tasks import Example
 from actors.types import Allocation, FactorSpec, ModelSource, TargetSpec
 
@@ -316,3 +320,40 @@ def test_a_restart_gives_the_bits_of_a_full_pass(setting: Setting, ids: torch.Te
             if runs:
                 full_passes.append(block)
     assert full_passes == [2, 0, 0, 0], "the very first keeps the states; what changes block 0 uses none"
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_several_devices_give_the_bits_of_one(setting: Setting, ids: torch.Tensor, devices: int) -> None:
+    """Whatever is installed, with several passes under way, from the first block or from a later one."""
+    ids, dense = ids[:12], Allocation.dense(setting.targets)
+    model, store = setting.dense(), FactorStore(setting.store.folder)
+    spread(model, setting.targets, store, ["cpu"] * devices, Busy(["cpu"] * devices))
+    trial = TrialModel(model, setting.targets, store)
+    prefix = PrefixCache(model, setting.targets, dense, 10**4, 100.0, stride=1)
+    alone, plain = setting.installed(dense, MANY)
+    for block in (2, 0, 1, BLOCKS):
+        later = {target.name for target in setting.targets if target.block >= block}
+        ranks = {name: rank for name, rank in setting.mixed() if name in later}
+        allocation = Allocation.of(ranks, setting.targets)
+        trial.install(allocation, MANY)
+        plain.install(allocation, MANY)
+        expected = answers(alone, ids)
+        assert answers(model, ids) == expected
+        with prefix.reused(allocation):
+            assert answers(model, ids) == expected
+    assert prefix.bytes
+
+
+def test_what_blocks_on_another_device_are_given_is_brought_there(
+    setting: Setting, ids: torch.Tensor
+) -> None:
+    """To `meta`, whose tensors take part in nothing together with others, and from which none come back."""
+    model, store = setting.dense(), FactorStore(setting.store.folder)
+    spread(model, setting.targets, store, ["cpu", "meta"], Busy(["cpu", "cpu"]))
+    TrialModel(model, setting.targets, store).install(setting.mixed(), MANY)
+    with torch.inference_mode():
+        if model.get_output_embeddings().weight.device.type == "meta":
+            assert model(ids[:2]).logits.device.type == "meta"
+            return
+        with pytest.raises(NotImplementedError, match="out of meta tensor"):
+            model(ids[:2])

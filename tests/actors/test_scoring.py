@@ -320,6 +320,37 @@ def test_a_reused_prefix_changes_no_bit(replica: ReplicaSpec) -> None:
     assert plain.prefix.bytes == 0
 
 
+def test_several_devices_score_as_one(replica: ReplicaSpec) -> None:
+    """All of a score, and a stage's end with passes under way behind it; the caches are on the devices."""
+    targets = replica.prepared.targets
+    cost = CostModel(targets, replica.prepared.model_parameters, "pivoted", "mean")
+    few = {"tokens": {"search": 256, "test": 128}, "examples": {"search": 6, "test": 4}}
+    caches = {"kl_top_k": 8, "prefix_memory_mb": 100.0}
+    asked = asking_for_kl(replica, **few, **caches, stages=(64,), batch_tokens=64)
+    one, three = Scorer(asked), Scorer(replace(asked, gpus=3))
+    walk = [Allocation.of({t.name: 9 for t in targets if t.block >= block}, targets) for block in (2, 1)]
+    for allocation in (cost.uniform(0.6), *walk, Allocation.dense(targets)):
+        for split in ("search", "test"):
+            found, expected = (scorer.score(allocation, split) for scorer in (three, one))
+            assert replace(found, seconds=0.0, busy=()) == replace(expected, seconds=0.0)
+            assert len(found.busy) == 3
+            assert 0 < sum(found.busy) <= found.seconds, "of one CPU the three devices have a share each"
+            assert Score.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    rivals = (shifted(one.score(Allocation.dense(targets)), -9.0),)
+    found, expected = (scorer.score(cost.uniform(0.6), rivals=rivals) for scorer in (three, one))
+    assert (found.stopped_by, found.forward_tokens) == (5, 64)
+    assert replace(found, seconds=0.0, busy=()) == replace(expected, seconds=0.0)
+    assert three.prefix.bytes == one.prefix.bytes > 0
+    three.model.get_submodule("model.norm").weight.fill_(torch.nan)
+    with pytest.raises(ScoringError, match=r"non-finite loss in windows 0\.\.1, first in model\.norm"):
+        three.score(cost.uniform(0.6))
+
+
+def test_more_devices_than_blocks_are_refused(replica: ReplicaSpec) -> None:
+    with pytest.raises(RankfrontError, match=r"replicas\.gpus: 4 GPUs share 3 decoder blocks; 3 at most"):
+        Scorer(replace(replica, gpus=4))
+
+
 def shifted(score: Score, by: float, trial: int = 5) -> Rival:
     """A rival whose every window differs by as much from a score's."""
     assert score.kl is not None

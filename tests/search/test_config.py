@@ -126,6 +126,8 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),
         ("study", "a/b", "study", ["'a/b'"]),
         ("replicas.count", 0, "replicas.count", ["0", "greater than or equal to 1"]),
+        ("replicas.gpus", 2.5, "replicas.gpus", ["2.5", "whole number of GPUs, or a share of one"]),
+        ("replicas.gpus", 0.3, "replicas.gpus", ["0.3", "0.1 of it is nobody's", "0.3333", "0.25"]),
         ("replicas", {"min": 3, "max": 2}, "replicas.min", ["3", "above replicas.max, 2"]),
         ("replicas", {"count": 2, "min": 3}, "replicas.min", ["3", "above replicas.count, 2"]),
         ("replicas", {"count": 4, "max": 3}, "replicas.max", ["3", "below replicas.count, 4"]),

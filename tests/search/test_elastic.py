@@ -22,6 +22,8 @@ CPU = Room(cpus=8, gpus=0, memory=16 * GIB)
         (CPU, Need(2), 4),
         (CPU, Need(2, memory=6 * GIB), 2),
         (GPU, Need(1, 0.5), 8),
+        (Room(cpus=32, gpus=4, memory=GIB), Need(2, 0.3333), 12),  # three on each: a share is never of two
+        (GPU, Need(1, 3), 1),
         (GPU, Need(9, 1), 0),
     ],
     ids=str,

@@ -97,6 +97,7 @@ FREE = {
     "warm_start.sources": ["other"],
     "warm_start.limit": 3,
     "sensitivity.shares": [0.5],
+    "replicas.gpus": 0.5,
     "surgical.mode": "task",
     "surgical.growth": 0.01,
     "surgical.task": "boolq",

@@ -50,7 +50,8 @@ def test_a_search_is_counted(tmp_path: Path, recorded: dict[tuple[str, ...], flo
     Runner(study, MadeUpPool(answer), section, "random", Stop(), note=metrics.note).run()  # type: ignore[arg-type]
     metrics.note("replica died", replica="replica-0", reason="killed")
     states = {"COMPLETE": 5, "FAIL": 1}
-    metrics.look(states, queue=3, busy=0.5, hypervolume=current_hypervolume(study))
+    gpus = {("replica-0", 0): 0.9, ("replica-0", 1): 0.7}
+    metrics.look(states, queue=3, busy=0.5, gpus=gpus, hypervolume=current_hypervolume(study))
     rate = recorded.pop(("rankfront_tokens_per_second", "made-up"))
     assert rate > 0
     assert recorded == {
@@ -61,6 +62,8 @@ def test_a_search_is_counted(tmp_path: Path, recorded: dict[tuple[str, ...], flo
         ("rankfront_trials", "made-up", "FAIL"): 1,
         ("rankfront_queued_trials", "made-up"): 3,
         ("rankfront_busy_replicas", "made-up"): 0.5,
+        ("rankfront_busy_gpu", "made-up", "replica-0", "0"): 0.9,
+        ("rankfront_busy_gpu", "made-up", "replica-0", "1"): 0.7,
         ("rankfront_hypervolume", "made-up"): pytest.approx(hypervolumes(study)[-1]),
     }
     named = {name for name, *_ in recorded} | {"rankfront_tokens_per_second"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 import search.opening
 import search.replicas
 from actors.types import Prepared, RankfrontError
-from search.cluster import Room
+from search.cluster import Need, Room
 from search.config import Config, parse_config
 from search.events import silent
 from search.folder import CONFIG, StudyFolder
@@ -126,6 +127,79 @@ def test_a_lag_that_leaves_replicas_waiting_is_said(tmp_path: Path, monkeypatch:
     assert [line for line in said if line.startswith("run.lag")] == [
         "run.lag: 3 lets 4 trials be under way, the replicas could take 6"
     ]
+
+
+TWO_NODES = (Room(cpus=16, gpus=4, memory=2.0**40), Room(cpus=8, gpus=1, memory=2.0**40))
+
+
+@pytest.mark.parametrize(
+    ("machine", "section", "plan"),
+    [
+        (Machine(16, 4, 1), {"gpus": 1}, (4, 4)),
+        (Machine(16, 4, 1), {"gpus": 2}, (2, 8)),
+        (Machine(16, 4, 1), {"gpus": 0.5}, (8, 2)),
+        (Machine(6, 4, 1), {"gpus": 0.25}, (6, 1)),  # more would wait for a core
+        (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 2}, (2, 8)),  # the other node's GPU is no half of two
+        (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 0.5}, (10, 2)),
+        (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 4, "count": 3}, (3, 8)),
+        (Machine(4, 0, 1, True, (Room(4, 0, 1),)), {"gpus": 2, "max": 3}, (3, 4)),  # nodes are to be brought
+    ],
+    ids=str,
+)
+def test_replicas_take_shares_of_gpus_or_several(
+    machine: Machine, section: dict[str, Any], plan: tuple[int, int], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, replicas=section)
+    assert replica_plan(config, PREPARED, machine) == plan
+    assert elastic_of(config, PREPARED, machine, plan[1]).need == Need(plan[1], section["gpus"])
+
+
+@pytest.mark.parametrize(
+    ("machine", "section", "words"),
+    [
+        (Machine(16, 4, 1), {"gpus": 8}, "takes 8 GPUs of one node, and there are 4; 4 at most"),
+        (Machine(8, 0, 1), {"gpus": 0.5}, "takes 0.5 of a GPU of one node, and there is none; auto"),
+        (Machine(8, 0, 1), {"gpus": 1, "count": 2}, "takes a GPU of one node, and there is none; auto"),
+        (
+            Machine(24, 5, 1, True, TWO_NODES),
+            {"gpus": 8},
+            "takes 8 GPUs of one node, and nodes have 4, 1; 4 at most, a share of one, or auto; or name",
+        ),
+    ],
+    ids=str,
+)
+def test_gpus_that_no_node_has_are_refused_before_anything_is_prepared(
+    machine: Machine, section: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.opening, "connect", lambda: machine)
+    monkeypatch.setattr(search.opening, "prepare", lambda *_: pytest.fail("the long work has begun"))
+    config = config_of(tmp_path, runs=str(tmp_path / "runs"), replicas=section)
+    with (
+        pytest.raises(RankfrontError, match=f"replicas.gpus: each {re.escape(words)}"),
+        search.opening.opened(config, Console(file=io.StringIO())),
+    ):
+        pass
+    assert not config.folder.exists()
+    with pytest.raises(RankfrontError, match=re.escape(words)):
+        search.replicas._start_pool(config, PREPARED, machine, print, silent)
+
+
+def test_replicas_whose_number_is_named_wait_for_a_node_that_has_their_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[Any] = []
+    monkeypatch.setattr(search.replicas, "Pool", lambda *arguments: pools.append(arguments))
+    machine, said = Machine(24, 5, 1, True, TWO_NODES), list[str]()
+    config = config_of(tmp_path, replicas={"gpus": 8, "max": 2})
+    search.replicas._start_pool(config, PREPARED, machine, said.append, silent)
+    assert said[0] == "replicas: 2, 16 threads and 8 GPUs each"
+    assert said[1].endswith("and nodes have 4, 1: waiting for a node that has")
+    [(specs, gpus, *_)] = pools
+    assert ([spec.gpus for spec in specs], gpus) == ([8, 8], 8)
+    config = config_of(tmp_path)
+    search.replicas._start_pool(config, PREPARED, machine, said.append, silent)
+    assert said[2] == "replicas: 5, 4 threads and a GPU each"
+    assert {spec.gpus for spec in pools[1][0]} == {None}
 
 
 def test_what_replicas_keep_counts_as_their_memory(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def replica_class(
             if act == "break":
                 raise ZeroDivisionError("a mistake in the code")
             text = TextScore("made-up", nats=float(rank), tokens=1, stderr=0.0)
-            return Score(split, text, {}, forward_tokens=1, seconds=0.0, replica=self.name)
+            busy = (1e9, 0.0)  # of two GPUs: all of any time, and none
+            return Score(split, text, {}, forward_tokens=1, seconds=0.0, replica=self.name, busy=busy)
 
     return MadeUpReplica
 
@@ -186,6 +187,7 @@ def test_scores_belong_to_their_jobs_and_both_replicas_work(pool_of: Any) -> Non
     assert {key: score.text.nats for key, score in scores.items() if score} == {1: 1.0, 2: 2.0}
     assert {key: score.split for key, score in scores.items() if score} == {1: "search", 2: "test"}
     assert {score.replica for score in scores.values() if score} == {"replica-0", "replica-1"}
+    assert [each.gpus for each in pool.health()] == [(1.0, 0.0)] * 2
 
 
 def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: Path) -> None:

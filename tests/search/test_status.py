@@ -29,7 +29,9 @@ from search.runner import hypervolumes
 from search.status import read_status
 
 HUB = {"model": {"source": "org/model"}, "text": {"source": "org/text"}, "space": {"group": "module"}}
-BUSY = ReplicaHealth("replica-0", "busy", 2, (3, 4), 1_000.0, "node-a", 77, "killed by the kernel")
+BUSY = ReplicaHealth(
+    "replica-0", "busy", 2, (3, 4), 1_000.0, "node-a", 77, "killed by the kernel", (0.9, 0.72)
+)
 
 
 @pytest.fixture
@@ -113,6 +115,7 @@ def test_a_driver_that_was_killed_is_gone(folder: StudyFolder, capsys: pytest.Ca
     assert "driver gone" in said
     assert "2 COMPLETE, 3 FAIL, 2 RUNNING" in said
     assert "killed by the kernel" in said
+    assert "busy, GPU at work 90% 72%" in said
 
 
 def test_replicas_that_wait_for_the_next_driver_are_told_of(

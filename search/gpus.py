@@ -1,0 +1,45 @@
+"""The GPUs of a cluster, as replicas share them out."""
+
+from __future__ import annotations
+
+from actors.types import RankfrontError
+from search.cluster import Machine, Room
+from search.sections import ReplicaSection
+from search.shares import gpu_places, in_words
+
+
+def gpus_each(section: ReplicaSection, machine: Machine) -> float:
+    """GPUs of a replica: as configured; where `auto` finds any, one."""
+    return min(1.0, machine.gpus) if section.gpus == "auto" else float(section.gpus)
+
+
+def places_by_gpu(machine: Machine, gpus: float) -> int:
+    """How many replicas of `gpus` each the GPUs of all nodes are enough for."""
+    return sum(gpu_places(room.gpus, gpus) for room in _rooms(machine))
+
+
+def gpu_shortage(section: ReplicaSection, machine: Machine) -> str | None:
+    """That no node has the GPUs of one replica, so that replicas wait for such a node; None where one has.
+
+    They wait where their number is named: that is what an autoscaler goes by, or a person.
+
+    Raises:
+        RankfrontError: nobody would bring such a node; names what there is.
+    """
+    if section.gpus == "auto" or places_by_gpu(machine, section.gpus):
+        return None
+    there = sorted((int(room.gpus) for room in _rooms(machine)), reverse=True)
+    has = "nodes have " + ", ".join(map(str, there))
+    if len(there) == 1 or not there[0]:
+        has = f"there {'are' if there[0] > 1 else 'is'} {there[0] or 'none'}"
+    what = f"replicas.gpus: each takes {in_words(section.gpus)} of one node, and {has}"
+    if machine.grows and (section.max is not None or section.count != "auto"):
+        return f"{what}: waiting for a node that has"
+    right = f"{there[0]} at most, a share of one, or auto" if there[0] else "auto"
+    if machine.grows:
+        right += "; or name replicas.max, to wait for a node that has"
+    raise RankfrontError(f"{what}; {right}")
+
+
+def _rooms(machine: Machine) -> tuple[Room, ...]:
+    return machine.rooms or (Room(machine.cores, machine.gpus, machine.memory),)
