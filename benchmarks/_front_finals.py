@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from _front_book import Asked, Pick
 from _front_calibration import say
-from _front_runs import DENSE, Bench, Kept, Player, Run, asked_runs, refined_name
+from _front_runs import DENSE, TASKS, Bench, Kept, Player, Run, asked_runs, refined_name
 
 from actors.refine import refine
 from actors.refined import RefinedFactors
@@ -53,7 +53,7 @@ class Finals:
         if known is not None and known.score == pick.score:
             return
         say(f"{name}: asked {bench.setup.examples} questions of each task")
-        scorer = bench.scorer(method, tasks=True)
+        scorer = bench.scorer(method, TASKS)
         factors = RefinedFactors(bench.cache / FOLDER / file) if file else scorer.store
         scorer.trial_model.use(factors)
         bench.require(0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from _common import table
 from _front_book import Asked, Book
-from _front_runs import IMPROVED, OURS, PAPER, Run, asked_runs, every_run, refined_name
+from _front_runs import APART, IMPROVED, OURS, PAPER, Run, asked_runs, every_run, refined_name
 from _front_setup import SEARCH_SHARE, Setup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -90,7 +90,9 @@ def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]
         f"from the validation file with the space before it; windows of {setup.window}. Budgets are of all "
         "parameters, delta is nats/token above dense. Curvature factors with a mean bias, each target in its "
         "cheapest form, but for `surgical/paper` (feature, factored). What a strategy gives at a budget is "
-        "its point at or under it of the least search loss. `refined`: the factors of these picks after "
+        f"its point at or under it of the least search loss; where that is within {APART:g} paired standard "
+        f"errors of others, {setup.choice_tokens:,} further tokens of the validation file choose among "
+        f"{setup.candidates} at most. `refined`: the factors of these picks after "
         f"at most {setup.refinement.steps} steps of KL to the dense model on the first "
         f"{setup.refine_windows} windows of the calibration text, ranks as they were."
     )

@@ -55,6 +55,10 @@ class Run:
         return self.strategy in SAMPLERS
 
 
+# What a score is of: the texts of the search split, of the choice among picks and of the test split.
+SEARCH, CHOICE, TEST, TASKS = "search", "choice", "test", "tasks"
+# Paired standard errors from which on two losses are told apart.
+APART = 2.0
 OURS = "exchange"
 SAMPLERS = (OURS, "tpe", "nsga2", "random")
 PAPER, IMPROVED = "surgical/paper", "surgical/ours"
@@ -93,24 +97,24 @@ class Bench:
     def __init__(self, setup: Setup, texts: Texts, book: Book, cache: Path, deadline: float) -> None:
         self.setup, self.book = setup, book
         self._texts, self.cache, self._deadline = texts, cache, deadline
-        self._folders: dict[tuple[str, bool], StudyFolder] = {}
-        self._scorer: tuple[tuple[str, bool], Scorer] | None = None
-        self._seconds = dict.fromkeys(("search", "test"), 0.0)
+        self._folders: dict[tuple[str, str], StudyFolder] = {}
+        self._scorer: tuple[tuple[str, str], Scorer] | None = None
+        self._seconds = dict.fromkeys((SEARCH, CHOICE, TEST), 0.0)
 
-    def folder(self, method: str = "curvature", tasks: bool = False) -> StudyFolder:
-        """What the factors of a method make of the model; asked texts, or `tasks`. Its folder is not written
-        to.
+    def folder(self, method: str = "curvature", asked: str = SEARCH) -> StudyFolder:
+        """What the factors of a method make of the model; `asked` the search and test text, the text that
+        chooses, or tasks. Its folder is not written to.
 
         Raises:
             OutOfTimeError: they are not there, and building them does not end in time.
         """
-        if (method, tasks) not in self._folders:
-            storage = "auto" if method == "curvature" else "factored"
-            made = self.setup.task_config if tasks else self.setup.config
+        if (method, asked) not in self._folders:
+            setup, storage = self.setup, "auto" if method == "curvature" else "factored"
+            made = {SEARCH: setup.config, CHOICE: setup.choice_config, TASKS: setup.task_config}[asked]
             config = made(self._texts, self.cache, method, storage)
             ready = prepared_in_parts(config.preparation(), self._deadline)
-            self._folders[method, tasks] = StudyFolder(self.cache, config, ready)
-        return self._folders[method, tasks]
+            self._folders[method, asked] = StudyFolder(self.cache, config, ready)
+        return self._folders[method, asked]
 
     def require(self, seconds: float) -> None:
         """
@@ -120,29 +124,31 @@ class Bench:
         if time.monotonic() + seconds > self._deadline:
             raise OutOfTimeError
 
-    def score(self, allocation: Allocation, split: str = "search", method: str = "curvature") -> str:
+    def score(self, allocation: Allocation, text: str = SEARCH, method: str = "curvature") -> str:
         """The id of an allocation's score, which is in the book when this returns.
 
         Raises:
             OutOfTimeError: it is not there, and scoring would not end in time.
         """
-        ready = self.folder(method).prepared
+        asked = CHOICE if text == CHOICE else SEARCH
+        split = "test" if text == TEST else "search"
+        ready = self.folder(method, asked).prepared
         prints = [ready.fingerprints[name] for name in ("model", "factors", split)]
         identity = digest([allocation.key, *prints])[:16]
         if identity not in self.book.scores:
-            self.require(1.5 * self._seconds[split])
-            score = self.scorer(method).score(allocation, split)
-            self._seconds[split] = max(self._seconds[split], score.seconds)
+            self.require(1.5 * self._seconds[text])
+            score = self.scorer(method, asked).score(allocation, split)
+            self._seconds[text] = max(self._seconds[text], score.seconds)
             self.book.add_score(identity, score.text)
         return identity
 
-    def scorer(self, method: str = "curvature", tasks: bool = False) -> Scorer:
-        """The model with the factors of a method. One at a time is loaded."""
-        if self._scorer is None or self._scorer[0] != (method, tasks):
+    def scorer(self, method: str = "curvature", asked: str = SEARCH) -> Scorer:
+        """The model with the factors of a method, as `folder` has them. One at a time is loaded."""
+        if self._scorer is None or self._scorer[0] != (method, asked):
             self._scorer = None
-            folder, threads = self.folder(method, tasks), torch.get_num_threads()
+            folder, threads = self.folder(method, asked), torch.get_num_threads()
             spec = ReplicaSpec("benchmark", folder.config.preparation(), folder.prepared, threads)
-            self._scorer = (method, tasks), Scorer(spec)
+            self._scorer = (method, asked), Scorer(spec)
         return self._scorer[1]
 
     def whole(self, identity: str) -> Score:
@@ -161,11 +167,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class Kept:
-    """An allocation that a run keeps as its `number`-th trial, and its loss on the search split."""
+    """An allocation that a run keeps as its `number`-th trial; its loss on the search split, and the id of
+    that score."""
 
     allocation: Allocation
     budget: float
     nll: float
+    score: str
     number: int
 
 
@@ -189,11 +197,28 @@ class Player:
         for under in self._bench.setup.budgets:
             within = [each for each in kept if each.budget <= under]
             if within:
-                picks[under] = best = min(within, key=lambda each: each.nll)
-                identity = self._bench.score(best.allocation, "test", self.method)
+                picks[under] = best = self._chosen(within)
+                identity = self._bench.score(best.allocation, TEST, self.method)
                 self._bench.book.pick(self._run.name, Pick(identity, under, best.budget, self._count))
         self._bench.book.end(self._run.name, self._count)
         return picks
+
+    def _chosen(self, points: Sequence[Kept]) -> Kept:
+        """The point of least loss on the text that chooses, among the best by the search text that it cannot
+        tell from the first of them."""
+        bench = self._bench
+        different = {each.allocation.key: each for each in reversed(points)}
+        first, *others = sorted(different.values(), key=lambda each: each.nll)
+        best = bench.whole(first.score)
+        near = [
+            each
+            for each in others[: bench.setup.candidates - 1]
+            if not bench.whole(each.score).minus(best, "nll").beyond(APART)
+        ]
+        if not near:
+            return first
+        found = {each: bench.score(each.allocation, CHOICE, self.method) for each in (first, *near)}
+        return min(found, key=lambda each: bench.book.scores[found[each]].nll)
 
     def _points(self, trials: int) -> Iterator[Kept]:
         if self._run.sampler:
@@ -256,7 +281,7 @@ class Player:
     def _keep(self, allocation: Allocation) -> Kept:
         budget = self._bench.folder(self.method).cost.budgets(allocation)["budget.model"]
         identity = self._note(allocation, budget)
-        return Kept(allocation, budget, self._bench.book.scores[identity].nll, self._count)
+        return Kept(allocation, budget, self._bench.book.scores[identity].nll, identity, self._count)
 
     def _note(self, allocation: Allocation, budget: float | None) -> str:
         """Score an allocation and record it as the next trial."""

@@ -17,6 +17,8 @@ from search.files import write_atomic
 
 # Of the validation file's characters: 83% are 386 whole windows of 512 tokens, just under 200,000.
 CALIBRATED = 0.83
+# Of the rest: the search text. What is behind it is the larger text that a pick is chosen by.
+SEARCHED = 0.3
 # Of a task's questions; the others are the test split, as they are in every study.
 SEARCH_SHARE = 0.2
 
@@ -44,7 +46,9 @@ class Setup:
 
     `budgets` are of all parameters: where results are given, and `ladder` where seeds are worked out.
     `lowest` is the smallest budget that counts: what is below counts as if it were there. `room` is the
-    loss above dense, nats/token, at which a model is of no use. Both bound the hypervolume. Our picks are
+    loss above dense, nats/token, at which a model is of no use. Both bound the hypervolume. Where the search
+    text cannot tell a run's best point at a budget from others, `choice_tokens` of another text choose among
+    the best `candidates`. Our picks are
     refined as `refinement` says on the first `refine_windows` of the calibration text. `tasks` are those of
     a config; `examples` of each, not of the search split, are asked of what is picked at `task_budget`.
     """
@@ -54,7 +58,9 @@ class Setup:
     window: int
     calibration_tokens: int
     search_tokens: int
+    choice_tokens: int
     test_tokens: int
+    candidates: int = 4
     levels: int = 20
     floor: float = 0.2
     budgets: tuple[float, ...] = (0.9, 0.8, 0.7)
@@ -77,10 +83,19 @@ class Setup:
 
     def config(self, texts: Texts, cache: Path, method: str = "curvature", storage: str = "auto") -> Config:
         """The quick start's with these texts and sizes, every target its own level; factors below `cache`."""
+        return self._config(texts.search, self.search_tokens, texts, cache, method, storage)
+
+    def choice_config(self, texts: Texts, cache: Path, method: str, storage: str) -> Config:
+        """The same factors; its search split is the text that chooses."""
+        return self._config(texts.choice, self.choice_tokens, texts, cache, method, storage)
+
+    def _config(
+        self, scored: Scored, tokens: int, texts: Texts, cache: Path, method: str, storage: str
+    ) -> Config:
         sections: dict[str, Any] = {
             "study": f"front-{self.name}",
             "runs": str(cache),
-            "text": {"source": str(texts.scored)},
+            "text": {"source": str(scored.path)},
             "calibration": {
                 "text": {"source": str(texts.calibration)},
                 "tokens": self.calibration_tokens,
@@ -91,9 +106,9 @@ class Setup:
             "storage": storage,
             "scoring": {
                 "window": self.window,
-                "tokens": {"search": self.search_tokens, "test": self.test_tokens},
+                "tokens": {"search": tokens, "test": self.test_tokens},
                 "batch_tokens": 1024,
-                "search_fraction": texts.search_fraction,
+                "search_fraction": scored.search_fraction,
                 "prefix_memory_mb": 256.0,
             },
             "space": {"group": "target", "levels": self.levels, "floor": self.floor},
@@ -117,32 +132,45 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Files of one document a line: `calibration` holds one, `scored` the search text and the test text.
+class Scored:
+    """A file of two documents, a line each: at `search_fraction` the first is the search split, the second,
+    the test text, the test split."""
 
-    At `search_fraction` the first of those two is the search split and the second the test split.
-    """
-
-    calibration: Path
-    scored: Path
+    path: Path
     search_fraction: float
 
 
+@dataclass(frozen=True)
+class Texts:
+    """`calibration` is a file of one document; `search` begins with what trials are scored on, `choice` with
+    what picks are chosen by."""
+
+    calibration: Path
+    search: Scored
+    choice: Scored
+
+
 def cut_texts(folder: Path, validation: str, test: str) -> Texts:
-    """Calibration and search text from the validation file, cut at an end of a line; the test file whole.
+    """Calibration, search and choice from the validation file, cut at ends of lines; the test file whole.
 
     `<unk>` is deleted from the validation file with the space before it; the raw test file has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cleaned = validation.replace(" <unk>", "")
     border = cleaned.index("\n", int(CALIBRATED * len(cleaned)))
-    texts = {"calibration": [cleaned[:border]], "scored": [cleaned[border:], test]}
-    for name, documents in texts.items():
+    second = cleaned.index("\n", border + int(SEARCHED * (len(cleaned) - border)))
+
+    def written(name: str, *documents: str) -> Path:
         lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
         write_atomic(folder / f"{name}.jsonl", lines)
-    search, whole = len(texts["scored"][0]), len(texts["scored"][0]) + len(test)
-    # A document belongs where its middle is: half of the search text before the border, half behind it.
-    return Texts(folder / "calibration.jsonl", folder / "scored.jsonl", search / whole)
+        return folder / f"{name}.jsonl"
+
+    def scored(name: str, first: str) -> Scored:
+        # A document belongs where its middle is: half of the first before the border, half behind it.
+        return Scored(written(name, first, test), len(first) / (len(first) + len(test)))
+
+    calibration = written("calibration", cleaned[:border])
+    return Texts(calibration, scored("search", cleaned[border:second]), scored("choice", cleaned[second:]))
 
 
 def linear_budget(cost: CostModel, budget: float) -> float:
@@ -151,7 +179,7 @@ def linear_budget(cost: CostModel, budget: float) -> float:
     return (budget * cost.model_parameters - kept_dense) / cost.linear_parameters
 
 
-SMOLLM2 = Setup("smollm2", None, 512, 200_000, 2_048, 16_384, tasks=SIX_TASKS)
+SMOLLM2 = Setup("smollm2", None, 512, 200_000, 4_096, 16_384, 16_384, tasks=SIX_TASKS)
 
 
 def tiny(folder: Path, tasks: Mapping[str, Path]) -> Setup:
@@ -161,6 +189,7 @@ def tiny(folder: Path, tasks: Mapping[str, Path]) -> Setup:
         str(folder),
         32,
         512,
+        128,
         128,
         256,
         levels=8,

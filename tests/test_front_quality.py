@@ -15,6 +15,7 @@ from tiny import documents, tiny_llama, tiny_tasks
 
 from actors.factors import FactorStore
 from actors.preparation import prepare
+from actors.samples import unpack_floats
 from actors.scoring import Scorer
 from actors.types import Allocation, Prepared, RankfrontError, ReplicaSpec
 
@@ -67,10 +68,14 @@ def test_texts_are_disjoint_and_cut_at_a_line(tmp_path: Path, bench: Any) -> Non
     validation = "\n".join(f"line {n} with <unk> in it" for n in range(100))
     texts = bench.script.cut_texts(tmp_path, validation, "the test file\n" * 400)
     (calibration,) = (json.loads(line)["text"] for line in texts.calibration.read_text().splitlines())
-    search, test = (json.loads(line)["text"] for line in texts.scored.read_text().splitlines())
-    assert calibration + search == validation.replace(" <unk>", "")
+    (search, test), (choice, test_again) = (
+        [json.loads(line)["text"] for line in scored.path.read_text().splitlines()]
+        for scored in (texts.search, texts.choice)
+    )
+    assert calibration + search + choice == validation.replace(" <unk>", "")
     assert search.startswith("\n")
-    assert test == "the test file\n" * 400
+    assert choice.startswith("\n")
+    assert test == test_again == "the test file\n" * 400
 
 
 def test_an_interrupted_calibration_goes_on_to_the_same_factors(
@@ -116,7 +121,20 @@ def test_nothing_is_scored_twice_and_picks_are_the_models_own_scores(bench: Any)
         for allocation in (bench.runs.uniform_at(folder.cost, budget) for budget in bench.setup.ladder)
     }
     under = [pair for pair in losses.values() if pair[0] <= 0.8]
-    budget, chosen = min(under, key=lambda pair: scorer.score(pair[1]).text.nll)
+    first, *others = sorted(under, key=lambda pair: scorer.score(pair[1]).text.nll)[: bench.setup.candidates]
+
+    def as_good(allocation: Allocation) -> bool:
+        mine, best = (
+            np.array(unpack_floats(scorer.score(each).text.windows)) for each in (allocation, first[1])
+        )
+        gaps = mine - best
+        return bool(abs(gaps.mean()) <= 2 * gaps.std(ddof=1) / np.sqrt(len(gaps)))
+
+    near = [first, *(pair for pair in others if as_good(pair[1]))]
+    assert len(near) > 1
+    choosing = bench.setup.choice_config(bench.texts, bench.folder, "curvature", "auto").preparation()
+    chooser = Scorer(ReplicaSpec("test", choosing, prepared(choosing), 1))
+    budget, chosen = min(near, key=lambda pair: chooser.score(pair[1]).text.nll)
     found = reading.test("uniform", 0.8)
     assert found == pytest.approx((budget, scorer.score(chosen, "test").text.nll - dense), abs=1e-5)
 
