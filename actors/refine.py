@@ -1,8 +1,7 @@
 """Refine the factors of one allocation: Adam on the KL to the dense model, ranks fixed, nothing else moves.
 
 The teacher is what `actors.divergence` keeps of the dense model on the calibration windows; there are no
-labels. The last windows are held out. What is kept is the point with the lowest divergence on them, and the
-start is one of the points: refining never makes it larger.
+labels. Which point is kept the held-out windows say (`actors.refinable`).
 
 A run is a function of the model, the factors, the windows and the spec. Its state is on disk after every
 held-out score, so a run that was killed takes the same steps again and ends at the same numbers.
@@ -20,12 +19,12 @@ import torch
 from torch import nn
 
 from actors.divergence import DenseTop, dense_top
-from actors.linears import bias_of, weight_of
-from actors.low_rank import Ranks, TrialLinear, factored_is_cheaper
+from actors.low_rank import Ranks
 from actors.models import decoder_blocks
 from actors.passes import checkpointed
-from actors.perplexity import window_divergence, window_losses
-from actors.refined import BIAS, LEFT, RIGHT, read, write
+from actors.perplexity import window_divergence
+from actors.refinable import CALIBRATION_TEXT, HeldOut, divided, refinable
+from actors.refined import read, write
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.types import Allocation, RankfrontError, ScoringError
 
@@ -33,88 +32,6 @@ Tensor = torch.Tensor
 
 # The share of the learning rate that is left at the last step.
 FLOOR = 0.1
-_NAME = "held-out calibration text"
-
-
-class RefinableLinear(nn.Module):
-    """A target at a rank whose factors and bias move; all else is the dense layer's.
-
-    Parameters are float32; products are made in the precision of what comes in, as a trial makes them.
-    """
-
-    def __init__(
-        self, dense: nn.Module, left: Tensor, right: Tensor, bias: Tensor | None, tokens: int
-    ) -> None:
-        """`left` (r, m), `right` (r, n) and `bias` (m,) as a factor store has them; `tokens` of a batch.
-
-        Where the layer has a bias of its own and the factors bring none, it moves from zero.
-        """
-        super().__init__()
-        weight, own = weight_of(dense), bias_of(dense)
-        if bias is None and own is not None:
-            bias = torch.zeros_like(own)
-        self._dense = [dense]  # in a list: its parameters are not ours
-        self.left = nn.Parameter(left.T.float().contiguous().clone())
-        self.right = nn.Parameter(right.float().contiguous().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.float().clone())
-        self._factored = factored_is_cheaper(len(left), weight.shape[0], weight.shape[1], tokens)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense parameter: some model code reads dtype or device from it."""
-        return self._dense[0].weight  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right, bias = self.left.to(x.dtype), self.right.to(x.dtype), bias_of(self._dense[0])
-        if self.bias is not None:
-            moved = self.bias.to(x.dtype)
-            bias = moved if bias is None else bias + moved
-        if self._factored:
-            return nn.functional.linear(nn.functional.linear(x, right), left, bias)
-        return nn.functional.linear(x, left @ right, bias)
-
-
-@contextlib.contextmanager
-def refinable(
-    model: nn.Module, allocation: Allocation, store: Ranks, tokens: int
-) -> Iterator[dict[str, nn.Parameter]]:
-    """While open, every target with a rank is a `RefinableLinear`; yields what moves, by target and part.
-
-    Raises:
-        RankfrontError: the allocation is dense.
-    """
-    before = {name: model.get_submodule(name) for name, rank in allocation if rank is not None}
-    if not before:
-        raise RankfrontError("refine: every target is dense; there are no factors to refine")
-    moving: dict[str, nn.Parameter] = {}
-    try:
-        for name, rank in allocation:
-            if rank is None:
-                continue
-            dense = before[name].dense if isinstance(before[name], TrialLinear) else before[name]
-            factors = store.rank(name, rank, allocation.method_of(name))
-            layer = RefinableLinear(dense, *factors, tokens)  # type: ignore[arg-type]
-            model.set_submodule(name, layer)
-            parts = {LEFT: layer.left, RIGHT: layer.right, BIAS: layer.bias}
-            moving |= {f"{name}.{part}": value for part, value in parts.items() if value is not None}
-        yield moving
-    finally:
-        for name, module in before.items():
-            model.set_submodule(name, module)
-
-
-def divided(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Windows (windows, window) to train on, and the last `share` of them, which are held out; one at least.
-
-    Raises:
-        RankfrontError: fewer than two windows.
-    """
-    if len(windows) < 2:
-        raise RankfrontError(
-            f"refine: {len(windows)} calibration window; two are needed, one to train on and one held out"
-        )
-    held = min(len(windows) - 1, max(1, round(share * len(windows))))
-    return windows[:-held], windows[-held:]
 
 
 def rate(spec: RefinementSpec, step: int) -> float:
@@ -149,39 +66,25 @@ class Refinement:
         """`top` is what is kept of the dense model on all of `windows`."""
         self._model, self._moving, self._spec = model, moving, spec
         self._device = next(model.parameters()).device
-        self._training, self._held = divided(windows, spec.held_out)
+        self._training, held = divided(windows, spec.held_out)
         border = len(self._training)
         # Copies: tensors made in inference mode cannot be kept for a gradient.
         self._teacher = DenseTop(top.ids[:border].clone(), top.logs[:border].clone())
-        self._held_top = DenseTop(top.ids[border:], top.logs[border:])
+        self.points = HeldOut(
+            model, moving, held, DenseTop(top.ids[border:], top.logs[border:]), spec.batch_tokens
+        )
         self._adam = torch.optim.Adam(list(moving.values()), lr=spec.learning_rate)
         self._blocks = decoder_blocks(model)[1]
         self.step = 0
-        self.scores: list[tuple[int, float]] = []  # step, nats/token on the held-out windows
-        self.best: dict[str, Tensor] = {}
-
-    @property
-    def best_score(self) -> tuple[int, float]:
-        """Step and nats/token of the best point; of equal ones the first."""
-        return min(self.scores, key=lambda score: score[1])
 
     @property
     def out_of_patience(self) -> bool:
-        since = len(self.scores) - 1 - self.scores.index(self.best_score)
-        return since >= self._spec.patience
+        scores = self.points.scores
+        return len(scores) - 1 - scores.index(self.points.best_score) >= self._spec.patience
 
     def evaluate(self) -> None:
-        """Score the held-out windows as a trial would be, and keep the point where it is the best.
-
-        Raises:
-            ScoringError: no finite divergence.
-        """
-        found = window_losses(self._model, self._held, self._spec.batch_tokens, _NAME, self._held_top)
-        assert found.kl is not None
-        kl = found.kl.sum().item() / (len(self._held) * (self._held.shape[1] - 1))
-        if not self.scores or kl < self.best_score[1]:
-            self.best = {name: value.detach().clone() for name, value in self._moving.items()}
-        self.scores.append((self.step, kl))
+        """Score where it stands; raises ScoringError as `HeldOut.score` does."""
+        self.points.score(self.step)
 
     def advance(self) -> float:
         """One step of Adam; returns the KL of its windows before it, nats/token.
@@ -224,18 +127,19 @@ class Refinement:
         """All that a killed run needs to go on."""
         tensors: dict[str, Tensor] = {}
         for name, value in self._moving.items():
-            tensors |= {f"now.{name}": value, f"best.{name}": self.best[name]}
+            tensors |= {f"now.{name}": value, f"best.{name}": self.points.best[name]}
             remembered = self._adam.state.get(value, {})
             tensors |= {f"{key}.{name}": part for key, part in remembered.items() if key != "step"}
-        return tensors, {"step": self.step, "scores": self.scores}
+        return tensors, {"step": self.step, "scores": self.points.scores}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.step, self.scores = facts["step"], [(step, kl) for step, kl in facts["scores"]]
+        self.step = facts["step"]
+        self.points.scores = [(step, kl) for step, kl in facts["scores"]]
         with torch.no_grad():
             for name, value in self._moving.items():
                 value.copy_(tensors[f"now.{name}"])
-                self.best[name] = tensors[f"best.{name}"].to(self._device)
+                self.points.best[name] = tensors[f"best.{name}"].to(self._device)
                 if self.step:
                     self._adam.state[value] = {
                         "step": torch.tensor(float(self.step)),
@@ -265,24 +169,14 @@ def refine(
         raise RankfrontError("refine: gradients vanish in model.dtype float16; need bfloat16 or float32")
     divided(windows, spec.held_out)
     partial = path.with_name(f"{path.name}.partial")
-    top = dense_top(model, windows, spec.batch_tokens, spec.top_k, "calibration text")
+    top = dense_top(model, windows, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
     with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
         run = Refinement(model, moving, windows, top, spec)
         training, ended = yield from _steps(run, spec, partial)
-        step, kl = run.best_score
-        manifest = {
-            **facts,
-            "ranks": allocation.to_dict(),
-            "methods": dict(allocation.methods),
-            "spec": spec.to_dict(),
-            "ended": ended,
-            "step": step,
-            "held_out": {"before": run.scores[0][1], "after": kl},
-            "scores": run.scores,
-        }
-        write(path, run.best, manifest)
+        run.points.keep(path, allocation, spec, ended, facts)
     partial.unlink(missing_ok=True)
-    yield _told(run, spec, training, ended)  # only now: who hears of an end finds its file
+    # Only now: who hears of an end finds its file.
+    yield run.points.told(run.step, spec.steps, training, ended)
 
 
 def _steps(
@@ -296,7 +190,7 @@ def _steps(
     training: float | None = None
     ended = None
     while ended is None:
-        yield _told(run, spec, training)
+        yield run.points.told(run.step, spec.steps, training)
         if run.step >= spec.steps:
             ended = f"{spec.steps} steps"
         elif run.out_of_patience:
@@ -308,17 +202,10 @@ def _steps(
                     run.evaluate()
                     write(partial, *run.state())
             except ScoringError as error:
-                if run.best_score[0] == 0:
+                if run.points.best_score[0] == 0:
                     raise RankfrontError(
                         f"refine: {error}, and no step before it was better than the start; "
                         f"try a smaller refine.learning_rate than {spec.learning_rate:g}"
                     ) from error
                 ended = str(error)
     return training, ended
-
-
-def _told(
-    run: Refinement, spec: RefinementSpec, training: float | None, ended: str | None = None
-) -> RefinementStep:
-    step, best = run.best_score
-    return RefinementStep(run.step, spec.steps, training, run.scores[-1][1], best, step, ended)

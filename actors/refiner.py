@@ -12,7 +12,8 @@ from actors.harness_results import HarnessScore, HarnessSpec, metrics_of
 from actors.models import load_tokenizer
 from actors.refine import refine
 from actors.refined import RefinedFactors
-from actors.refinement import RefinementSpec, RefinementStep, file_of, refinement_fingerprint
+from actors.refinement import REFIT, RefinementSpec, RefinementStep, file_of, refinement_fingerprint
+from actors.refit import refit
 from actors.resident import resident
 from actors.scoring import Scorer
 from actors.text import fingerprint_windows, text_parts, windows
@@ -38,10 +39,11 @@ class Refiner:
     def refine(
         self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
     ) -> Iterator[RefinementStep]:
-        """Refine, or go on doing so; `facts` are added to the file's manifest.
+        """Refine as `spec` says, or go on doing so; `facts` are added to the file's manifest.
 
         Raises:
-            RankfrontError: the calibration text is another than the study's, or what `actors.refine` says.
+            RankfrontError: the calibration text is another than the study's, or what `actors.refine` and
+                `actors.refit` say.
         """
         preparation, prints = self._spec.preparation, self._spec.prepared.fingerprints
         calibration = preparation.calibration
@@ -58,7 +60,8 @@ class Refiner:
         fingerprint = refinement_fingerprint(prints, allocation, spec)
         scorer = self._scorer
         scorer.trial_model.use(scorer.store)  # every target is dense now
-        yield from refine(
+        run = refit if spec.method == REFIT else refine
+        yield from run(
             scorer.model,
             scorer.store,
             allocation,

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors.refinement import FOLDER, RefinementStep, file_of, refinement_fingerprint, variant_of
+from actors.refinement import (
+    FOLDER,
+    RefinementStep,
+    file_of,
+    pattern_of,
+    refinement_fingerprint,
+    variant_of,
+)
 from actors.types import SPLITS, RankfrontError, Score
 from search.evaluations import Evaluations
 from search.findings import Cells, paired
@@ -72,9 +79,9 @@ def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, co
 
 def refined_path(folder: StudyFolder, row: TrialRow) -> tuple[str, Path]:
     """The variant and the file that refining a trial as the config says leaves, or has left."""
-    prints = folder.prepared.fingerprints
-    fingerprint = refinement_fingerprint(prints, row.allocation, folder.config.refinement)
-    return variant_of(fingerprint), (folder.path / FOLDER / file_of(fingerprint)).resolve()
+    prints, spec = folder.prepared.fingerprints, folder.config.refinement
+    fingerprint = refinement_fingerprint(prints, row.allocation, spec)
+    return variant_of(fingerprint, spec), (folder.path / FOLDER / file_of(fingerprint)).resolve()
 
 
 def is_refined(folder: StudyFolder, row: TrialRow) -> bool:
@@ -157,7 +164,7 @@ def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path
     if variant not in scores:
         there = ", ".join(scores) or "none"
         raise RankfrontError(f"--variant {variant}: trial {row.number} has no such variant; it has {there}")
-    files = list((folder.path / FOLDER).glob(f"{variant.removeprefix('refined-')}*.safetensors"))
+    files = list((folder.path / FOLDER).glob(pattern_of(variant)))
     if len(files) != 1:
         raise RankfrontError(f"--variant {variant}: its file in {folder.path / FOLDER} is gone; refine again")
     return files[0], scores[variant]

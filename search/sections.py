@@ -303,8 +303,9 @@ class SurgicalSection(Section):
 
 
 class RefineSection(Section):
-    """`rankfront refine`: steps of KL to the dense model on the calibration text. See `RefinementSpec`."""
+    """`rankfront refine`: how one trial's factors are moved on the calibration text. See `RefinementSpec`."""
 
+    method: Literal["gradient", "refit"] = "gradient"
     steps: Positive = 200
     tokens: Positive = 1_536
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4

@@ -19,10 +19,26 @@ from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.perplexity import window_losses
-from actors.refine import Refinement, chosen_windows, divided, rate, refinable, refine
+from actors.refinable import divided, refinable
+from actors.refine import Refinement, chosen_windows, rate, refine
 from actors.refined import RefinedFactors, read, write
-from actors.refinement import RefinementSpec, RefinementStep, refinement_fingerprint, variant_of
-from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, ScoringError, TargetSpec
+from actors.refinement import (
+    REFIT,
+    SPEED,
+    RefinementSpec,
+    RefinementStep,
+    refinement_fingerprint,
+    variant_of,
+)
+from actors.types import (
+    Allocation,
+    FactorSpec,
+    ModelSource,
+    RankfrontError,
+    ScoringError,
+    TargetSpec,
+    digest,
+)
 
 VOCABULARY = 384
 SPEC = RefinementSpec(
@@ -272,12 +288,22 @@ def test_damaged_refined_factors_are_named(tmp_path: Path) -> None:
 def test_what_decides_the_numbers_decides_the_fingerprint(setting: Setting) -> None:
     parts = dict.fromkeys(("model", "tokenizer", "calibration", "factors", "test"), "x")
     mine = refinement_fingerprint(parts, setting.allocation, SPEC)
-    assert variant_of(mine) == f"refined-{mine[:8]}"
+    assert variant_of(mine, SPEC) == f"refined-{mine[:8]}"
     for same in (replace(SPEC, batch_tokens=7), replace(SPEC, checkpointed=True)):
         assert refinement_fingerprint({**parts, "test": "y"}, setting.allocation, same) == mine
+    settings = {key: value for key, value in SPEC.to_dict().items() if key not in (*SPEED, "method")}
+    chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "factors")}
+    assert mine == digest(["refined", 1, chosen, setting.allocation.key, settings]), "old files stay known"
+    refitted = replace(SPEC, method=REFIT)
+    other = refinement_fingerprint(parts, setting.allocation, refitted)
+    assert variant_of(other, refitted) == f"refit-{other[:8]}"
+    for same in (replace(refitted, steps=13), replace(refitted, seed=1)):
+        assert refinement_fingerprint(parts, setting.allocation, same) == other
     others = [
+        other,
+        refinement_fingerprint(parts, setting.allocation, replace(refitted, held_out=0.5)),
         refinement_fingerprint({**parts, "factors": "y"}, setting.allocation, SPEC),
         refinement_fingerprint(parts, Allocation.dense(setting.targets), SPEC),
         refinement_fingerprint(parts, setting.allocation, replace(SPEC, steps=13)),
     ]
-    assert len({mine, *others}) == 4
+    assert len({mine, *others}) == 6

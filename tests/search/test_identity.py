@@ -104,6 +104,7 @@ FREE = {
     "surgical.skip_blocks": 0,
     "surgical.ladder": "shares",
     "surgical.ranks": "bisect",
+    "refine.method": "refit",
     "refine.steps": 7,
     "refine.tokens": 512,
     "refine.learning_rate": 0.01,
