@@ -97,8 +97,8 @@ def correction(name: str, joint: Joint, bias: str) -> Tensor:
     require_finite(name, "moment of what compressed targets before it change", cross)
     values, vectors = torch.linalg.eigh((second + second.T) / 2)
     values = values.clamp_min(0)
-    scaled: Tensor = (cross @ vectors) / (values + damping(values))
-    return scaled @ vectors.T
+    found: Tensor = ((cross @ vectors) / (values + damping(values))) @ vectors.T
+    return found
 
 
 def regressed(
