@@ -184,8 +184,13 @@ class HeldOut:
         write(path, self.best, manifest)
 
     def told(
-        self, step: int, steps: int, training: float | None = None, ended: str | None = None
+        self,
+        step: int,
+        steps: int,
+        training: float | None = None,
+        ended: str | None = None,
+        workers: int = 1,
     ) -> RefinementStep:
         """How far the run is."""
         best_step, best = self.best_score
-        return RefinementStep(step, steps, training, self.scores[-1][1], best, best_step, ended)
+        return RefinementStep(step, steps, training, self.scores[-1][1], best, best_step, ended, workers)

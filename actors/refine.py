@@ -4,14 +4,15 @@ The teacher is what `actors.divergence` keeps of the dense model on the calibrat
 labels. Which point is kept the held-out windows say (`actors.refinable`).
 
 A run is a function of the model, the factors, the windows and the spec. Its state is on disk after every
-held-out score, so a run that was killed takes the same steps again and ends at the same numbers.
+held-out score, so a run that was killed takes the same steps again and ends at the same numbers. How many
+workers make a step's gradient (`actors.team`) changes the order of its float32 additions and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from actors.divergence import DenseTop, dense_top
+from actors.helper import Helper
 from actors.low_rank import Ranks
 from actors.models import decoder_blocks
 from actors.passes import checkpointed
@@ -26,6 +28,7 @@ from actors.perplexity import window_divergence
 from actors.refinable import CALIBRATION_TEXT, HeldOut, divided, refinable
 from actors.refined import read, write
 from actors.refinement import RefinementSpec, RefinementStep
+from actors.team import PIECE, Pieces, Team
 from actors.types import Allocation, RankfrontError, ScoringError
 
 Tensor = torch.Tensor
@@ -52,29 +55,91 @@ def chosen_windows(count: int, each: int, step: int, seed: int) -> Tensor:
     return torch.stack([orders[place // count][place % count] for place in places])
 
 
+class Shares:
+    """The gradient of the KL over training windows: of a whole step, or of one worker's share of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        moving: Mapping[str, nn.Parameter],
+        windows: Tensor,
+        top: DenseTop,
+        spec: RefinementSpec,
+    ) -> None:
+        """`top` is what is kept of the dense model on `windows` (windows, window)."""
+        self._model, self._moving, self._windows, self._spec = model, moving, windows, spec
+        # Copies: tensors made in inference mode cannot be kept for a gradient.
+        self._teacher = DenseTop(top.ids.clone(), top.logs.clone())
+        self._device = next(model.parameters()).device
+        self._blocks = decoder_blocks(model)[1]
+
+    def share(self, step: int, place: int, count: int) -> float:
+        """Leave in what moves the gradient of share `place` of `count` of a step (from 1); returns its KL.
+
+        Shares are runs of the step's windows. Gradient and KL, nats/token, are parts of the mean over all of
+        the step's tokens: those of all shares add up to it.
+        """
+        spec, window = self._spec, self._windows.shape[1]
+        each = max(1, spec.tokens // window)
+        chosen = chosen_windows(len(self._windows), each, step, spec.seed).tensor_split(count)[place]
+        for value in self._moving.values():
+            value.grad = None
+        total = 0.0
+        for part in chosen.split(max(1, spec.batch_tokens // window)) if len(chosen) else ():
+            loss = self._loss(part) / (each * (window - 1))
+            total += loss.item()
+            loss.backward()
+        return total
+
+    def _loss(self, chosen: Tensor) -> Tensor:
+        """KL summed over the predicted tokens of some training windows, nats."""
+        device = self._device
+        keep = checkpointed(self._blocks) if self._spec.checkpointed else contextlib.nullcontext()
+        half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        teacher = DenseTop(self._teacher.ids[chosen.to(device)], self._teacher.logs[chosen.to(device)])
+        batch = self._windows[chosen].to(device)
+        predicted = torch.full((len(batch),), batch.shape[1] - 1, device=device)
+        with torch.enable_grad(), keep:
+            with half:
+                logits = self._model(batch, use_cache=False).logits
+            return window_divergence(logits, teacher, predicted).sum()
+
+
+class Helping:
+    """A helper's side of a run: its share of each step, at the factors it is sent."""
+
+    def __init__(self, shares: Shares, pieces: Pieces) -> None:
+        self.share, self.receive, self.piece = shares.share, pieces.set_values, pieces.gradients
+
+
+@contextlib.contextmanager
+def helping(
+    model: nn.Module, store: Ranks, allocation: Allocation, windows: Tensor, spec: RefinementSpec
+) -> Iterator[Helping]:
+    """While open, `model`, which is dense when this starts, answers for shares of what `refine` does."""
+    training, _ = divided(windows, spec.held_out)
+    top = dense_top(model, training, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
+    with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
+        yield Helping(Shares(model, moving, training, top, spec), Pieces(list(moving.values()), PIECE))
+
+
 class Refinement:
     """One run: where its factors stand, what Adam remembers, and the best point so far."""
 
     def __init__(
         self,
         model: nn.Module,
-        moving: dict[str, nn.Parameter],
+        moving: Mapping[str, nn.Parameter],
         windows: Tensor,
         top: DenseTop,
         spec: RefinementSpec,
+        gradient: Callable[[int], float],
     ) -> None:
-        """`top` is what is kept of the dense model on all of `windows`."""
-        self._model, self._moving, self._spec = model, moving, spec
-        self._device = next(model.parameters()).device
-        self._training, held = divided(windows, spec.held_out)
-        border = len(self._training)
-        # Copies: tensors made in inference mode cannot be kept for a gradient.
-        self._teacher = DenseTop(top.ids[:border].clone(), top.logs[:border].clone())
-        self.points = HeldOut(
-            model, moving, held, DenseTop(top.ids[border:], top.logs[border:]), spec.batch_tokens
-        )
+        """`top` is what is kept of the dense model on the held-out `windows`; `gradient` leaves that of a
+        whole step (from 1) in what moves, and returns its KL, nats/token."""
+        self._moving, self._spec, self._gradient = moving, spec, gradient
+        self.points = HeldOut(model, moving, windows, top, spec.batch_tokens)
         self._adam = torch.optim.Adam(list(moving.values()), lr=spec.learning_rate)
-        self._blocks = decoder_blocks(model)[1]
         self.step = 0
 
     @property
@@ -92,36 +157,15 @@ class Refinement:
         Raises:
             ScoringError: a loss or a gradient that is not finite; the factors have not moved.
         """
-        spec, window = self._spec, self._training.shape[1]
-        each = max(1, spec.tokens // window)
-        chosen = chosen_windows(len(self._training), each, self.step + 1, spec.seed)
-        self._adam.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in chosen.split(max(1, spec.batch_tokens // window)):
-            loss = self._loss(part) / (each * (window - 1))
-            total += loss.item()
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._moving.values(), spec.clip).item()
+        total = self._gradient(self.step + 1)
+        norm = nn.utils.clip_grad_norm_(self._moving.values(), self._spec.clip).item()
         for name, value in (("loss", total), ("norm of the gradients", norm)):
             if not math.isfinite(value):
                 raise ScoringError(f"the {name} of step {self.step + 1} is {value}")
         self.step += 1
-        self._adam.param_groups[0]["lr"] = rate(spec, self.step)
+        self._adam.param_groups[0]["lr"] = rate(self._spec, self.step)
         self._adam.step()
         return total
-
-    def _loss(self, chosen: Tensor) -> Tensor:
-        """KL summed over the predicted tokens of some training windows, nats."""
-        device = self._device
-        keep = checkpointed(self._blocks) if self._spec.checkpointed else contextlib.nullcontext()
-        half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        teacher = DenseTop(self._teacher.ids[chosen.to(device)], self._teacher.logs[chosen.to(device)])
-        batch = self._training[chosen].to(device)
-        predicted = torch.full((len(batch),), batch.shape[1] - 1, device=device)
-        with torch.enable_grad(), keep:
-            with half:
-                logits = self._model(batch, use_cache=False).logits
-            return window_divergence(logits, teacher, predicted).sum()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a killed run needs to go on."""
@@ -139,11 +183,11 @@ class Refinement:
         with torch.no_grad():
             for name, value in self._moving.items():
                 value.copy_(tensors[f"now.{name}"])
-                self.points.best[name] = tensors[f"best.{name}"].to(self._device)
+                self.points.best[name] = tensors[f"best.{name}"].to(value.device)
                 if self.step:
                     self._adam.state[value] = {
                         "step": torch.tensor(float(self.step)),
-                        **{k: tensors[f"{k}.{name}"].to(self._device) for k in ("exp_avg", "exp_avg_sq")},
+                        **{k: tensors[f"{k}.{name}"].to(value.device) for k in ("exp_avg", "exp_avg_sq")},
                     }
 
 
@@ -155,32 +199,45 @@ def refine(
     spec: RefinementSpec,
     path: Path,
     facts: Mapping[str, Any],
+    helpers: Sequence[Helper] = (),
 ) -> Iterator[RefinementStep]:
     """Refine `allocation` on `windows` (windows, window) and leave the best point at `path`, with `facts` in
     its manifest. `model` is dense when this starts, and as it was when it ends.
 
-    The run's state is in `<path>.partial` until then.
+    The run's state is in `<path>.partial` until then. `helpers` take shares of the steps, each from when it
+    is ready and as long as it is there.
 
     Raises:
         RankfrontError: nothing to refine, too little text, float16, or a loss that is not finite before any
-            step was better than the start.
+            step was better than the start; and what a helper finds wrong.
     """
     if next(model.parameters()).dtype == torch.float16:
         raise RankfrontError("refine: gradients vanish in model.dtype float16; need bfloat16 or float32")
-    divided(windows, spec.held_out)
+    training, held = divided(windows, spec.held_out)
     partial = path.with_name(f"{path.name}.partial")
+    team = Team(helpers, allocation, spec)
     top = dense_top(model, windows, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
+    border = len(training)
     with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
-        run = Refinement(model, moving, windows, top, spec)
-        training, ended = yield from _steps(run, spec, partial)
+        shares = Shares(model, moving, training, DenseTop(top.ids[:border], top.logs[:border]), spec)
+        pieces = Pieces(list(moving.values()), PIECE)
+        run = Refinement(
+            model,
+            moving,
+            held,
+            DenseTop(top.ids[border:], top.logs[border:]),
+            spec,
+            lambda step: team.gradient(step, shares.share, pieces),
+        )
+        training_kl, ended = yield from _steps(run, team, spec, partial)
         run.points.keep(path, allocation, spec, ended, facts)
     partial.unlink(missing_ok=True)
     # Only now: who hears of an end finds its file.
-    yield run.points.told(run.step, spec.steps, training, ended)
+    yield run.points.told(run.step, spec.steps, training_kl, ended, team.size)
 
 
 def _steps(
-    run: Refinement, spec: RefinementSpec, partial: Path
+    run: Refinement, team: Team, spec: RefinementSpec, partial: Path
 ) -> Generator[RefinementStep, None, tuple[float | None, str]]:
     """Steps until one of the ends; returns the last training KL, and which end it was, in words."""
     if partial.exists():
@@ -190,7 +247,7 @@ def _steps(
     training: float | None = None
     ended = None
     while ended is None:
-        yield run.points.told(run.step, spec.steps, training)
+        yield run.points.told(run.step, spec.steps, training, workers=team.size)
         if run.step >= spec.steps:
             ended = f"{spec.steps} steps"
         elif run.out_of_patience:

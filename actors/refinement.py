@@ -62,7 +62,7 @@ class RefinementSpec:
 class RefinementStep:
     """How far a refinement is. `training` is the KL of this step's own windows before it, None at the start;
     `held_out` the last score of the held-out windows and `best` the lowest, at `best_step`: nats/token.
-    `ended` says why no step follows, None while one does."""
+    `ended` says why no step follows, None while one does; `workers` made it."""
 
     step: int
     steps: int
@@ -71,6 +71,7 @@ class RefinementStep:
     best: float
     best_step: int
     ended: str | None = None
+    workers: int = 1
 
 
 def refinement_fingerprint(parts: Mapping[str, str], allocation: Allocation, spec: RefinementSpec) -> str:

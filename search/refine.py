@@ -27,7 +27,7 @@ from search.records import FACTORS, Evaluation, TrialRow
 from search.runner import Stop
 from search.screen import Line, clock
 from search.signals import stop_on_signals
-from search.worker import Worker, mistakes_named, refiner
+from search.worker import Worker, mistakes_named, refiner, worker_count
 
 Pair = tuple[Score, Score]
 """A score before and a score after, of one split."""
@@ -54,10 +54,10 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
         raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
     if row.allocation.is_dense:
         raise RankfrontError(f"--trial {row.number}: every target is dense; there are no factors to refine")
-    stop = Stop()
+    stop, machine = Stop(), connect()
     with (
         driver_lock(folder.path),
-        refiner(folder, connect()) as worker,
+        refiner(folder, machine, worker_count(folder.config, machine)) as worker,
         stop_on_signals(stop, console),
         mistakes_named(),
     ):
@@ -117,6 +117,8 @@ class _Screen(Line):
     def _line(self, step: RefinementStep, now: float) -> str:
         assert self._first is not None
         parts = [f"refining {step.step}/{step.steps}"]
+        if step.workers > 1:
+            parts[0] += f" by {step.workers} workers"
         if step.training is not None:
             parts.append(f"KL {step.training:.4f}")
         parts.append(f"held out {step.held_out:.4f}, best {step.best:.4f} at {step.best_step}")

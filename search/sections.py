@@ -303,7 +303,11 @@ class SurgicalSection(Section):
 
 
 class RefineSection(Section):
-    """`rankfront refine`: how one trial's factors are moved on the calibration text. See `RefinementSpec`."""
+    """`rankfront refine`: how one trial's factors are moved on the calibration text. See `RefinementSpec`.
+
+    `workers` share the windows of a step, on a CPU each and a GPU each where there are any: `auto` is one for
+    each GPU, or one; see `actors.team` for when it pays.
+    """
 
     method: Literal["gradient", "refit"] = "gradient"
     steps: Positive = 200
@@ -317,6 +321,7 @@ class RefineSection(Section):
     top_k: Positive = 64
     seed: Annotated[int, Field(ge=0)] = 0
     checkpointed: bool = False
+    workers: CountOrAuto = 1
 
 
 class FinalistSection(Section):

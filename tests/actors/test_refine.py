@@ -20,7 +20,7 @@ from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.perplexity import window_losses
 from actors.refinable import divided, refinable
-from actors.refine import Refinement, chosen_windows, rate, refine
+from actors.refine import Shares, chosen_windows, rate, refine
 from actors.refined import RefinedFactors, read, write
 from actors.refinement import (
     REFIT,
@@ -103,14 +103,14 @@ def test_the_gradient_is_that_of_the_divergence_over_the_vocabulary(
     setting: Setting, checkpointed: bool
 ) -> None:
     model, dense = setting.dense(), setting.dense()
-    top = dense_top(model, setting.windows, 1024, VOCABULARY, "text")
-    spec = replace(SPEC, batch_tokens=64, clip=float("inf"), checkpointed=checkpointed)
+    spec = replace(SPEC, batch_tokens=64, checkpointed=checkpointed)
+    training, _ = divided(setting.windows, spec.held_out)
+    top = dense_top(model, training, 1024, VOCABULARY, "text")
     with refinable(model, setting.allocation, setting.store, 64) as moving:
-        run = Refinement(model, moving, setting.windows, top, spec)
-        chosen = chosen_windows(len(divided(setting.windows, spec.held_out)[0]), 4, 1, spec.seed)
-        expected = full_divergence(model, dense, setting.windows[chosen])
+        chosen = chosen_windows(len(training), 4, 1, spec.seed)
+        expected = full_divergence(model, dense, training[chosen])
         gradients = torch.autograd.grad(expected, list(moving.values()))
-        loss = run.advance()
+        loss = Shares(model, moving, training, top, spec).share(1, 0, 1)
         assert loss == pytest.approx(expected.item(), rel=1e-4)
         for name, gradient in zip(moving, gradients, strict=True):
             found = moving[name].grad
@@ -239,13 +239,13 @@ def test_a_loss_that_is_not_finite_ends_it(
     setting: Setting, good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the best point before it, and in an error where there is none."""
-    usual = Refinement._loss
+    usual = Shares.share
     path = tmp_path / "f.safetensors"
 
-    def loss(run: Refinement, chosen: torch.Tensor) -> torch.Tensor:
-        return usual(run, chosen) * (float("nan") if run.step >= good else 1.0)
+    def share(shares: Shares, step: int, place: int, count: int) -> float:
+        return usual(shares, step, place, count) * (float("nan") if step > good else 1.0)
 
-    monkeypatch.setattr(Refinement, "_loss", loss)
+    monkeypatch.setattr(Shares, "share", share)
     if good < SPEC.evaluate_every:
         with pytest.raises(RankfrontError, match=r"the loss of step 3 is nan, and no step .*learning_rate"):
             list(setting.steps(path))

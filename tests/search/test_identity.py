@@ -116,6 +116,7 @@ FREE = {
     "refine.top_k": 8,
     "refine.seed": 1,
     "refine.checkpointed": True,
+    "refine.workers": 3,
     "finalists.budgets": [0.5],
     "finalists.count": 2,
     "finalists.refine": False,

@@ -144,4 +144,6 @@ def test_the_line_says_how_far_it_is() -> None:
     with search.refine._Screen(console) as screen:
         screen.redraw(RefinementStep(0, 20, None, 0.5, 0.5, 0))
         line = screen._line(RefinementStep(10, 20, 0.25, 0.4, 0.375, 5), screen._first[1] + 30)  # type: ignore[index]
+        several = screen._line(RefinementStep(10, 20, 0.25, 0.4, 0.375, 5, workers=3), 0.0)
     assert line == "refining 10/20 | KL 0.2500 | held out 0.4000, best 0.3750 at 5 | ETA 0:30"
+    assert several.startswith("refining 10/20 by 3 workers | KL 0.2500")
