@@ -130,6 +130,26 @@ def test_every_target_is_the_regression_on_what_it_reads_behind_the_refitted_one
                 np.testing.assert_allclose(x @ found.T, x @ expected.T, atol=0.01 * np.abs(outputs).max())
 
 
+def test_targets_that_read_one_input_share_its_moments(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, usual = [], Refit._measured
+
+    def counted(run: Refit, name: str, names: list[str]) -> Any:
+        measured.append(name)
+        return usual(run, name, names)
+
+    monkeypatch.setattr(Refit, "_measured", counted)
+    list(setting.steps(tmp_path / "f"))
+    inputs_of = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
+    first: dict[tuple[str, str], str] = {}
+    for name, _ in setting.ranked():
+        *place, module = name.split(".")
+        first.setdefault((place[2], inputs_of[module.removesuffix("_proj")]), name)
+    assert measured == list(first.values())
+    assert len(measured) < len(setting.ranked())
+
+
 def product(model: nn.Module, name: str) -> Floats:
     layer = model.get_submodule(name)
     return (layer.left.double() @ layer.right.double()).numpy()
@@ -155,6 +175,24 @@ def test_what_is_kept_is_the_best_held_out_point_and_scores_as_it_says(setting: 
         mine, theirs = factors.rank(name, rank), setting.store.rank(name, rank)
         assert [part.shape for part in mine[:2]] == [part.shape for part in theirs[:2]]
         assert (mine[2] is not None) == (own or theirs[2] is not None)
+
+
+def test_a_bfloat16_model_is_refitted_in_float32_and_kept_as_it_scores(
+    setting: Setting, tmp_path: Path
+) -> None:
+    model = load_model(setting.folder, ModelSource(str(setting.folder), dtype="bfloat16"))
+    path = tmp_path / "half.safetensors"
+    list(refit(model, setting.store, setting.allocation, setting.windows, SPEC, path, {}))
+    factors = RefinedFactors(path)
+    name, rank = setting.ranked()[0]
+    assert factors.rank(name, rank)[1].dtype == torch.float32
+    held = divided(setting.windows, SPEC.held_out)[1]
+    top = dense_top(model, held, SPEC.batch_tokens, 384, "text")
+    TrialModel(model, setting.targets, factors).install(setting.allocation, SPEC.batch_tokens)
+    found = window_losses(model, held, SPEC.batch_tokens, "text", top).kl
+    assert found is not None
+    kept = factors.manifest["held_out"]["after"]
+    assert found.sum().item() / (len(held) * 31) == pytest.approx(kept, rel=1e-6)
 
 
 def test_a_run_that_was_killed_begins_anew_and_ends_the_same(
