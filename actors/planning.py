@@ -133,7 +133,7 @@ class _Probe:
 def _probe(model: nn.Module, targets: Sequence[TargetSpec], gradients: Collection[str]) -> _Probe:
     device = next(model.parameters()).device
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    tap = _Tap()
+    tap = Tap()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes over an address meanwhile
     boundary = 0
@@ -171,7 +171,7 @@ def _probe(model: nn.Module, targets: Sequence[TargetSpec], gradients: Collectio
     return _Probe(tap.leaders, each, boundary, width, len(blocks))
 
 
-class _Tap:
+class Tap:
     """Finds which targets read the same tensor (q/k/v, gate/up): the first of a run leads the others.
 
     The last tensor is held, so its identity cannot be taken over by another meanwhile.

@@ -82,8 +82,8 @@ class PrefixCache:
             begin = self._model.register_forward_pre_hook(self._begin(changed), with_kwargs=True)
             stack.callback(begin.remove)
             for index, block in enumerate(self._blocks[: changed + 1]):
-                stack.callback(_set_forward, block, vars(block).get("forward"))
-                _set_forward(block, self._wrapped(index, block.forward))
+                stack.callback(set_forward, block, vars(block).get("forward"))
+                set_forward(block, self._wrapped(index, block.forward))
             yield
 
     def _begin(self, changed: int) -> Callable[..., None]:
@@ -109,7 +109,7 @@ class PrefixCache:
             elif index:
                 self._keep(index, hidden_states)
             output = forward(hidden_states, *args, **keywords)
-            self._forms[index] = _form(output)
+            self._forms[index] = form_of(output)
             return output
 
         return run
@@ -135,14 +135,15 @@ def boundaries(blocks: int, stride: int, most: int) -> tuple[int, ...]:
     return tuple(wanted[place * (len(wanted) + 1) // (chosen + 1) - 1] for place in range(1, chosen + 1))
 
 
-def _form(output: Any) -> int:
+def form_of(output: Any) -> int:
+    """What a block handed on: `BARE`, how long a tuple that holds nothing beside the state, or `OPAQUE`."""
     if isinstance(output, Tensor):
         return BARE
     alone = isinstance(output, tuple) and all(part is None for part in output[1:])
     return len(output) if alone else OPAQUE
 
 
-def _set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
+def set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
     """Give a block a forward of its own; None gives it that of its class again."""
     if forward is None:
         vars(block).pop("forward", None)

@@ -1,18 +1,18 @@
 """Refine the factors of one allocation: Adam on the KL to the dense model, ranks fixed, nothing else moves.
 
 The teacher is what `actors.divergence` keeps of the dense model on the calibration windows; there are no
-labels. The last windows are held out. What is kept is the point with the lowest divergence on them, and the
-start is one of the points: refining never makes it larger.
+labels. Which point is kept the held-out windows say (`actors.refinable`).
 
 A run is a function of the model, the factors, the windows and the spec. Its state is on disk after every
-held-out score, so a run that was killed takes the same steps again and ends at the same numbers.
+held-out score, so a run that was killed takes the same steps again and ends at the same numbers. How many
+workers make a step's gradient (`actors.team`) changes the order of its float32 additions and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,101 +20,21 @@ import torch
 from torch import nn
 
 from actors.divergence import DenseTop, dense_top
-from actors.linears import bias_of, weight_of
-from actors.low_rank import Ranks, TrialLinear, factored_is_cheaper
+from actors.helper import Helper
+from actors.low_rank import Ranks
 from actors.models import decoder_blocks
 from actors.passes import checkpointed
-from actors.perplexity import window_divergence, window_losses
-from actors.refined import BIAS, LEFT, RIGHT, read, write
+from actors.perplexity import window_divergence
+from actors.refinable import CALIBRATION_TEXT, HeldOut, divided, refinable
+from actors.refined import read, write
 from actors.refinement import RefinementSpec, RefinementStep
+from actors.team import PIECE, Pieces, Team
 from actors.types import Allocation, RankfrontError, ScoringError
 
 Tensor = torch.Tensor
 
 # The share of the learning rate that is left at the last step.
 FLOOR = 0.1
-_NAME = "held-out calibration text"
-
-
-class RefinableLinear(nn.Module):
-    """A target at a rank whose factors and bias move; all else is the dense layer's.
-
-    Parameters are float32; products are made in the precision of what comes in, as a trial makes them.
-    """
-
-    def __init__(
-        self, dense: nn.Module, left: Tensor, right: Tensor, bias: Tensor | None, tokens: int
-    ) -> None:
-        """`left` (r, m), `right` (r, n) and `bias` (m,) as a factor store has them; `tokens` of a batch.
-
-        Where the layer has a bias of its own and the factors bring none, it moves from zero.
-        """
-        super().__init__()
-        weight, own = weight_of(dense), bias_of(dense)
-        if bias is None and own is not None:
-            bias = torch.zeros_like(own)
-        self._dense = [dense]  # in a list: its parameters are not ours
-        self.left = nn.Parameter(left.T.float().contiguous().clone())
-        self.right = nn.Parameter(right.float().contiguous().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.float().clone())
-        self._factored = factored_is_cheaper(len(left), weight.shape[0], weight.shape[1], tokens)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense parameter: some model code reads dtype or device from it."""
-        return self._dense[0].weight  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right, bias = self.left.to(x.dtype), self.right.to(x.dtype), bias_of(self._dense[0])
-        if self.bias is not None:
-            moved = self.bias.to(x.dtype)
-            bias = moved if bias is None else bias + moved
-        if self._factored:
-            return nn.functional.linear(nn.functional.linear(x, right), left, bias)
-        return nn.functional.linear(x, left @ right, bias)
-
-
-@contextlib.contextmanager
-def refinable(
-    model: nn.Module, allocation: Allocation, store: Ranks, tokens: int
-) -> Iterator[dict[str, nn.Parameter]]:
-    """While open, every target with a rank is a `RefinableLinear`; yields what moves, by target and part.
-
-    Raises:
-        RankfrontError: the allocation is dense.
-    """
-    before = {name: model.get_submodule(name) for name, rank in allocation if rank is not None}
-    if not before:
-        raise RankfrontError("refine: every target is dense; there are no factors to refine")
-    moving: dict[str, nn.Parameter] = {}
-    try:
-        for name, rank in allocation:
-            if rank is None:
-                continue
-            dense = before[name].dense if isinstance(before[name], TrialLinear) else before[name]
-            factors = store.rank(name, rank, allocation.method_of(name))
-            layer = RefinableLinear(dense, *factors, tokens)  # type: ignore[arg-type]
-            model.set_submodule(name, layer)
-            parts = {LEFT: layer.left, RIGHT: layer.right, BIAS: layer.bias}
-            moving |= {f"{name}.{part}": value for part, value in parts.items() if value is not None}
-        yield moving
-    finally:
-        for name, module in before.items():
-            model.set_submodule(name, module)
-
-
-def divided(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Windows (windows, window) to train on, and the last `share` of them, which are held out; one at least.
-
-    Raises:
-        RankfrontError: fewer than two windows.
-    """
-    if len(windows) < 2:
-        raise RankfrontError(
-            f"refine: {len(windows)} calibration window; two are needed, one to train on and one held out"
-        )
-    held = min(len(windows) - 1, max(1, round(share * len(windows))))
-    return windows[:-held], windows[-held:]
 
 
 def rate(spec: RefinementSpec, step: int) -> float:
@@ -135,76 +55,40 @@ def chosen_windows(count: int, each: int, step: int, seed: int) -> Tensor:
     return torch.stack([orders[place // count][place % count] for place in places])
 
 
-class Refinement:
-    """One run: where its factors stand, what Adam remembers, and the best point so far."""
+class Shares:
+    """The gradient of the KL over training windows: of a whole step, or of one worker's share of it."""
 
     def __init__(
         self,
         model: nn.Module,
-        moving: dict[str, nn.Parameter],
+        moving: Mapping[str, nn.Parameter],
         windows: Tensor,
         top: DenseTop,
         spec: RefinementSpec,
     ) -> None:
-        """`top` is what is kept of the dense model on all of `windows`."""
-        self._model, self._moving, self._spec = model, moving, spec
-        self._device = next(model.parameters()).device
-        self._training, self._held = divided(windows, spec.held_out)
-        border = len(self._training)
+        """`top` is what is kept of the dense model on `windows` (windows, window)."""
+        self._model, self._moving, self._windows, self._spec = model, moving, windows, spec
         # Copies: tensors made in inference mode cannot be kept for a gradient.
-        self._teacher = DenseTop(top.ids[:border].clone(), top.logs[:border].clone())
-        self._held_top = DenseTop(top.ids[border:], top.logs[border:])
-        self._adam = torch.optim.Adam(list(moving.values()), lr=spec.learning_rate)
+        self._teacher = DenseTop(top.ids.clone(), top.logs.clone())
+        self._device = next(model.parameters()).device
         self._blocks = decoder_blocks(model)[1]
-        self.step = 0
-        self.scores: list[tuple[int, float]] = []  # step, nats/token on the held-out windows
-        self.best: dict[str, Tensor] = {}
 
-    @property
-    def best_score(self) -> tuple[int, float]:
-        """Step and nats/token of the best point; of equal ones the first."""
-        return min(self.scores, key=lambda score: score[1])
+    def share(self, step: int, place: int, count: int) -> float:
+        """Leave in what moves the gradient of share `place` of `count` of a step (from 1); returns its KL.
 
-    @property
-    def out_of_patience(self) -> bool:
-        since = len(self.scores) - 1 - self.scores.index(self.best_score)
-        return since >= self._spec.patience
-
-    def evaluate(self) -> None:
-        """Score the held-out windows as a trial would be, and keep the point where it is the best.
-
-        Raises:
-            ScoringError: no finite divergence.
+        Shares are runs of the step's windows. Gradient and KL, nats/token, are parts of the mean over all of
+        the step's tokens: those of all shares add up to it.
         """
-        found = window_losses(self._model, self._held, self._spec.batch_tokens, _NAME, self._held_top)
-        assert found.kl is not None
-        kl = found.kl.sum().item() / (len(self._held) * (self._held.shape[1] - 1))
-        if not self.scores or kl < self.best_score[1]:
-            self.best = {name: value.detach().clone() for name, value in self._moving.items()}
-        self.scores.append((self.step, kl))
-
-    def advance(self) -> float:
-        """One step of Adam; returns the KL of its windows before it, nats/token.
-
-        Raises:
-            ScoringError: a loss or a gradient that is not finite; the factors have not moved.
-        """
-        spec, window = self._spec, self._training.shape[1]
+        spec, window = self._spec, self._windows.shape[1]
         each = max(1, spec.tokens // window)
-        chosen = chosen_windows(len(self._training), each, self.step + 1, spec.seed)
-        self._adam.zero_grad(set_to_none=True)
+        chosen = chosen_windows(len(self._windows), each, step, spec.seed).tensor_split(count)[place]
+        for value in self._moving.values():
+            value.grad = None
         total = 0.0
-        for part in chosen.split(max(1, spec.batch_tokens // window)):
+        for part in chosen.split(max(1, spec.batch_tokens // window)) if len(chosen) else ():
             loss = self._loss(part) / (each * (window - 1))
             total += loss.item()
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._moving.values(), spec.clip).item()
-        for name, value in (("loss", total), ("norm of the gradients", norm)):
-            if not math.isfinite(value):
-                raise ScoringError(f"the {name} of step {self.step + 1} is {value}")
-        self.step += 1
-        self._adam.param_groups[0]["lr"] = rate(spec, self.step)
-        self._adam.step()
         return total
 
     def _loss(self, chosen: Tensor) -> Tensor:
@@ -213,33 +97,97 @@ class Refinement:
         keep = checkpointed(self._blocks) if self._spec.checkpointed else contextlib.nullcontext()
         half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
         teacher = DenseTop(self._teacher.ids[chosen.to(device)], self._teacher.logs[chosen.to(device)])
-        batch = self._training[chosen].to(device)
+        batch = self._windows[chosen].to(device)
         predicted = torch.full((len(batch),), batch.shape[1] - 1, device=device)
         with torch.enable_grad(), keep:
             with half:
                 logits = self._model(batch, use_cache=False).logits
             return window_divergence(logits, teacher, predicted).sum()
 
+
+class Helping:
+    """A helper's side of a run: its share of each step, at the factors it is sent."""
+
+    def __init__(self, shares: Shares, pieces: Pieces) -> None:
+        self.share, self.receive, self.piece = shares.share, pieces.set_values, pieces.gradients
+
+
+@contextlib.contextmanager
+def helping(
+    model: nn.Module, store: Ranks, allocation: Allocation, windows: Tensor, spec: RefinementSpec
+) -> Iterator[Helping]:
+    """While open, `model`, which is dense when this starts, answers for shares of what `refine` does."""
+    training, _ = divided(windows, spec.held_out)
+    top = dense_top(model, training, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
+    with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
+        yield Helping(Shares(model, moving, training, top, spec), Pieces(list(moving.values()), PIECE))
+
+
+class Refinement:
+    """One run: where its factors stand, what Adam remembers, and the best point so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        moving: Mapping[str, nn.Parameter],
+        windows: Tensor,
+        top: DenseTop,
+        spec: RefinementSpec,
+        gradient: Callable[[int], float],
+    ) -> None:
+        """`top` is what is kept of the dense model on the held-out `windows`; `gradient` leaves that of a
+        whole step (from 1) in what moves, and returns its KL, nats/token."""
+        self._moving, self._spec, self._gradient = moving, spec, gradient
+        self.points = HeldOut(model, moving, windows, top, spec.batch_tokens)
+        self._adam = torch.optim.Adam(list(moving.values()), lr=spec.learning_rate)
+        self.step = 0
+
+    @property
+    def out_of_patience(self) -> bool:
+        scores = self.points.scores
+        return len(scores) - 1 - scores.index(self.points.best_score) >= self._spec.patience
+
+    def evaluate(self) -> None:
+        """Score where it stands; raises ScoringError as `HeldOut.score` does."""
+        self.points.score(self.step)
+
+    def advance(self) -> float:
+        """One step of Adam; returns the KL of its windows before it, nats/token.
+
+        Raises:
+            ScoringError: a loss or a gradient that is not finite; the factors have not moved.
+        """
+        total = self._gradient(self.step + 1)
+        norm = nn.utils.clip_grad_norm_(self._moving.values(), self._spec.clip).item()
+        for name, value in (("loss", total), ("norm of the gradients", norm)):
+            if not math.isfinite(value):
+                raise ScoringError(f"the {name} of step {self.step + 1} is {value}")
+        self.step += 1
+        self._adam.param_groups[0]["lr"] = rate(self._spec, self.step)
+        self._adam.step()
+        return total
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a killed run needs to go on."""
         tensors: dict[str, Tensor] = {}
         for name, value in self._moving.items():
-            tensors |= {f"now.{name}": value, f"best.{name}": self.best[name]}
+            tensors |= {f"now.{name}": value, f"best.{name}": self.points.best[name]}
             remembered = self._adam.state.get(value, {})
             tensors |= {f"{key}.{name}": part for key, part in remembered.items() if key != "step"}
-        return tensors, {"step": self.step, "scores": self.scores}
+        return tensors, {"step": self.step, "scores": self.points.scores}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.step, self.scores = facts["step"], [(step, kl) for step, kl in facts["scores"]]
+        self.step = facts["step"]
+        self.points.scores = [(step, kl) for step, kl in facts["scores"]]
         with torch.no_grad():
             for name, value in self._moving.items():
                 value.copy_(tensors[f"now.{name}"])
-                self.best[name] = tensors[f"best.{name}"].to(self._device)
+                self.points.best[name] = tensors[f"best.{name}"].to(value.device)
                 if self.step:
                     self._adam.state[value] = {
                         "step": torch.tensor(float(self.step)),
-                        **{k: tensors[f"{k}.{name}"].to(self._device) for k in ("exp_avg", "exp_avg_sq")},
+                        **{k: tensors[f"{k}.{name}"].to(value.device) for k in ("exp_avg", "exp_avg_sq")},
                     }
 
 
@@ -251,42 +199,45 @@ def refine(
     spec: RefinementSpec,
     path: Path,
     facts: Mapping[str, Any],
+    helpers: Sequence[Helper] = (),
 ) -> Iterator[RefinementStep]:
     """Refine `allocation` on `windows` (windows, window) and leave the best point at `path`, with `facts` in
     its manifest. `model` is dense when this starts, and as it was when it ends.
 
-    The run's state is in `<path>.partial` until then.
+    The run's state is in `<path>.partial` until then. `helpers` take shares of the steps, each from when it
+    is ready and as long as it is there.
 
     Raises:
         RankfrontError: nothing to refine, too little text, float16, or a loss that is not finite before any
-            step was better than the start.
+            step was better than the start; and what a helper finds wrong.
     """
     if next(model.parameters()).dtype == torch.float16:
         raise RankfrontError("refine: gradients vanish in model.dtype float16; need bfloat16 or float32")
-    divided(windows, spec.held_out)
+    training, held = divided(windows, spec.held_out)
     partial = path.with_name(f"{path.name}.partial")
-    top = dense_top(model, windows, spec.batch_tokens, spec.top_k, "calibration text")
+    team = Team(helpers, allocation, spec)
+    top = dense_top(model, windows, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
+    border = len(training)
     with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
-        run = Refinement(model, moving, windows, top, spec)
-        training, ended = yield from _steps(run, spec, partial)
-        step, kl = run.best_score
-        manifest = {
-            **facts,
-            "ranks": allocation.to_dict(),
-            "methods": dict(allocation.methods),
-            "spec": spec.to_dict(),
-            "ended": ended,
-            "step": step,
-            "held_out": {"before": run.scores[0][1], "after": kl},
-            "scores": run.scores,
-        }
-        write(path, run.best, manifest)
+        shares = Shares(model, moving, training, DenseTop(top.ids[:border], top.logs[:border]), spec)
+        pieces = Pieces(list(moving.values()), PIECE)
+        run = Refinement(
+            model,
+            moving,
+            held,
+            DenseTop(top.ids[border:], top.logs[border:]),
+            spec,
+            lambda step: team.gradient(step, shares.share, pieces),
+        )
+        training_kl, ended = yield from _steps(run, team, spec, partial)
+        run.points.keep(path, allocation, spec, ended, facts)
     partial.unlink(missing_ok=True)
-    yield _told(run, spec, training, ended)  # only now: who hears of an end finds its file
+    # Only now: who hears of an end finds its file.
+    yield run.points.told(run.step, spec.steps, training_kl, ended, team.size)
 
 
 def _steps(
-    run: Refinement, spec: RefinementSpec, partial: Path
+    run: Refinement, team: Team, spec: RefinementSpec, partial: Path
 ) -> Generator[RefinementStep, None, tuple[float | None, str]]:
     """Steps until one of the ends; returns the last training KL, and which end it was, in words."""
     if partial.exists():
@@ -296,7 +247,7 @@ def _steps(
     training: float | None = None
     ended = None
     while ended is None:
-        yield _told(run, spec, training)
+        yield run.points.told(run.step, spec.steps, training, workers=team.size)
         if run.step >= spec.steps:
             ended = f"{spec.steps} steps"
         elif run.out_of_patience:
@@ -308,17 +259,10 @@ def _steps(
                     run.evaluate()
                     write(partial, *run.state())
             except ScoringError as error:
-                if run.best_score[0] == 0:
+                if run.points.best_score[0] == 0:
                     raise RankfrontError(
                         f"refine: {error}, and no step before it was better than the start; "
                         f"try a smaller refine.learning_rate than {spec.learning_rate:g}"
                     ) from error
                 ended = str(error)
     return training, ended
-
-
-def _told(
-    run: Refinement, spec: RefinementSpec, training: float | None, ended: str | None = None
-) -> RefinementStep:
-    step, best = run.best_score
-    return RefinementStep(run.step, spec.steps, training, run.scores[-1][1], best, step, ended)

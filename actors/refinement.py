@@ -1,6 +1,6 @@
 """What a refinement is asked for, how far it is, and the name of what it leaves. Standard library only.
 
-The maths is in `actors.refine`, the file in `actors.refined`.
+The maths is in `actors.refine` and `actors.refit`, the file in `actors.refined`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ FORMAT = 1
 FOLDER = "refined"
 """Of a study: its refined factors, one file each, `<first 16 digits of the fingerprint>.safetensors`."""
 
+GRADIENT, REFIT = "gradient", "refit"
+"""How factors are refined: by steps of Adam, or in closed form."""
+
 # What changes rounding, time and memory, not what is computed.
 SPEED = ("batch_tokens", "checkpointed")
+# All that a refit reads, beside those.
+READ_BY_REFIT = ("method", "held_out", "evaluate_every", "top_k")
 
 
 @dataclass(frozen=True)
 class RefinementSpec:
-    """Adam on the KL to the dense model over calibration windows, ranks fixed.
+    """How factors are moved towards the dense model over calibration windows, ranks fixed.
 
-    A step reads `tokens` (rounded down to whole windows, at least one), in batches of `batch_tokens`. The
-    learning rate rises over `warmup` steps and falls as a cosine to a tenth at `steps`; `clip` bounds the
-    norm of all gradients together. The last `held_out` share of the windows is never trained on: it is
-    scored every `evaluate_every` steps, and after `patience` scores without a better one the run ends.
-    `checkpointed` computes activations twice instead of keeping them.
+    `gradient`: Adam on the KL to the dense model. A step reads `tokens` (rounded down to whole windows, at
+    least one), in batches of `batch_tokens`. The learning rate rises over `warmup` steps and falls as a
+    cosine to a tenth at `steps`; `clip` bounds the norm of all gradients together. The last `held_out` share
+    of the windows is never trained on: it is scored every `evaluate_every` steps, and after `patience` scores
+    without a better one the run ends. `checkpointed` computes activations twice instead of keeping them.
+
+    `refit`: each target in turn by least squares (`actors.refit`). A step is a decoder block; of the other
+    settings `held_out`, `evaluate_every` and `top_k` mean the same, and the rest are not read.
     """
 
     steps: int = 200
@@ -44,6 +52,7 @@ class RefinementSpec:
     seed: int = 0
     batch_tokens: int = 1_024
     checkpointed: bool = False
+    method: str = GRADIENT
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -53,7 +62,7 @@ class RefinementSpec:
 class RefinementStep:
     """How far a refinement is. `training` is the KL of this step's own windows before it, None at the start;
     `held_out` the last score of the held-out windows and `best` the lowest, at `best_step`: nats/token.
-    `ended` says why no step follows, None while one does."""
+    `ended` says why no step follows, None while one does; `workers` made it."""
 
     step: int
     steps: int
@@ -62,21 +71,31 @@ class RefinementStep:
     best: float
     best_step: int
     ended: str | None = None
+    workers: int = 1
 
 
 def refinement_fingerprint(parts: Mapping[str, str], allocation: Allocation, spec: RefinementSpec) -> str:
     """Identity of refined factors: model, calibration text, factors they begin with, ranks, and the steps.
 
-    `parts` are the fingerprints of a preparation.
+    `parts` are the fingerprints of a preparation. What a method does not read makes no other identity.
     """
     chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "factors")}
-    steps = {key: value for key, value in spec.to_dict().items() if key not in SPEED}
+    steps = spec.to_dict()
+    if spec.method == REFIT:
+        steps = {key: steps[key] for key in READ_BY_REFIT}
+    else:
+        steps = {key: value for key, value in steps.items() if key not in (*SPEED, "method")}
     return digest(["refined", FORMAT, chosen, allocation.key, steps])
 
 
-def variant_of(fingerprint: str) -> str:
-    """The name of refined factors in the evaluations table."""
-    return f"refined-{fingerprint[:8]}"
+def variant_of(fingerprint: str, spec: RefinementSpec) -> str:
+    """The name of refined factors in the evaluations table: `refined-` or `refit-`, and who they are."""
+    return f"{'refit' if spec.method == REFIT else 'refined'}-{fingerprint[:8]}"
+
+
+def pattern_of(variant: str) -> str:
+    """A shell pattern for the name of a variant's file in the study's `FOLDER`."""
+    return f"{variant.rpartition('-')[2]}*.safetensors"
 
 
 def file_of(fingerprint: str) -> str:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.harness_results import HarnessScore, HarnessSpec, metrics_of
+from actors.helper import Helper
 from actors.models import load_tokenizer
-from actors.refine import refine
+from actors.refine import Helping, helping, refine
 from actors.refined import RefinedFactors
-from actors.refinement import RefinementSpec, RefinementStep, file_of, refinement_fingerprint
+from actors.refinement import REFIT, RefinementSpec, RefinementStep, file_of, refinement_fingerprint
+from actors.refit import refit
 from actors.resident import resident
 from actors.scoring import Scorer
 from actors.text import fingerprint_windows, text_parts, windows
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from actors.harness import Harness
 
 
@@ -34,16 +39,57 @@ class Refiner:
         self._spec = spec = replace(spec, prepared=resident(spec.preparation, spec.prepared))
         self._scorer = Scorer(spec)
         self._harness: Harness | None = None
+        self._held = contextlib.ExitStack()
+        self._helping: Helping | None = None
 
     def refine(
-        self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
+        self,
+        allocation: Allocation,
+        spec: RefinementSpec,
+        facts: Mapping[str, Any],
+        helpers: Sequence[Helper] = (),
     ) -> Iterator[RefinementStep]:
-        """Refine, or go on doing so; `facts` are added to the file's manifest.
+        """Refine as `spec` says, or go on doing so; `facts` are added to the file's manifest.
+
+        `helpers` take shares of the steps, where there are any.
 
         Raises:
-            RankfrontError: the calibration text is another than the study's, or what `actors.refine` says.
+            RankfrontError: the calibration text is another than the study's, or what `actors.refine` and
+                `actors.refit` say.
         """
-        preparation, prints = self._spec.preparation, self._spec.prepared.fingerprints
+        ids, prints = self._windows(), self._spec.prepared.fingerprints
+        fingerprint = refinement_fingerprint(prints, allocation, spec)
+        path = self._folder / file_of(fingerprint)
+        facts = {**facts, "fingerprint": fingerprint}
+        scorer = self._scorer
+        scorer.trial_model.use(scorer.store)  # every target is dense now
+        if spec.method == REFIT:
+            yield from refit(scorer.model, scorer.store, allocation, ids, spec, path, facts)
+        else:
+            yield from refine(scorer.model, scorer.store, allocation, ids, spec, path, facts, helpers)
+
+    def help(self, allocation: Allocation, spec: RefinementSpec) -> None:
+        """Be ready for shares of another worker's refinement; raises as `refine` does."""
+        self._held.close()
+        scorer = self._scorer
+        scorer.trial_model.use(scorer.store)
+        self._helping = self._held.enter_context(
+            helping(scorer.model, scorer.store, allocation, self._windows(), spec)
+        )
+
+    @property
+    def helping(self) -> Helping:
+        """What answers for shares, once it is to `help`."""
+        assert self._helping is not None
+        return self._helping
+
+    def _windows(self) -> Tensor:
+        """The calibration text (windows, window).
+
+        Raises:
+            RankfrontError: it is another than the study's.
+        """
+        preparation = self._spec.preparation
         calibration = preparation.calibration
         parts = text_parts(calibration, preparation.scoring, preparation.calibration_fraction)
         ids = windows(
@@ -53,20 +99,9 @@ class Refiner:
             calibration.window,
             calibration.tokens,
         )
-        if fingerprint_windows(ids) != prints["calibration"]:
+        if fingerprint_windows(ids) != self._spec.prepared.fingerprints["calibration"]:
             raise RankfrontError(f"{calibration.text.source}: no longer the text the factors were made from")
-        fingerprint = refinement_fingerprint(prints, allocation, spec)
-        scorer = self._scorer
-        scorer.trial_model.use(scorer.store)  # every target is dense now
-        yield from refine(
-            scorer.model,
-            scorer.store,
-            allocation,
-            ids,
-            spec,
-            self._folder / file_of(fingerprint),
-            {**facts, "fingerprint": fingerprint},
-        )
+        return ids
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         """Score an allocation by the refined factors of `file`, or by the study's where none is named.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.harness_results import HarnessScore, HarnessSpec
+from actors.helper import Helper
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.types import (
     Allocation,
@@ -27,6 +28,8 @@ from actors.types import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from actors.moments import Moments
 
 
@@ -111,9 +114,25 @@ class Refiner:
         self._refiner = Refiner(spec, Path(folder))
 
     def refine(
-        self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
+        self,
+        allocation: Allocation,
+        spec: RefinementSpec,
+        facts: Mapping[str, Any],
+        helpers: Sequence[Helper],
     ) -> Iterator[RefinementStep]:
-        yield from self._refiner.refine(allocation, spec, facts)
+        yield from self._refiner.refine(allocation, spec, facts, helpers)
+
+    def help(self, allocation: Allocation, spec: RefinementSpec) -> None:
+        self._refiner.help(allocation, spec)
+
+    def receive(self, number: int, values: Tensor) -> None:
+        self._refiner.helping.receive(number, values)
+
+    def share(self, step: int, place: int, count: int) -> float:
+        return self._refiner.helping.share(step, place, count)
+
+    def piece(self, number: int) -> Tensor:
+        return self._refiner.helping.piece(number)
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         return self._refiner.score(allocation, split, file)

@@ -37,7 +37,7 @@ def evaluate_command(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of a study, with --tasks: factors or refined-...; may be repeated. All, if not given."
+            help="With --tasks: factors, refined-..., refit-...; may be repeated. All, if not given."
         ),
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from actors.refinement import READ_BY_REFIT, REFIT
+from actors.types import RankfrontError
 from search.choosing import chosen
 from search.config import parse_config
 from search.findings import cells_table
@@ -22,6 +24,9 @@ def refine_command(
     budget: Annotated[
         float | None, typer.Option(help="The best front point at or under this model budget.")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="gradient, or refit in closed form; refine.method where not given.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; refine.steps where not given.")] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of a step; refine.tokens where not given.")
@@ -31,8 +36,12 @@ def refine_command(
     """Refine one trial's factors towards the dense model, ranks fixed, and score what came of it."""
     folder = find_study(study, runs)
     raw = folder.config.model_dump(mode="json")
-    raw["refine"] |= {k: v for k, v in (("steps", steps), ("tokens", tokens)) if v is not None}
+    given = {k: v for k, v in (("method", method), ("steps", steps), ("tokens", tokens)) if v is not None}
+    raw["refine"] |= given
     folder = replace(folder, config=parse_config(raw, "refine"))
+    idle = [f"--{name}" for name in given if name not in READ_BY_REFIT]
+    if folder.config.refine.method == REFIT and idle:
+        raise RankfrontError(f"refine: {' and '.join(idle)} for the method gradient; a refit takes no steps")
     summary = report(folder, folder.open_study())
     [row] = chosen(summary, trial, budget)
     warn_infeasible(summary, [row])

@@ -128,7 +128,9 @@ class Config(Section):
     @property
     def refinement(self) -> RefinementSpec:
         """How a trial is refined."""
-        return RefinementSpec(**self.refine.model_dump(), batch_tokens=self.scoring.batch_tokens)
+        return RefinementSpec(
+            **self.refine.model_dump(exclude={"workers"}), batch_tokens=self.scoring.batch_tokens
+        )
 
     def preparation(self) -> PreparationSpec:
         """What the workers need of this config."""

@@ -22,7 +22,7 @@ from search.runner import Stop
 from search.sections import FinalistSection
 from search.signals import stop_on_signals
 from search.study import SearchStudy
-from search.worker import mistakes_named, refiner
+from search.worker import mistakes_named, refiner, worker_count
 
 
 def run_finalists(
@@ -67,7 +67,8 @@ def follow(
             score_test(folder, study, numbers, pool, stop, say)
     left = [row for row in rows if section.refine and not is_refined(folder, row)]
     if left and not stop.reason:
-        with refiner(folder, session.machine) as worker, mistakes_named():
+        workers = worker_count(folder.config, session.machine)
+        with refiner(folder, session.machine, workers) as worker, mistakes_named():
             for place, row in enumerate(left, start=1):
                 kept = f"{row.budget_model:.1%} of all parameters"
                 say(f"finalist {place} of {len(left)}: refining trial {row.number}, {kept}")

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors.refinement import FOLDER, RefinementStep, file_of, refinement_fingerprint, variant_of
+from actors.refinement import (
+    FOLDER,
+    RefinementStep,
+    file_of,
+    pattern_of,
+    refinement_fingerprint,
+    variant_of,
+)
 from actors.types import SPLITS, RankfrontError, Score
 from search.driving import logged
 from search.evaluations import Evaluations
@@ -21,7 +28,7 @@ from search.records import FACTORS, Evaluation, TrialRow
 from search.runner import Stop
 from search.screen import Line, clock
 from search.signals import stop_on_signals
-from search.worker import Worker, mistakes_named, refiner
+from search.worker import Worker, mistakes_named, refiner, worker_count
 
 Pair = tuple[Score, Score]
 """A score before and a score after, of one split."""
@@ -48,11 +55,11 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
         raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
     if row.allocation.is_dense:
         raise RankfrontError(f"--trial {row.number}: every target is dense; there are no factors to refine")
-    stop = Stop()
+    stop, machine = Stop(), connect()
     with (
         driver_lock(folder.path),
         logged(folder, console.print, "refine", stop),
-        refiner(folder, connect()) as worker,
+        refiner(folder, machine, worker_count(folder.config, machine)) as worker,
         stop_on_signals(stop, console),
         mistakes_named(),
     ):
@@ -74,9 +81,9 @@ def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, co
 
 def refined_path(folder: StudyFolder, row: TrialRow) -> tuple[str, Path]:
     """The variant and the file that refining a trial as the config says leaves, or has left."""
-    prints = folder.prepared.fingerprints
-    fingerprint = refinement_fingerprint(prints, row.allocation, folder.config.refinement)
-    return variant_of(fingerprint), (folder.path / FOLDER / file_of(fingerprint)).resolve()
+    prints, spec = folder.prepared.fingerprints, folder.config.refinement
+    fingerprint = refinement_fingerprint(prints, row.allocation, spec)
+    return variant_of(fingerprint, spec), (folder.path / FOLDER / file_of(fingerprint)).resolve()
 
 
 def is_refined(folder: StudyFolder, row: TrialRow) -> bool:
@@ -112,6 +119,8 @@ class _Screen(Line):
     def _line(self, step: RefinementStep, now: float) -> str:
         assert self._first is not None
         parts = [f"refining {step.step}/{step.steps}"]
+        if step.workers > 1:
+            parts[0] += f" by {step.workers} workers"
         if step.training is not None:
             parts.append(f"KL {step.training:.4f}")
         parts.append(f"held out {step.held_out:.4f}, best {step.best:.4f} at {step.best_step}")
@@ -159,7 +168,7 @@ def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path
     if variant not in scores:
         there = ", ".join(scores) or "none"
         raise RankfrontError(f"--variant {variant}: trial {row.number} has no such variant; it has {there}")
-    files = list((folder.path / FOLDER).glob(f"{variant.removeprefix('refined-')}*.safetensors"))
+    files = list((folder.path / FOLDER).glob(pattern_of(variant)))
     if len(files) != 1:
         raise RankfrontError(f"--variant {variant}: its file in {folder.path / FOLDER} is gone; refine again")
     return files[0], scores[variant]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CalibrationSection,
         CorpusSection,
         FactorSection,
+        RefineSection,
         ReplicaSection,
         SamplerSection,
         ScoringSection,
@@ -300,6 +301,16 @@ def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> li
     return found
 
 
+def _refine_mistakes(refine: RefineSection, calibration: CalibrationSection) -> list[str]:
+    windows = max(1, refine.tokens // calibration.window)
+    if refine.method == "refit" or refine.workers == "auto" or refine.workers <= windows:
+        return []
+    return [
+        f"refine.workers: {refine.workers} cannot share the {windows} windows of a step: refine.tokens is "
+        f"{refine.tokens}, calibration.window {calibration.window}"
+    ]
+
+
 def _replica_mistakes(replicas: ReplicaSection) -> list[str]:
     least, most, count = replicas.min, replicas.max, replicas.count
     found = []
@@ -327,6 +338,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("factors",), _factor_mistakes),
     (("factors", "space"), _choice_mistakes),
     (("surgical", "scoring"), _surgical_mistakes),
+    (("refine", "calibration"), _refine_mistakes),
     (("calibration", "cache"), builder_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
     (("text", "calibration", "scoring"), _corpus_mistakes),

@@ -304,8 +304,13 @@ class SurgicalSection(Section):
 
 
 class RefineSection(Section):
-    """`rankfront refine`: steps of KL to the dense model on the calibration text. See `RefinementSpec`."""
+    """`rankfront refine`: how one trial's factors are moved on the calibration text. See `RefinementSpec`.
 
+    `workers` share the windows of a step, on a CPU each and a GPU each where there are any: `auto` is one for
+    each GPU, or one; see `actors.team` for when it pays.
+    """
+
+    method: Literal["gradient", "refit"] = "gradient"
     steps: Positive = 200
     tokens: Positive = 1_536
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
@@ -317,6 +322,7 @@ class RefineSection(Section):
     top_k: Positive = 64
     seed: Annotated[int, Field(ge=0)] = 0
     checkpointed: bool = False
+    workers: CountOrAuto = 1
 
 
 class FinalistSection(Section):

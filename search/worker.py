@@ -1,24 +1,28 @@
-"""The one worker beside a search: it refines a trial, and measures what a replica does not.
+"""The worker beside a search: it refines a trial, and measures what a replica does not.
 
-A replica answers for allocations; this one answers for the factors of a file too (`actors.refiner`).
+A replica answers for allocations; this one answers for the factors of a file too (`actors.refiner`). Others
+may help it refine (`actors.team`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.harness_results import HarnessScore, HarnessSpec
-from actors.refinement import FOLDER, RefinementSpec, RefinementStep
+from actors.helper import ActorHelper
+from actors.refinement import FOLDER, REFIT, RefinementSpec, RefinementStep
 from actors.replica import Refiner
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score, ScoringError
+from search.config import Config
 from search.failures import cause_of, process_died
 from search.folder import StudyFolder
 from search.pool import Machine, thread_environment
+from search.preparing import places
 
 
 class Worker(Protocol):
@@ -37,16 +41,22 @@ class Worker(Protocol):
 
 
 class _Remote:
-    """One in an actor."""
+    """One in an actor, and those that help it: they start with the first refinement by steps."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, start: Callable[[int], Any], workers: int) -> None:
+        """`start` starts an actor by its place among the `workers`."""
+        self._start, self._workers = start, workers
+        self._actor = start(0)
+        self._helpers: list[Any] = []
 
     def refine(
         self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
     ) -> Iterator[RefinementStep]:
+        if spec.method != REFIT and not self._helpers:
+            self._helpers = [self._start(place) for place in range(1, self._workers)]
         method = self._actor.refine.options(num_returns="streaming")
-        for reference in method.remote(allocation, spec, facts):
+        helpers = [ActorHelper(actor) for actor in self._helpers]
+        for reference in method.remote(allocation, spec, facts, helpers):
             yield ray.get(reference)
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
@@ -62,23 +72,56 @@ class _Remote:
                 raise cause from error
             raise
 
+    def close(self) -> None:
+        for actor in (self._actor, *self._helpers):
+            ray.kill(actor)
+
+
+def worker_count(config: Config, machine: Machine) -> int:
+    """How many workers `refine.workers` asks for: no more than a step has windows.
+
+    Raises:
+        RankfrontError: so many never run at once, on a machine that stays as it is.
+    """
+    section, room = config.refine, places(machine)
+    windows = max(1, section.tokens // config.calibration.window)
+    if section.method == REFIT:
+        return 1
+    if section.workers == "auto":
+        return max(1, min(room, windows)) if machine.gpus else 1
+    if section.workers > room and not machine.grows:
+        each = "a CPU and a GPU" if machine.gpus else "a CPU"
+        raise RankfrontError(
+            f"refine.workers: {section.workers} never run at once: each needs {each}; {room} at most, or auto"
+        )
+    return section.workers
+
 
 @contextlib.contextmanager
-def refiner(folder: StudyFolder, machine: Machine) -> Iterator[Worker]:
-    """A worker with all of a node's cores or a GPU, its files in the study's folder; gone at the end."""
+def refiner(folder: StudyFolder, machine: Machine, workers: int = 1) -> Iterator[Worker]:
+    """A worker with all of a node's cores or a GPU, its files in the study's folder; gone at the end.
+
+    Where `workers` are to share a refinement, each has its share of the cores.
+    """
     threads = folder.config.replicas.threads
-    count = machine.cores if threads == "auto" else threads
-    replica = ReplicaSpec("refiner", folder.config.preparation(), folder.prepared, count)
+    count = max(1, machine.cores // workers) if threads == "auto" else threads
+    files = str((folder.path / FOLDER).resolve())
     options = {
         "num_cpus": 1,
         "num_gpus": min(1, machine.gpus),
         "runtime_env": thread_environment(count),
     }
-    actor = ray.remote(Refiner).options(**options).remote(replica, str((folder.path / FOLDER).resolve()))
+
+    def start(place: int) -> Any:
+        name = f"refiner-{place}" if place else "refiner"
+        replica = ReplicaSpec(name, folder.config.preparation(), folder.prepared, count)
+        return ray.remote(Refiner).options(**options).remote(replica, files)
+
+    remote = _Remote(start, workers)
     try:
-        yield _Remote(actor)
+        yield remote
     finally:
-        ray.kill(actor)
+        remote.close()
 
 
 @contextlib.contextmanager

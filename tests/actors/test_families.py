@@ -29,6 +29,7 @@ from actors.perplexity import window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import PackedTask, log_likelihoods, pack
 from actors.spans import spread
+from actors.streams import Stream
 from actors.tasks import Example
 from actors.types import Allocation, FactorSpec, ModelSource, TargetSpec
 
@@ -357,3 +358,27 @@ def test_what_blocks_on_another_device_are_given_is_brought_there(
             return
         with pytest.raises(NotImplementedError, match="out of meta tensor"):
             model(ids[:2])
+
+
+def test_a_text_taken_through_block_by_block_has_the_bits_of_a_full_pass(
+    setting: Setting, ids: torch.Tensor
+) -> None:
+    model, made = setting.dense(), []
+
+    def state(output: Any) -> torch.Tensor:
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    blocks = model.get_submodule(setting.case.blocks)
+    handles = [b.register_forward_hook(lambda *seen: made.append(state(seen[-1]).clone())) for b in blocks]
+    expected = {}
+    for number, batch in enumerate(ids[:6].split(4)):
+        logits(model, batch)
+        expected |= {(block, number): made.pop(0) for block in range(BLOCKS)}
+    for handle in handles:
+        handle.remove()
+    stream = Stream(model, ids[:6], rows=4)
+    for block in range(BLOCKS):
+        for number in range(stream.batches):
+            assert torch.equal(state(stream.run(number)), expected[block, number])
+        stream.advance()
+    assert not any("forward" in vars(block) for block in blocks)

@@ -19,10 +19,26 @@ from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.perplexity import window_losses
-from actors.refine import Refinement, chosen_windows, divided, rate, refinable, refine
+from actors.refinable import divided, refinable
+from actors.refine import Shares, chosen_windows, rate, refine
 from actors.refined import RefinedFactors, read, write
-from actors.refinement import RefinementSpec, RefinementStep, refinement_fingerprint, variant_of
-from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, ScoringError, TargetSpec
+from actors.refinement import (
+    REFIT,
+    SPEED,
+    RefinementSpec,
+    RefinementStep,
+    refinement_fingerprint,
+    variant_of,
+)
+from actors.types import (
+    Allocation,
+    FactorSpec,
+    ModelSource,
+    RankfrontError,
+    ScoringError,
+    TargetSpec,
+    digest,
+)
 
 VOCABULARY = 384
 SPEC = RefinementSpec(
@@ -87,14 +103,14 @@ def test_the_gradient_is_that_of_the_divergence_over_the_vocabulary(
     setting: Setting, checkpointed: bool
 ) -> None:
     model, dense = setting.dense(), setting.dense()
-    top = dense_top(model, setting.windows, 1024, VOCABULARY, "text")
-    spec = replace(SPEC, batch_tokens=64, clip=float("inf"), checkpointed=checkpointed)
+    spec = replace(SPEC, batch_tokens=64, checkpointed=checkpointed)
+    training, _ = divided(setting.windows, spec.held_out)
+    top = dense_top(model, training, 1024, VOCABULARY, "text")
     with refinable(model, setting.allocation, setting.store, 64) as moving:
-        run = Refinement(model, moving, setting.windows, top, spec)
-        chosen = chosen_windows(len(divided(setting.windows, spec.held_out)[0]), 4, 1, spec.seed)
-        expected = full_divergence(model, dense, setting.windows[chosen])
+        chosen = chosen_windows(len(training), 4, 1, spec.seed)
+        expected = full_divergence(model, dense, training[chosen])
         gradients = torch.autograd.grad(expected, list(moving.values()))
-        loss = run.advance()
+        loss = Shares(model, moving, training, top, spec).share(1, 0, 1)
         assert loss == pytest.approx(expected.item(), rel=1e-4)
         for name, gradient in zip(moving, gradients, strict=True):
             found = moving[name].grad
@@ -223,13 +239,13 @@ def test_a_loss_that_is_not_finite_ends_it(
     setting: Setting, good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the best point before it, and in an error where there is none."""
-    usual = Refinement._loss
+    usual = Shares.share
     path = tmp_path / "f.safetensors"
 
-    def loss(run: Refinement, chosen: torch.Tensor) -> torch.Tensor:
-        return usual(run, chosen) * (float("nan") if run.step >= good else 1.0)
+    def share(shares: Shares, step: int, place: int, count: int) -> float:
+        return usual(shares, step, place, count) * (float("nan") if step > good else 1.0)
 
-    monkeypatch.setattr(Refinement, "_loss", loss)
+    monkeypatch.setattr(Shares, "share", share)
     if good < SPEC.evaluate_every:
         with pytest.raises(RankfrontError, match=r"the loss of step 3 is nan, and no step .*learning_rate"):
             list(setting.steps(path))
@@ -272,12 +288,22 @@ def test_damaged_refined_factors_are_named(tmp_path: Path) -> None:
 def test_what_decides_the_numbers_decides_the_fingerprint(setting: Setting) -> None:
     parts = dict.fromkeys(("model", "tokenizer", "calibration", "factors", "test"), "x")
     mine = refinement_fingerprint(parts, setting.allocation, SPEC)
-    assert variant_of(mine) == f"refined-{mine[:8]}"
+    assert variant_of(mine, SPEC) == f"refined-{mine[:8]}"
     for same in (replace(SPEC, batch_tokens=7), replace(SPEC, checkpointed=True)):
         assert refinement_fingerprint({**parts, "test": "y"}, setting.allocation, same) == mine
+    settings = {key: value for key, value in SPEC.to_dict().items() if key not in (*SPEED, "method")}
+    chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "factors")}
+    assert mine == digest(["refined", 1, chosen, setting.allocation.key, settings]), "old files stay known"
+    refitted = replace(SPEC, method=REFIT)
+    other = refinement_fingerprint(parts, setting.allocation, refitted)
+    assert variant_of(other, refitted) == f"refit-{other[:8]}"
+    for same in (replace(refitted, steps=13), replace(refitted, seed=1)):
+        assert refinement_fingerprint(parts, setting.allocation, same) == other
     others = [
+        other,
+        refinement_fingerprint(parts, setting.allocation, replace(refitted, held_out=0.5)),
         refinement_fingerprint({**parts, "factors": "y"}, setting.allocation, SPEC),
         refinement_fingerprint(parts, Allocation.dense(setting.targets), SPEC),
         refinement_fingerprint(parts, setting.allocation, replace(SPEC, steps=13)),
     ]
-    assert len({mine, *others}) == 4
+    assert len({mine, *others}) == 6

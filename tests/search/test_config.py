@@ -121,6 +121,8 @@ def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
         ("scoring.tasks", [OWN | {"source": None}], "scoring.tasks[0].source", ["missing", "'mine'"]),
         ("scoring.tasks", [OWN | {"format": "csv"}], "scoring.tasks[0].format", ["'csv'", "'choices'"]),
         ("stop.trials", None, "stop", ["trials", "tokens", "hours", "plateau"]),
+        ("refine.method", "least", "refine.method", ["'least'", "'refit'"]),
+        ("refine.workers", 1_537, "refine.workers", ["1537", "windows of a step", "refine.tokens is 1536"]),
         ("finalists.budgets", [90], "finalists.budgets[0]", ["90", "less than or equal to 1"]),
         ("calibration.window", 5_000, "calibration.window", ["too short", "5000"]),
         ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),

@@ -47,7 +47,7 @@ def started(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield MadeUpPool(answer)
 
     @contextlib.contextmanager
-    def refiner(folder: StudyFolder, machine: Any) -> Iterator[Any]:
+    def refiner(folder: StudyFolder, machine: Any, workers: int) -> Iterator[Any]:
         started.append("refiner")
         with study.refiner(folder, machine) as worker:
             yield worker

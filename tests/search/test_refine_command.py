@@ -24,18 +24,25 @@ from search.refine import comparison_cells, refined_file
 from search.runner import Stop
 
 
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[Any, str, str]:
+    """The exit code of `rankfront ARGUMENTS`, and what it printed."""
+    monkeypatch.setattr("sys.argv", ["rankfront", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, *capsys.readouterr()
+
+
 def test_a_trial_is_refined_scored_beside_its_own_factors_and_exported(
     study: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = study.folder.path
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr("sys.argv", ["rankfront", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert ended.value.code == 0, printed.err
-        return printed.out
+        code, out, err = command(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
 
     out = run("refine", str(path), "--trial", "1", "--steps", "4")
     assert "Stopped: 4 steps" in out
@@ -60,6 +67,29 @@ def test_a_trial_is_refined_scored_beside_its_own_factors_and_exported(
     assert f"nll on the search split: {rows[1, name, 'search'].text.nll:.6f} reloaded" in exported
     description = yaml.safe_load((path / "exports" / f"trial-00001-{name}" / "ranks.yaml").read_text())
     assert description["variant"] == name
+
+
+def test_a_refit_is_another_variant_of_the_trial(
+    study: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(study.folder.path)
+    code, out, err = command(monkeypatch, capsys, "refine", path, "--trial", "1", "--method", "refit")
+    assert (code, "Stopped: 3 blocks" in out) == (0, True), err
+    variant = re.search(r"--variant (refit-[0-9a-f]{8})", out)
+    assert variant
+    file, score = refined_file(study.folder, study.row(), variant[1])
+    assert RefinedFactors(file).manifest["variant"] == variant[1]
+    assert study.asked == [("search", file.name), ("test", None), ("test", file.name)]
+    code, out, err = command(monkeypatch, capsys, "export", path, "--trial", "1", "--variant", variant[1])
+    assert code == 0, err
+    assert f"nll on the search split: {score.text.nll:.6f} reloaded" in out
+    for given, said in (
+        (("--method", "refit", "--steps", "4"), "refine: --steps for the method gradient; a refit takes no"),
+        (("--method", "least"), "refine.method: 'least'"),
+    ):
+        code, out, err = command(monkeypatch, capsys, "refine", path, "--trial", "1", *given)
+        assert code == 2
+        assert said in err
 
 
 def test_a_stopped_run_goes_on(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,4 +148,6 @@ def test_the_line_says_how_far_it_is() -> None:
     with search.refine._Screen(console) as screen:
         screen.redraw(RefinementStep(0, 20, None, 0.5, 0.5, 0))
         line = screen._line(RefinementStep(10, 20, 0.25, 0.4, 0.375, 5), screen._first[1] + 30)  # type: ignore[index]
+        several = screen._line(RefinementStep(10, 20, 0.25, 0.4, 0.375, 5, workers=3), 0.0)
     assert line == "refining 10/20 | KL 0.2500 | held out 0.4000, best 0.3750 at 5 | ETA 0:30"
+    assert several.startswith("refining 10/20 by 3 workers | KL 0.2500")

@@ -60,7 +60,7 @@ class Tiny:
         return refine(self.folder, self.row(number), Console(file=io.StringIO()))
 
     @contextlib.contextmanager
-    def refiner(self, folder: StudyFolder, machine: Machine) -> Iterator[Refiner]:
+    def refiner(self, folder: StudyFolder, machine: Machine, workers: int = 1) -> Iterator[Refiner]:
         """What `search.worker.refiner` does, in this process."""
         asked = self.asked
 
