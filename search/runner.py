@@ -18,7 +18,7 @@ from search.pool import Job, Outcome, Pool
 from search.records import Objective, TrialRow
 from search.rivals import ASKED_FOR, rivals_of
 from search.sections import StopSection
-from search.study import SearchStudy, TakenError
+from search.study import ForeignError, SearchStudy, TakenError
 from search.view import Planned
 
 # How long one look for results may take: the screen is redrawn and Ctrl-C is seen this often.
@@ -159,7 +159,7 @@ class Runner:
                 return
             try:
                 planned = self._study.propose(self._origin)
-            except RankfrontError:
+            except (ForeignError, TakenError):
                 continue  # another program's trial: recorded as failed with its reason, or started by it
             self._note("proposed", trial=planned.number, origin=self._study.origin(planned.number))
             self._start(planned)

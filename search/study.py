@@ -38,6 +38,10 @@ class TakenError(RankfrontError):
     """Another program started or ended the trial: it is that program's, and what it wrote stays."""
 
 
+class ForeignError(RankfrontError):
+    """An enqueued trial has levels that are not of this space; it is recorded as failed with this reason."""
+
+
 class SearchStudy(StudyView):
     """One driver's view of a study. The caller holds the study's lock.
 
@@ -89,8 +93,9 @@ class SearchStudy(StudyView):
         """The next trial, RUNNING in the storage when this returns: an enqueued one, or the sampler's.
 
         Raises:
-            RankfrontError: an enqueued trial's parameters are outside the space; it is recorded as failed.
+            ForeignError: an enqueued trial's parameters are outside the space.
             TakenError: another program started the enqueued trial at this moment.
+            RankfrontError: the storage cannot be written; the mirror is ahead of it, and of no use any more.
         """
         self.sync()
         self._refuse_foreign()
@@ -118,7 +123,7 @@ class SearchStudy(StudyView):
         """Fail the next WAITING trial if another program gave it levels that are not of this space.
 
         Raises:
-            RankfrontError: it did; the trial is recorded as failed with this reason.
+            ForeignError: it did.
         """
         trial = next(iter(self._trials(TrialState.WAITING)), None)
         if trial is None or PLAN in trial.user_attrs:
@@ -133,7 +138,7 @@ class SearchStudy(StudyView):
             ):
                 storage.set_trial_user_attr(trial_id, RESULT, result)
                 storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            raise
+            raise ForeignError(str(error)) from error
 
     def _take_up(self, frozen: FrozenTrial) -> Planned:
         """Start a WAITING trial that the mirror just handed out."""

@@ -105,6 +105,20 @@ def test_a_full_disk_ends_the_run_clearly_and_tears_nothing(
     assert searched(tmp_path) == whole
 
 
+@pytest.mark.parametrize("more", [10, 1_500, 4_000])
+def test_a_driver_ends_by_what_the_storage_says_whichever_write_it_refuses(
+    more: int, tmp_path: Path, whole: list[Any]
+) -> None:
+    """A proposal that cannot be stored is not taken for another program's trial, to be passed over."""
+    open_study(tmp_path)
+    with (
+        room(tmp_path / JOURNAL, more),
+        pytest.raises(RankfrontError, match=r"study\.journal cannot be written: File too large"),
+    ):
+        searched(tmp_path)
+    assert searched(tmp_path) == whole
+
+
 def test_room_that_is_made_in_time_is_used(tmp_path: Path, whole: list[Any]) -> None:
     study = open_study(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
