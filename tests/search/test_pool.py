@@ -291,7 +291,7 @@ def test_a_process_that_is_killed_or_stopped_is_replaced_and_gone(pool_of: Any, 
         if event == "replica started":
             processes.append(facts["pid"])
 
-    pool = pool_of({2: ["stop"], 4: ["kill"]}, count=1, trial_seconds=8.0, note=note)
+    pool = pool_of({2: ["stop"], 4: ["kill"]}, count=1, trial_seconds=16.0, note=note)
     found = drain(pool, [1, 2, 3, 4, 5])
     assert all(outcome.score is not None for outcome in found.values())
     assert [attempts_of(tmp_path, rank) for rank in range(1, 6)] == [1, 2, 1, 2, 1]
