@@ -55,10 +55,10 @@ def dense_top(model: nn.Module, windows: Tensor, batch_tokens: int, top_k: int, 
         ScoringError: a non-finite logit, naming the windows and the layer it began in.
     """
     ids = logs = torch.empty(0)
-    todo = batches(windows, batch_tokens)
-    works = (partial(_batch_top, model, batch, top_k) for _, batch in todo)
+    batched = batches(windows, batch_tokens)
+    works = (partial(_batch_top, model, batch, top_k) for _, batch in batched)
     with closing(passes(model, works)) as tops:
-        for (start, batch), top in zip(todo, tops, strict=True):
+        for (start, batch), top in zip(batched, tops, strict=True):
             if start == 0:
                 ids, logs = (each.new_empty(len(windows), *each.shape[1:]) for each in (top.ids, top.logs))
             kept = slice(start, start + len(batch))

@@ -61,10 +61,10 @@ def window_losses(
     if scored is None:
         scored = torch.full((len(windows),), windows.shape[1] - 1)
     nats, kl = [], []
-    todo = batches(windows, batch_tokens)
-    works = (partial(_batch_losses, model, batch, start, scored, dense) for start, batch in todo)
+    batched = batches(windows, batch_tokens)
+    works = (partial(_batch_losses, model, batch, start, scored, dense) for start, batch in batched)
     with closing(passes(model, works)) as found:
-        for (start, batch), (lost, diverged, sound) in zip(todo, found, strict=True):
+        for (start, batch), (lost, diverged, sound) in zip(batched, found, strict=True):
             done = start + len(batch)
             fault = _fault(lost, diverged, sound)
             if fault is not None:

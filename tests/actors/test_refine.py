@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from infinite import Infinite
 from safetensors.torch import load_file
 from torch import nn
 
@@ -215,17 +216,6 @@ def test_a_bfloat16_model_is_refined_in_float32_and_kept_as_it_scores(
     assert found is not None
     kept = factors.manifest["held_out"]["after"]
     assert found.sum().item() / (len(held) * 31) == pytest.approx(kept, rel=1e-6)
-
-
-class Infinite:
-    """Factors of which one value is infinite."""
-
-    def __init__(self, store: FactorStore) -> None:
-        self._store = store
-
-    def rank(self, name: str, rank: int, method: str | None = None) -> Any:
-        left, right, bias = self._store.rank(name, rank, method)
-        return left, right.clone().index_fill_(0, torch.tensor([0]), torch.inf), bias
 
 
 def test_a_start_that_is_not_finite_is_refused(setting: Setting, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from captured import weight
+from infinite import Infinite
 from regressions import Floats, error, reduced_rank
 from torch import nn
 
@@ -223,17 +224,6 @@ def test_a_refit_that_held_out_text_speaks_against_is_undone(
     assert [step for step, _ in factors.manifest["scores"]] == [0, 2, 3]
     for name, rank in setting.ranked():
         assert torch.equal(factors.rank(name, rank)[1], setting.store.rank(name, rank)[1])
-
-
-class Infinite:
-    """Factors of which one row is infinite."""
-
-    def __init__(self, store: FactorStore) -> None:
-        self._store = store
-
-    def rank(self, name: str, rank: int, method: str | None = None) -> Any:
-        left, right, bias = self._store.rank(name, rank, method)
-        return left, right.clone().index_fill_(0, torch.tensor([0]), torch.inf), bias
 
 
 def test_a_start_that_is_not_finite_is_refused(setting: Setting, tmp_path: Path) -> None:

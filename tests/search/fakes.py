@@ -44,6 +44,7 @@ CHOOSING = FactorSpec(
 )
 OBJECTIVES = (Objective("budget.model", True), Objective("nll", True))
 DENSE_NLL = 2.0
+every_sampler = pytest.mark.parametrize("sampler", ["nsga2", "nsga3", "tpe", "random"])
 
 
 def cost_model(storage: str = "pivoted", bias: str = "none") -> CostModel:

@@ -9,6 +9,7 @@ from fakes import (
     CHOOSING,
     TARGETS,
     cost_model,
+    every_sampler,
     open_study,
     plain,
     propose_and_complete,
@@ -23,8 +24,6 @@ from search.packing import PLAN, RESULT
 from search.records import Objective
 from search.view import Planned
 
-SAMPLERS = ("nsga2", "nsga3", "tpe", "random")
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 LEVELS = {"q_proj": 1, "up_proj": 2, "down_proj": 10}
 METHODS = {"method/q_proj": "weight", "method/up_proj": "feature", "method/down_proj": "weight"}
 

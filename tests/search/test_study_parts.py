@@ -9,6 +9,7 @@ import pytest
 from fakes import (
     TARGETS,
     dies_before_the_state,
+    every_sampler,
     open_study,
     plain,
     propose_and_complete,
@@ -20,9 +21,6 @@ from optuna.trial import TrialState
 from actors.types import Allocation, Score
 from search.packing import RESULT
 from search.view import Planned
-
-SAMPLERS = ("nsga2", "nsga3", "tpe", "random")
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
 def some_allocation(rank: int) -> Allocation:

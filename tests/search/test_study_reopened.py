@@ -8,6 +8,7 @@ import pytest
 from fakes import (
     TARGETS,
     cost_model,
+    every_sampler,
     loss,
     open_study,
     propose_and_complete,
@@ -19,9 +20,6 @@ from fakes import (
 from actors.types import Allocation
 from search.records import Objective
 from search.view import Planned
-
-SAMPLERS = ("nsga2", "nsga3", "tpe", "random")
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
 def some_allocation(rank: int) -> Allocation:
