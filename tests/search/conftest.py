@@ -1,10 +1,11 @@
-"""Fixtures of the tests of what comes after a search."""
+"""A right config, and fixtures of the tests of what comes after a search."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_study import MACHINE, Tiny, make_study
@@ -28,3 +29,20 @@ def study(made: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(search.refine, "refiner", tiny.refiner)
     monkeypatch.setattr(search.refine, "connect", lambda: MACHINE)
     return tiny
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> dict[str, Any]:
+    """A right config whose sources are local."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"{n} lines of some forty characters of text" for n in range(200))
+    )
+    return {
+        "study": "made-up",
+        "runs": str(tmp_path / "runs"),
+        "model": {"source": str(tmp_path / "model")},
+        "text": {"source": str(tmp_path / "text.txt")},
+        "calibration": {"window": 32},
+        "scoring": {"window": 32, "tasks": ["arc_easy", "boolq"]},
+    }

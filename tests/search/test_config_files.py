@@ -1,0 +1,104 @@
+"""Configs as files and commands: what is refused before anything starts, what is saved, overrides."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from raw_config import put
+
+from actors.types import RankfrontError
+from search.config import Config, ConfigError, load_config, parse_config
+
+REFUSE_RAY = """
+import ray
+def refuse(*arguments, **more):
+    print("RAY WAS STARTED")
+    raise SystemExit(99)
+ray.init = refuse
+from search.cli import main
+main()
+"""
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", REFUSE_RAY, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_command_starts_nothing_with_a_wrong_config(raw: dict[str, Any], tmp_path: Path) -> None:
+    wrong = put(put(raw, "bogus", 1), "space.floor", 7)
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(wrong))
+    before = sorted(tmp_path.rglob("*"))
+    done = command(tmp_path, "search", "bad.yaml")
+    assert done.returncode == 2
+    assert "2 mistakes, nothing was started" in done.stderr
+    assert "bogus: unknown key" in done.stderr
+    assert "space.floor: 7" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "RAY WAS STARTED" not in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["study: [", "- a list", "", "\x00"])
+def test_a_file_that_is_no_config_is_said(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml: 1 mistake, nothing was started"):
+        load_config(path)
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_saved_config_is_the_config(raw: dict[str, Any]) -> None:
+    raw |= {"objectives": ["budget.linear", "reasoning.acc", "nll"], "stop": {"plateau": {"trials": 9}}}
+    config = parse_config(raw)
+    saved = yaml.safe_load(config.to_yaml())
+    assert parse_config(saved) == config
+    assert saved["stop"] == {
+        "trials": 200,
+        "tokens": None,
+        "hours": None,
+        "plateau": {"trials": 9, "tolerance": 0.001},
+    }
+    assert set(saved) == set(Config.model_fields), "defaults are saved too: they may change"
+
+
+def test_local_sources_are_saved_as_absolute_paths(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """So that the study can be resumed from another folder."""
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(put(raw, "model.source", "./model"))
+    assert config.model.source == str(tmp_path / "model")
+
+
+def test_overrides_change_nested_keys_and_create_sections(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    overrides = {"scoring.tokens": {"search": 64, "test": 96}, "stop.plateau.trials": 7, "study": "other"}
+    config = load_config(path, overrides)
+    assert (config.scoring.tokens.search, config.scoring.tokens.test) == (64, 96)
+    assert config.stop.plateau is not None
+    assert config.stop.plateau.trials == 7
+    assert config.study == "other"
+    assert config.scoring.window == 32, "the rest of the section stays"
+
+
+def test_an_override_below_a_value_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(RankfrontError, match="study"):
+        load_config(path, {"study.name": "x"})
