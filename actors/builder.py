@@ -38,7 +38,7 @@ from actors.operations import operations
 from actors.planning import plan
 from actors.resident import local_source
 from actors.scoring import SplitData, load_split
-from actors.text import fingerprint_windows, text_parts, windows
+from actors.text import calibration_windows, fingerprint_windows
 from actors.types import SPLITS, BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
 
 
@@ -65,14 +65,7 @@ class Builder:
         self._by_name = {target.name: target for target in self.targets}
         self._lap("load")
         calibration = spec.calibration
-        parts = text_parts(calibration, spec.scoring, spec.calibration_fraction)
-        self._windows = windows(
-            parts["calibration"],
-            calibration.text.join,
-            self._tokenizer,
-            calibration.window,
-            calibration.tokens,
-        )
+        self._windows = calibration_windows(spec, self._tokenizer)
         self.fingerprints = {
             "model": fingerprint(model),
             "tokenizer": fingerprint_tokenizer(self._tokenizer),

@@ -18,7 +18,7 @@ from actors.refinement import REFIT, RefinementSpec, RefinementStep, file_of, re
 from actors.refit import refit
 from actors.resident import resident
 from actors.scoring import Scorer
-from actors.text import fingerprint_windows, text_parts, windows
+from actors.text import calibration_windows, fingerprint_windows
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score
 
 if TYPE_CHECKING:
@@ -90,17 +90,11 @@ class Refiner:
             RankfrontError: it is another than the study's.
         """
         preparation = self._spec.preparation
-        calibration = preparation.calibration
-        parts = text_parts(calibration, preparation.scoring, preparation.calibration_fraction)
-        ids = windows(
-            parts["calibration"],
-            calibration.text.join,
-            self._scorer.tokenizer,
-            calibration.window,
-            calibration.tokens,
-        )
+        ids = calibration_windows(preparation, self._scorer.tokenizer)
         if fingerprint_windows(ids) != self._spec.prepared.fingerprints["calibration"]:
-            raise RankfrontError(f"{calibration.text.source}: no longer the text the factors were made from")
+            raise RankfrontError(
+                f"{preparation.calibration.text.source}: no longer the text the factors were made from"
+            )
         return ids
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.rows import columns_of, load_rows
-from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+from actors.types import CalibrationSpec, PreparationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +124,13 @@ def text_parts(
             *divide(load_documents(scoring.text), (search, 1 - search)),
         ]
     return dict(zip(("calibration", "search", "test"), parts, strict=True))
+
+
+def calibration_windows(spec: PreparationSpec, tokenizer: Any) -> torch.Tensor:
+    """Windows (windows, window) of the calibration part; raises as `windows` does."""
+    calibration = spec.calibration
+    documents = text_parts(calibration, spec.scoring, spec.calibration_fraction)["calibration"]
+    return windows(documents, calibration.text.join, tokenizer, calibration.window, calibration.tokens)
 
 
 def corpus_part(text: TextSource, search_fraction: float, split: str) -> list[str]:

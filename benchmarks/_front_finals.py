@@ -9,7 +9,7 @@ from _front_runs import DENSE, TASKS, Bench, Kept, Player, Run, asked_runs, refi
 from actors.refine import refine
 from actors.refined import RefinedFactors
 from actors.refinement import FOLDER, file_of, refinement_fingerprint
-from actors.text import text_parts, windows
+from actors.text import calibration_windows
 from actors.types import Allocation, digest
 
 
@@ -96,15 +96,7 @@ class Finals:
     def _refine(self, allocation: Allocation, fingerprint: str) -> None:
         bench, scorer = self._bench, self._bench.scorer()
         spec = bench.folder().config.preparation()
-        parts = text_parts(spec.calibration, spec.scoring, spec.calibration_fraction)
-        calibration = spec.calibration
-        ids = windows(
-            parts["calibration"],
-            calibration.text.join,
-            scorer.tokenizer,
-            calibration.window,
-            calibration.tokens,
-        )[: bench.setup.refine_windows]
+        ids = calibration_windows(spec, scorer.tokenizer)[: bench.setup.refine_windows]
         path = bench.cache / FOLDER / file_of(fingerprint)
         path.parent.mkdir(exist_ok=True)
         scorer.trial_model.use(scorer.store)  # every target is dense now
