@@ -41,7 +41,8 @@ def replica_class(
     """A replica without a model. The rank of its one target says which job it is.
 
     `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`, `kill`
-    or `stop` (by a signal), `refuse`, `break`, or `meet`: wait for all jobs that meet, which takes a replica
+    or `stop` (by a signal, once the driver has heard of the job before: what it answered last, a process may
+    take along), `refuse`, `break`, or `meet`: wait for all jobs that meet, which takes a replica
     for each. A score after that. `bad_starts` says how often a replica cannot start. A class made here
     travels to the workers by value.
     """
@@ -54,7 +55,7 @@ def replica_class(
                 raise RuntimeError(start)
             from pathlib import Path
 
-            self.name = spec.name
+            self.name, self.last = spec.name, None
             before = len(list(Path(marks).glob(f"{spec.name}-start-*")))
             (Path(marks) / f"{spec.name}-start-{before}").touch()
             if before < (bad_starts or {}).get(spec.name, 0):
@@ -86,13 +87,17 @@ def replica_class(
             if act == "hang":
                 threading.Event().wait()
             if act in ("kill", "stop"):
+                while self.last is not None and not (Path(marks) / f"heard-{self.last}").exists():
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL if act == "kill" else signal.SIGSTOP)
+                threading.Event().wait()  # other threads may take the signal, some time later
             while act == "meet" and not all(list(Path(marks).glob(f"{other}-*")) for other in meeting):
                 time.sleep(0.01)
             if act == "refuse":
                 raise ScoringError(f"nll is nan on the {split} split")
             if act == "break":
                 raise ZeroDivisionError("a mistake in the code")
+            self.last = rank
             text = TextScore("made-up", nats=float(rank), tokens=1, stderr=0.0)
             busy = (1e9, 0.0)  # of two GPUs: all of any time, and none
             return Score(split, text, {}, forward_tokens=1, seconds=0.0, replica=self.name, busy=busy)
@@ -129,8 +134,8 @@ def allocation(rank: int) -> Allocation:
     return Allocation((("t", rank),))
 
 
-def drain(pool: Pool, ranks: list[int]) -> dict[int, Outcome]:
-    """Score every rank, refilling as the runner does; one outcome each."""
+def drain(pool: Pool, ranks: list[int], heard: Path | None = None) -> dict[int, Outcome]:
+    """Score every rank, refilling as the runner does; one outcome each, of which a file in `heard` tells."""
     queue, found = list(ranks), {}
     deadline = time.monotonic() + PATIENCE_SECONDS
     while queue or pool.outstanding:
@@ -141,6 +146,8 @@ def drain(pool: Pool, ranks: list[int]) -> dict[int, Outcome]:
         for outcome in pool.wait(0.25):
             assert outcome.job.key not in found, "answered twice"
             found[outcome.job.key] = outcome
+            if heard is not None:
+                (heard / f"heard-{outcome.job.key}").touch()
     assert set(found) == set(ranks)
     return found
 
@@ -291,9 +298,9 @@ def test_a_process_that_is_killed_or_stopped_is_replaced_and_gone(pool_of: Any, 
         if event == "replica started":
             processes.append(facts["pid"])
 
-    pool = pool_of({2: ["stop"], 4: ["kill"]}, count=1, trial_seconds=16.0, note=note)
-    found = drain(pool, [1, 2, 3, 4, 5])
-    assert all(outcome.score is not None for outcome in found.values())
+    pool = pool_of({2: ["stop"], 4: ["kill"]}, count=1, trial_seconds=8.0, note=note)
+    found = drain(pool, [1, 2, 3, 4, 5], heard=tmp_path)
+    assert [outcome.reason for outcome in found.values() if outcome.score is None] == []
     assert [attempts_of(tmp_path, rank) for rank in range(1, 6)] == [1, 2, 1, 2, 1]
     assert len(processes) == 3
     deadline = time.monotonic() + PATIENCE_SECONDS
