@@ -50,7 +50,8 @@ class CostModel:
     @cached_property
     def _tables(self) -> dict[tuple[int, int, bool], _Table]:
         """One table for each shape there is, so that counting an allocation is looking up."""
-        return {_shape(target): self._table(target) for target in self.targets}
+        shapes = {_shape(target): target for target in self.targets}
+        return {shape: self._table(target) for shape, target in shapes.items()}
 
     def _table(self, target: TargetSpec) -> _Table:
         stored = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import optuna
@@ -110,8 +111,9 @@ class StudyFolder:
         database = self.config.database
         return open_journal(self.path, self.patience) if database is None else open_database(database)
 
-    @property
+    @cached_property
     def cost(self) -> CostModel:
+        """Kept: counting an allocation looks up tables that take time to make."""
         return CostModel(
             self.prepared.targets,
             self.prepared.model_parameters,
