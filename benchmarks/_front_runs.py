@@ -192,7 +192,7 @@ class Player:
         Raises:
             OutOfTimeError: it is not through; what was scored is in the book.
         """
-        kept = list(self._points(trials))
+        kept = self.walk(trials)
         picks = {}
         for under in self._bench.setup.budgets:
             within = [each for each in kept if each.budget <= under]
@@ -202,6 +202,10 @@ class Player:
                 self._bench.book.pick(self._run.name, Pick(identity, under, best.budget, self._count))
         self._bench.book.end(self._run.name, self._count)
         return picks
+
+    def walk(self, trials: int) -> list[Kept]:
+        """The run's first trials alone; raises as `play` does."""
+        return list(self._points(trials))
 
     def _chosen(self, points: Sequence[Kept]) -> Kept:
         """The point of least loss on the text that chooses, among the best by the search text that it cannot

@@ -50,6 +50,9 @@ def play(bench: Bench) -> None:
     for run in (seeds, ours, uniform):
         played(bench, run)
     finals.refine(ours)
+    for trials in bench.setup.checkpoints[-2:]:
+        for run in others:
+            walked(bench, run, trials)
     finals.ask()
     for run in others:
         played(bench, run)
@@ -57,11 +60,18 @@ def play(bench: Bench) -> None:
 
 
 def played(bench: Bench, run: Run) -> None:
-    """Play a run to its end, unless it was."""
+    """Play a run to its picks, unless it was."""
     trials = bench.setup.trials if run.sampler else 1
     if not bench.book.reached(run.name, trials):
         say(f"{run.name}, {trials} trials" if run.sampler else run.name)
         Player(bench, run).play(trials)
+
+
+def walked(bench: Bench, run: Run, trials: int) -> None:
+    """First trials of a sampler that has our seeds, without its picks, unless they are there."""
+    if run.warm and len(bench.book.runs[run.name]) < trials:
+        say(f"{run.name}, {trials} trials")
+        Player(bench, run).walk(trials)
 
 
 def run(setup: Setup, texts: Texts, place: Path, cache: Path, minutes: float) -> Book:
