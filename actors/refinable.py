@@ -1,14 +1,16 @@
 """What every refinement shares: targets whose factors may move, and points told apart by held-out text.
 
-The teacher is what `actors.divergence` keeps of the dense model on the last calibration windows, which
-nothing is fitted to. What is kept of a run is the point with the lowest divergence on them, and the start is
-one of the points: refining never makes it larger.
+The teacher is what `actors.divergence` keeps of the dense model. What is kept of a run is the point with the
+lowest divergence on the held-out windows, and the start is one of the points: refining never makes it larger.
+These windows are of the search split. Windows of the calibration text, even those that no step reads, would
+tell wrong: the factors a run begins with were made from them, so the start looks better there than it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,25 @@ from actors.low_rank import Ranks, TrialLinear, factored_is_cheaper
 from actors.perplexity import window_losses
 from actors.refined import BIAS, LEFT, RIGHT, write
 from actors.refinement import RefinementSpec, RefinementStep
+from actors.text import ScoredText
 from actors.types import Allocation, RankfrontError
 
 Tensor = torch.Tensor
 
 CALIBRATION_TEXT = "calibration text"
-_HELD_OUT = f"held-out {CALIBRATION_TEXT}"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """`training` (windows, window) is what factors are moved on; `held` tells a run's points apart."""
+
+    training: Tensor
+    held: ScoredText
+
+
+def first_windows(text: ScoredText, tokens: int) -> ScoredText:
+    """The first windows of a text, as many as `tokens` fill; one at least."""
+    return replace(text, windows=text.windows[: max(1, tokens // text.windows.shape[1])])
 
 
 class RefinableLinear(nn.Module):
@@ -104,18 +119,16 @@ def refinable(
             model.set_submodule(name, module)
 
 
-def divided(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Windows (windows, window) to train on, and the last `share` of them, which are held out; one at least.
-
-    Raises:
-        RankfrontError: fewer than two windows.
-    """
-    if len(windows) < 2:
-        raise RankfrontError(
-            f"refine: {len(windows)} calibration window; two are needed, one to train on and one held out"
-        )
-    held = min(len(windows) - 1, max(1, round(share * len(windows))))
-    return windows[:-held], windows[-held:]
+@contextlib.contextmanager
+def bypassed(layers: Sequence[RefinableLinear]) -> Iterator[None]:
+    """While open, these targets are dense."""
+    for layer in layers:
+        layer.bypassed = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.bypassed = False
 
 
 class HeldOut:
@@ -128,13 +141,13 @@ class HeldOut:
         self,
         model: nn.Module,
         moving: Mapping[str, Tensor],
-        windows: Tensor,
+        text: ScoredText,
         top: DenseTop,
         batch_tokens: int,
     ) -> None:
-        """`top` is what is kept of the dense model on `windows` (windows, window)."""
+        """`top` is what is kept of the dense model on the windows of `text`."""
         self._model, self._moving = model, moving
-        self._windows, self._top, self._batch_tokens = windows, top, batch_tokens
+        self._text, self._top, self._batch_tokens = text, top, batch_tokens
         self.scores: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] = {}
 
@@ -149,10 +162,11 @@ class HeldOut:
         Raises:
             ScoringError: no finite divergence.
         """
-        windows = self._windows
-        found = window_losses(self._model, windows, self._batch_tokens, _HELD_OUT, self._top)
+        text = self._text
+        name = f"held-out text {text.name}"
+        found = window_losses(self._model, text.windows, self._batch_tokens, name, self._top, text.scored)
         assert found.kl is not None
-        kl = found.kl.sum().item() / (len(windows) * (windows.shape[1] - 1))
+        kl = (found.kl.sum() / text.scored.sum()).item()
         if not self.scores or kl < self.best_score[1]:
             self.best = {name: value.detach().clone() for name, value in self._moving.items()}
         self.scores.append((step, kl))

@@ -1,7 +1,7 @@
 """Refine the factors of one allocation: Adam on the KL to the dense model, ranks fixed, nothing else moves.
 
-The teacher is what `actors.divergence` keeps of the dense model on the calibration windows; there are no
-labels. Which point is kept the held-out windows say (`actors.refinable`).
+The teacher is what `actors.divergence` keeps of the dense model on the calibration windows that steps read;
+there are no labels. Which point is kept the held-out windows say (`actors.refinable`).
 
 A run is a function of the model, the factors, the windows and the spec. Its state is on disk after every
 held-out score, so a run that was killed takes the same steps again and ends at the same numbers. How many
@@ -25,10 +25,18 @@ from actors.low_rank import Ranks
 from actors.models import decoder_blocks
 from actors.passes import checkpointed
 from actors.perplexity import window_divergence
-from actors.refinable import CALIBRATION_TEXT, HeldOut, divided, refinable
+from actors.refinable import (
+    CALIBRATION_TEXT,
+    HeldOut,
+    RefinableLinear,
+    Texts,
+    bypassed,
+    refinable,
+)
 from actors.refined import read, write
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.team import PIECE, Pieces, Team
+from actors.text import ScoredText
 from actors.types import Allocation, RankfrontError, ScoringError
 
 Tensor = torch.Tensor
@@ -55,21 +63,42 @@ def chosen_windows(count: int, each: int, step: int, seed: int) -> Tensor:
     return torch.stack([orders[place // count][place % count] for place in places])
 
 
+class Teacher:
+    """What is kept of the dense model on training windows, from when a step first reads them."""
+
+    def __init__(self, model: nn.Module, windows: Tensor, spec: RefinementSpec) -> None:
+        """`model` has its `RefinableLinear`s; `windows` (windows, window)."""
+        self._model, self._windows, self._spec = model, windows, spec
+        self._layers = [each for each in model.modules() if isinstance(each, RefinableLinear)]
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, chosen: Tensor) -> DenseTop:
+        """Of the windows `chosen`, in that order.
+
+        Raises:
+            ScoringError: a non-finite logit of the dense model.
+        """
+        places = chosen.tolist()
+        new = [place for place in dict.fromkeys(places) if place not in self._known]
+        if new:
+            # A window at a time: what is known of it must not depend on which others were read with it.
+            window, top_k = self._windows.shape[1], self._spec.top_k
+            with bypassed(self._layers):
+                top = dense_top(self._model, self._windows[new], window, top_k, CALIBRATION_TEXT)
+            self._known |= dict(zip(new, zip(top.ids, top.logs, strict=True), strict=True))
+        ids, logs = zip(*(self._known[place] for place in places), strict=True)
+        return DenseTop(torch.stack(ids), torch.stack(logs))
+
+
 class Shares:
     """The gradient of the KL over training windows: of a whole step, or of one worker's share of it."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        moving: Mapping[str, nn.Parameter],
-        windows: Tensor,
-        top: DenseTop,
-        spec: RefinementSpec,
+        self, model: nn.Module, moving: Mapping[str, nn.Parameter], windows: Tensor, spec: RefinementSpec
     ) -> None:
-        """`top` is what is kept of the dense model on `windows` (windows, window)."""
+        """`model` has its `RefinableLinear`s, and `moving` is of them; `windows` (windows, window)."""
         self._model, self._moving, self._windows, self._spec = model, moving, windows, spec
-        # Copies: tensors made in inference mode cannot be kept for a gradient.
-        self._teacher = DenseTop(top.ids.clone(), top.logs.clone())
+        self._teacher = Teacher(model, windows, spec)
         self._device = next(model.parameters()).device
         self._blocks = decoder_blocks(model)[1]
 
@@ -96,7 +125,7 @@ class Shares:
         device = self._device
         keep = checkpointed(self._blocks) if self._spec.checkpointed else contextlib.nullcontext()
         half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        teacher = DenseTop(self._teacher.ids[chosen.to(device)], self._teacher.logs[chosen.to(device)])
+        teacher = self._teacher.of(chosen)
         batch = self._windows[chosen].to(device)
         predicted = torch.full((len(batch),), batch.shape[1] - 1, device=device)
         with torch.enable_grad(), keep:
@@ -116,11 +145,10 @@ class Helping:
 def helping(
     model: nn.Module, store: Ranks, allocation: Allocation, windows: Tensor, spec: RefinementSpec
 ) -> Iterator[Helping]:
-    """While open, `model`, which is dense when this starts, answers for shares of what `refine` does."""
-    training, _ = divided(windows, spec.held_out)
-    top = dense_top(model, training, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
+    """While open, `model`, which is dense when this starts, answers for shares of what `refine` does on the
+    same training `windows`."""
     with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
-        yield Helping(Shares(model, moving, training, top, spec), Pieces(list(moving.values()), PIECE))
+        yield Helping(Shares(model, moving, windows, spec), Pieces(list(moving.values()), PIECE))
 
 
 class Refinement:
@@ -130,15 +158,15 @@ class Refinement:
         self,
         model: nn.Module,
         moving: Mapping[str, nn.Parameter],
-        windows: Tensor,
+        held: ScoredText,
         top: DenseTop,
         spec: RefinementSpec,
         gradient: Callable[[int], float],
     ) -> None:
-        """`top` is what is kept of the dense model on the held-out `windows`; `gradient` leaves that of a
+        """`top` is what is kept of the dense model on the windows of `held`; `gradient` leaves that of a
         whole step (from 1) in what moves, and returns its KL, nats/token."""
         self._moving, self._spec, self._gradient = moving, spec, gradient
-        self.points = HeldOut(model, moving, windows, top, spec.batch_tokens)
+        self.points = HeldOut(model, moving, held, top, spec.batch_tokens)
         self._adam = torch.optim.Adam(list(moving.values()), lr=spec.learning_rate)
         self.step = 0
 
@@ -195,39 +223,32 @@ def refine(
     model: nn.Module,
     store: Ranks,
     allocation: Allocation,
-    windows: Tensor,
+    texts: Texts,
     spec: RefinementSpec,
     path: Path,
     facts: Mapping[str, Any],
     helpers: Sequence[Helper] = (),
 ) -> Iterator[RefinementStep]:
-    """Refine `allocation` on `windows` (windows, window) and leave the best point at `path`, with `facts` in
-    its manifest. `model` is dense when this starts, and as it was when it ends.
+    """Refine `allocation` on `texts.training` and leave the best point at `path`, with `facts` in its
+    manifest. `model` is dense when this starts, and as it was when it ends.
 
     The run's state is in `<path>.partial` until then. `helpers` take shares of the steps, each from when it
     is ready and as long as it is there.
 
     Raises:
-        RankfrontError: nothing to refine, too little text, float16, or a loss that is not finite before any
-            step was better than the start; and what a helper finds wrong.
+        RankfrontError: nothing to refine, float16, or a loss that is not finite before any step was better
+            than the start; and what a helper finds wrong.
     """
     if next(model.parameters()).dtype == torch.float16:
         raise RankfrontError("refine: gradients vanish in model.dtype float16; need bfloat16 or float32")
-    training, held = divided(windows, spec.held_out)
-    partial = path.with_name(f"{path.name}.partial")
+    held, partial = texts.held, path.with_name(f"{path.name}.partial")
     team = Team(helpers, allocation, spec)
-    top = dense_top(model, windows, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
-    border = len(training)
+    top = dense_top(model, held.windows, spec.batch_tokens, spec.top_k, held.name)
     with refinable(model, allocation, store, min(spec.tokens, spec.batch_tokens)) as moving:
-        shares = Shares(model, moving, training, DenseTop(top.ids[:border], top.logs[:border]), spec)
+        shares = Shares(model, moving, texts.training, spec)
         pieces = Pieces(list(moving.values()), PIECE)
         run = Refinement(
-            model,
-            moving,
-            held,
-            DenseTop(top.ids[border:], top.logs[border:]),
-            spec,
-            lambda step: team.gradient(step, shares.share, pieces),
+            model, moving, held, top, spec, lambda step: team.gradient(step, shares.share, pieces)
         )
         training_kl, ended = yield from _steps(run, team, spec, partial)
         run.points.keep(path, allocation, spec, ended, facts)

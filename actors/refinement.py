@@ -13,7 +13,7 @@ from typing import Any
 from actors.types import Allocation, digest
 
 # Part of every fingerprint: raised when the steps or the file mean something else.
-FORMAT = 1
+FORMAT = 2
 FOLDER = "refined"
 """Of a study: its refined factors, one file each, `<first 16 digits of the fingerprint>.safetensors`."""
 
@@ -32,9 +32,9 @@ class RefinementSpec:
 
     `gradient`: Adam on the KL to the dense model. A step reads `tokens` (rounded down to whole windows, at
     least one), in batches of `batch_tokens`. The learning rate rises over `warmup` steps and falls as a
-    cosine to a tenth at `steps`; `clip` bounds the norm of all gradients together. The last `held_out` share
-    of the windows is never trained on: it is scored every `evaluate_every` steps, and after `patience` scores
-    without a better one the run ends. `checkpointed` computes activations twice instead of keeping them.
+    cosine to a tenth at `steps`; `clip` bounds the norm of all gradients together. The first `held_out`
+    tokens of the search split are scored every `evaluate_every` steps, and after `patience` scores without a
+    better one the run ends. `checkpointed` computes activations twice instead of keeping them.
 
     `refit`: each target in turn by least squares (`actors.refit`). A step is a decoder block; of the other
     settings `held_out`, `evaluate_every` and `top_k` mean the same, and the rest are not read.
@@ -42,10 +42,10 @@ class RefinementSpec:
 
     steps: int = 200
     tokens: int = 1_536
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     warmup: int = 10
     clip: float = 1.0
-    held_out: float = 0.1
+    held_out: int = 8_192
     evaluate_every: int = 10
     patience: int = 5
     top_k: int = 64
@@ -75,11 +75,11 @@ class RefinementStep:
 
 
 def refinement_fingerprint(parts: Mapping[str, str], allocation: Allocation, spec: RefinementSpec) -> str:
-    """Identity of refined factors: model, calibration text, factors they begin with, ranks, and the steps.
+    """Identity of refined factors: model, both texts, factors they begin with, ranks, and the steps.
 
     `parts` are the fingerprints of a preparation. What a method does not read makes no other identity.
     """
-    chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "factors")}
+    chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "search", "factors")}
     steps = spec.to_dict()
     if spec.method == REFIT:
         steps = {key: steps[key] for key in READ_BY_REFIT}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from actors.harness_results import HarnessScore, HarnessSpec, metrics_of
 from actors.helper import Helper
 from actors.models import load_tokenizer
+from actors.refinable import Texts, first_windows
 from actors.refine import Helping, helping, refine
 from actors.refined import RefinedFactors
 from actors.refinement import REFIT, RefinementSpec, RefinementStep, file_of, refinement_fingerprint
@@ -57,16 +58,16 @@ class Refiner:
             RankfrontError: the calibration text is another than the study's, or what `actors.refine` and
                 `actors.refit` say.
         """
-        ids, prints = self._windows(), self._spec.prepared.fingerprints
+        scorer, prints = self._scorer, self._spec.prepared.fingerprints
+        texts = Texts(self._windows(), first_windows(scorer.split("search").text, spec.held_out))
         fingerprint = refinement_fingerprint(prints, allocation, spec)
         path = self._folder / file_of(fingerprint)
         facts = {**facts, "fingerprint": fingerprint}
-        scorer = self._scorer
         scorer.trial_model.use(scorer.store)  # every target is dense now
         if spec.method == REFIT:
-            yield from refit(scorer.model, scorer.store, allocation, ids, spec, path, facts)
+            yield from refit(scorer.model, scorer.store, allocation, texts, spec, path, facts)
         else:
-            yield from refine(scorer.model, scorer.store, allocation, ids, spec, path, facts, helpers)
+            yield from refine(scorer.model, scorer.store, allocation, texts, spec, path, facts, helpers)
 
     def help(self, allocation: Allocation, spec: RefinementSpec) -> None:
         """Be ready for shares of another worker's refinement; raises as `refine` does."""

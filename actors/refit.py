@@ -26,7 +26,7 @@ from actors.linears import weight_of
 from actors.low_rank import Ranks
 from actors.models import decoder_blocks
 from actors.planning import Tap
-from actors.refinable import CALIBRATION_TEXT, HeldOut, RefinableLinear, divided, refinable
+from actors.refinable import HeldOut, RefinableLinear, Texts, bypassed, refinable
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.regression import Joint, JointScatter, best_bias, correction, excess, regressed
 from actors.streams import Stream
@@ -87,16 +87,9 @@ class Refit:
         assert isinstance(layer, RefinableLinear)
         return layer
 
-    @contextlib.contextmanager
-    def _bypassed(self, names: list[str]) -> Iterator[None]:
+    def _bypassed(self, names: list[str]) -> contextlib.AbstractContextManager[None]:
         """While open, these targets are dense."""
-        for name in names:
-            self._layer(name).bypassed = True
-        try:
-            yield
-        finally:
-            for name in names:
-                self._layer(name).bypassed = False
+        return bypassed([self._layer(name) for name in names])
 
     def _groups(self, names: list[str]) -> list[list[str]]:
         """A block's targets in the order they run, those that read one input (q/k/v, gate/up) together."""
@@ -163,24 +156,24 @@ def refit(
     model: nn.Module,
     store: Ranks,
     allocation: Allocation,
-    windows: Tensor,
+    texts: Texts,
     spec: RefinementSpec,
     path: Path,
     facts: Mapping[str, Any],
 ) -> Iterator[RefinementStep]:
-    """Refit `allocation` on `windows` (windows, window) and leave the best point at `path`, with `facts` in
-    its manifest. A step is a block. `model` is dense when this starts, and as it was when it ends.
+    """Refit `allocation` on `texts.training` and leave the best point at `path`, with `facts` in its
+    manifest. A step is a block. `model` is dense when this starts, and as it was when it ends.
 
     Raises:
-        RankfrontError: nothing to refine, too little text, a model that cannot be taken through block by
+        RankfrontError: nothing to refine, a model that cannot be taken through block by
             block, moments that are not finite.
         ScoringError: the start has no finite divergence.
     """
-    training, held = divided(windows, spec.held_out)
-    top = dense_top(model, held, spec.batch_tokens, spec.top_k, CALIBRATION_TEXT)
+    held = texts.held
+    top = dense_top(model, held.windows, spec.batch_tokens, spec.top_k, held.name)
     with refinable(model, allocation, store, spec.batch_tokens) as moving:
         points = HeldOut(model, moving, held, top, spec.batch_tokens)
-        run = Refit(model, allocation, training, spec.batch_tokens)
+        run = Refit(model, allocation, texts.training, spec.batch_tokens)
         points.score(0)
         steps, ended = run.blocks, f"{run.blocks} blocks"
         for step in range(1, steps + 1):

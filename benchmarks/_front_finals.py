@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from _front_book import Asked, Pick
 from _front_calibration import say
-from _front_runs import DENSE, TASKS, Bench, Kept, Player, Run, asked_runs, refined_name
+from _front_runs import CHOICE, DENSE, SEARCH, TASKS, Bench, Kept, Player, Run, asked_runs, refined_name
 
+from actors.refinable import Texts, first_windows
 from actors.refine import refine
 from actors.refined import RefinedFactors
 from actors.refinement import FOLDER, file_of, refinement_fingerprint
+from actors.scoring import load_split
 from actors.text import calibration_windows
 from actors.types import Allocation, digest
 
@@ -71,9 +73,12 @@ class Finals:
         return self._picks[run.name]
 
     def _fingerprint(self, allocation: Allocation) -> str:
-        setup, prints = self._bench.setup, self._bench.folder().prepared.fingerprints
-        made = refinement_fingerprint(prints, allocation, setup.refinement)
-        return digest([made, setup.refine_windows])
+        bench = self._bench
+        prints, held = (bench.folder(asked=text).prepared.fingerprints for text in (SEARCH, CHOICE))
+        made = refinement_fingerprint(
+            {**prints, "search": held["search"]}, allocation, bench.setup.refinement
+        )
+        return digest([made, bench.setup.refine_windows])
 
     def _file(self, allocation: Allocation) -> str:
         return file_of(self._fingerprint(allocation))
@@ -94,14 +99,18 @@ class Finals:
         return identity
 
     def _refine(self, allocation: Allocation, fingerprint: str) -> None:
-        bench, scorer = self._bench, self._bench.scorer()
-        spec = bench.folder().config.preparation()
-        ids = calibration_windows(spec, scorer.tokenizer)[: bench.setup.refine_windows]
+        bench, scorer, spec = self._bench, self._bench.scorer(), self._bench.setup.refinement
+        training = calibration_windows(bench.folder().config.preparation(), scorer.tokenizer)
+        chooses = bench.folder(asked=CHOICE).config.preparation()
+        held = first_windows(
+            load_split(chooses, "search", scorer.tokenizer, scorer.limit).text, spec.held_out
+        )
+        texts = Texts(training[: bench.setup.refine_windows], held)
         path = bench.cache / FOLDER / file_of(fingerprint)
         path.parent.mkdir(exist_ok=True)
         scorer.trial_model.use(scorer.store)  # every target is dense now
         facts = {"fingerprint": fingerprint}
-        for step in refine(scorer.model, scorer.store, allocation, ids, bench.setup.refinement, path, facts):
-            if step.step % bench.setup.refinement.evaluate_every == 0:
+        for step in refine(scorer.model, scorer.store, allocation, texts, spec, path, facts):
+            if step.step % spec.evaluate_every == 0:
                 say(f"refining: step {step.step} of {step.steps}, held-out KL {step.held_out:.4f}")
             bench.require(0.0)

@@ -36,8 +36,8 @@ SIX_TASKS = tuple(
 )
 
 
-# Of 192 windows of 512 tokens: steps of three windows, none of them read twice; a sixteenth is held out.
-REFINEMENT = RefinementSpec(steps=60, held_out=1 / 16, patience=3)
+# Steps of three windows of 512 tokens, in one batch; half of the text that chooses is held out.
+REFINEMENT = RefinementSpec(steps=40, batch_tokens=1_536)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Setup:
     loss above dense, nats/token, at which a model is of no use. Both bound the hypervolume. Where the search
     text cannot tell a run's best point at a budget from others, `choice_tokens` of another text choose among
     the best `candidates`. Our picks are
-    refined as `refinement` says on the first `refine_windows` of the calibration text. `tasks` are those of
+    refined as `refinement` says on the first `refine_windows` of the calibration text (none is read twice),
+    the text that chooses telling which step is kept. `tasks` are those of
     a config; `examples` of each, not of the search split, are asked of what is picked at `task_budget`.
     """
 
@@ -71,7 +72,7 @@ class Setup:
     trials: int = 120
     checkpoints: tuple[int, ...] = (25, 50, 100, 120)
     refinement: RefinementSpec = REFINEMENT
-    refine_windows: int = 192
+    refine_windows: int = 120
     tasks: tuple[Mapping[str, str], ...] = ()
     task_budget: float = 0.8
     examples: int = 200
@@ -197,7 +198,7 @@ def tiny(folder: Path, tasks: Mapping[str, Path]) -> Setup:
         seeds=(0, 1),
         trials=12,
         checkpoints=(6, 12),
-        refinement=RefinementSpec(steps=4, tokens=64, warmup=1, held_out=0.25, evaluate_every=2),
+        refinement=RefinementSpec(steps=4, tokens=64, warmup=1, held_out=64, evaluate_every=2),
         refine_windows=8,
         tasks=tuple({"name": name, "source": str(place)} for name, place in tasks.items()),
         examples=8,

@@ -7,8 +7,7 @@ The quick start's model, factors and text (BoolQ's passages), or the two files o
 validation file, its `<unk>` deleted with the space before it, to calibrate, and the raw test file. The
 allocation is uniform. The same factors are scored as they are, refitted target by target in closed form
 (`actors.refit`), and refined by steps of KL to the dense model (`actors.refine`) at each learning rate. What
-a refinement keeps is decided by a tenth of the calibration text alone; the test split is scored once for
-each row.
+a refinement keeps is decided by the search split; the test split is scored once for each row.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
     sections: dict[str, Any] = {
         "scoring": {
             "window": window,
-            "tokens": {"search": window, "test": arguments.test_tokens},
+            "tokens": {"search": arguments.held_out, "test": arguments.test_tokens},
             "batch_tokens": 1024,
         },
         "calibration": {"fraction": 0.4, "tokens": arguments.tokens, "window": window},
@@ -69,13 +68,17 @@ def uniform(config: Config, ready: Prepared, budget: float) -> Allocation:
 def specs_of(arguments: argparse.Namespace) -> dict[str, RefinementSpec]:
     """Every refinement by what the table calls it, the closed form first."""
     steps, tokens, every = arguments.steps, arguments.step_tokens, arguments.every
+    held_out = arguments.held_out
     gradients = {
         f"refined, learning rate {rate:g}": RefinementSpec(
-            steps, tokens, rate, evaluate_every=every, patience=3
+            steps, tokens, rate, held_out=held_out, evaluate_every=every, patience=3
         )
         for rate in arguments.rates
     }
-    return {"refitted in closed form": RefinementSpec(method=REFIT, evaluate_every=every), **gradients}
+    return {
+        "refitted in closed form": RefinementSpec(method=REFIT, held_out=held_out, evaluate_every=every),
+        **gradients,
+    }
 
 
 def refined(
@@ -125,7 +128,7 @@ def measured(config: Config, arguments: argparse.Namespace, folder: Path) -> str
     return "\n\n".join(
         [
             table(head, rows),
-            "KL to the dense model on held-out calibration text (nats/token) by step (refitted: by block):",
+            "KL to the dense model on the held-out text (nats/token) by step (refitted: by block):",
             table(["factors", "step: KL", "ended by"], curves),
             f"{tokens:,} calibration tokens, {arguments.step_tokens:,} a step; {test:,} test tokens; uniform "
             f"allocation, {config.factors.method}, storage {config.storage}, fp32, "
@@ -156,11 +159,12 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="on random weights, in a temporary folder")
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("--tokens", type=int, default=8_192, help="of calibration")
+    parser.add_argument("--held-out", type=int, default=4_096, help="tokens, of the search split")
     parser.add_argument("--test-tokens", type=int, default=8_192)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--step-tokens", type=int, default=1_536)
     parser.add_argument("--every", type=int, default=10, help="steps or blocks between held-out scores")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4])
     arguments = parser.parse_args()
     if (arguments.calibration is None) != (arguments.test is None):
         parser.error("give both --calibration and --test, or neither")

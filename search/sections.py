@@ -306,17 +306,18 @@ class SurgicalSection(Section):
 class RefineSection(Section):
     """`rankfront refine`: how one trial's factors are moved on the calibration text. See `RefinementSpec`.
 
-    `workers` share the windows of a step, on a CPU each and a GPU each where there are any: `auto` is one for
-    each GPU, or one; see `actors.team` for when it pays.
+    `held_out` tokens of the search split tell which step is kept. `workers` share the windows of a step, on a
+    CPU each and a GPU each where there are any: `auto` is one for each GPU, or one; see `actors.team` for
+    when it pays.
     """
 
     method: Literal["gradient", "refit"] = "gradient"
     steps: Positive = 200
     tokens: Positive = 1_536
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     warmup: Annotated[int, Field(ge=0)] = 10
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    held_out: Positive = 8_192
     evaluate_every: Positive = 10
     patience: Positive = 5
     top_k: Positive = 64

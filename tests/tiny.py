@@ -132,6 +132,15 @@ def tiny_store(
     return FactorStore(folder)
 
 
+def refinement_texts(ids: Any) -> Any:
+    """Windows (windows, window) to refine on and, the last quarter of them, to tell points apart by."""
+    from actors.refinable import Texts
+    from actors.text import ScoredText
+
+    count, window = ids.shape
+    return Texts(ids[: -(count // 4)], ScoredText(f"tiny@{window}", ids[-(count // 4) :], window))
+
+
 def _save(folder: Path, rows: list[dict[str, Any]]) -> Path:
     import datasets
 

@@ -14,14 +14,15 @@ from infinite import Infinite
 from safetensors.torch import load_file
 from torch import nn
 
+import actors.refine
 from actors.calibration import collect_moments
-from actors.divergence import dense_top
+from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.perplexity import window_losses
-from actors.refinable import divided, refinable
-from actors.refine import Shares, chosen_windows, rate, refine
+from actors.refinable import Texts, first_windows, refinable
+from actors.refine import Shares, Teacher, chosen_windows, rate, refine
 from actors.refined import RefinedFactors, read, write
 from actors.refinement import (
     REFIT,
@@ -31,6 +32,7 @@ from actors.refinement import (
     refinement_fingerprint,
     variant_of,
 )
+from actors.text import ScoredText
 from actors.types import (
     Allocation,
     FactorSpec,
@@ -42,9 +44,7 @@ from actors.types import (
 )
 
 VOCABULARY = 384
-SPEC = RefinementSpec(
-    steps=12, tokens=128, learning_rate=3e-4, warmup=2, held_out=0.25, evaluate_every=4, top_k=VOCABULARY
-)
+SPEC = RefinementSpec(steps=12, tokens=128, learning_rate=3e-4, warmup=2, evaluate_every=4, top_k=VOCABULARY)
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Setting:
     targets: tuple[TargetSpec, ...]
     store: FactorStore
     allocation: Allocation
-    windows: torch.Tensor
+    texts: Texts
 
     def dense(self) -> Any:
         return load_model(self.folder, ModelSource(str(self.folder)))
 
     def steps(self, path: Path, spec: RefinementSpec = SPEC, **other: Any) -> Iterator[RefinementStep]:
         store = other.get("store", self.store)
-        return refine(self.dense(), store, self.allocation, self.windows, spec, path, {"trial": 3})
+        return refine(self.dense(), store, self.allocation, self.texts, spec, path, {"trial": 3})
 
 
 @pytest.fixture(scope="module", params=[("llama", "mean"), ("biased_llama", "none")])
@@ -81,7 +81,7 @@ def setting(
         target.name: None if shares[n % 4] is None else int(target.full_rank * shares[n % 4])
         for n, target in enumerate(targets)
     }
-    return Setting(folder, targets, store, Allocation.of(ranks, targets), ids)
+    return Setting(folder, targets, store, Allocation.of(ranks, targets), tiny.refinement_texts(ids))
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +105,12 @@ def test_the_gradient_is_that_of_the_divergence_over_the_vocabulary(
 ) -> None:
     model, dense = setting.dense(), setting.dense()
     spec = replace(SPEC, batch_tokens=64, checkpointed=checkpointed)
-    training, _ = divided(setting.windows, spec.held_out)
-    top = dense_top(model, training, 1024, VOCABULARY, "text")
+    training = setting.texts.training
     with refinable(model, setting.allocation, setting.store, 64) as moving:
         chosen = chosen_windows(len(training), 4, 1, spec.seed)
         expected = full_divergence(model, dense, training[chosen])
         gradients = torch.autograd.grad(expected, list(moving.values()))
-        loss = Shares(model, moving, training, top, spec).share(1, 0, 1)
+        loss = Shares(model, moving, training, spec).share(1, 0, 1)
         assert loss == pytest.approx(expected.item(), rel=1e-4)
         for name, gradient in zip(moving, gradients, strict=True):
             found = moving[name].grad
@@ -122,12 +121,12 @@ def test_the_gradient_is_that_of_the_divergence_over_the_vocabulary(
 
 def test_it_begins_at_the_trial_and_leaves_the_model_as_it_was(setting: Setting) -> None:
     model, trial = setting.dense(), setting.dense()
-    before = model(setting.windows[:2]).logits
+    before = model(setting.texts.training[:2]).logits
     TrialModel(trial, setting.targets, setting.store).install(setting.allocation, 64)
     with refinable(model, setting.allocation, setting.store, 64), torch.no_grad():
-        found = model(setting.windows[:2]).logits
-    assert torch.allclose(found, trial(setting.windows[:2]).logits, atol=1e-4)
-    assert torch.equal(model(setting.windows[:2]).logits, before)
+        found = model(setting.texts.training[:2]).logits
+    assert torch.allclose(found, trial(setting.texts.training[:2]).logits, atol=1e-4)
+    assert torch.equal(model(setting.texts.training[:2]).logits, before)
 
 
 def test_the_held_out_divergence_falls_and_is_that_of_the_reloaded_factors(
@@ -137,7 +136,7 @@ def test_the_held_out_divergence_falls_and_is_that_of_the_reloaded_factors(
     held_out = factors.manifest["held_out"]
     assert held_out["after"] < held_out["before"]
     assert factors.manifest["trial"] == 3
-    held = divided(setting.windows, SPEC.held_out)[1]
+    held = setting.texts.held.windows
     for store, kept in ((setting.store, held_out["before"]), (factors, held_out["after"])):
         model = setting.dense()
         top = dense_top(model, held, 1024, VOCABULARY, "text")
@@ -147,6 +146,49 @@ def test_the_held_out_divergence_falls_and_is_that_of_the_reloaded_factors(
         found = window_losses(model, held, 1024, "text", top).kl
         assert found is not None
         assert found.sum().item() / (len(held) * 31) == pytest.approx(kept, rel=1e-4)
+
+
+def test_a_held_out_text_of_overlapping_windows_counts_every_token_once(
+    setting: Setting, tmp_path: Path
+) -> None:
+    ids = setting.texts.held.windows.flatten()
+    text = first_windows(ScoredText("tiny@32/16", ids.unfold(0, 32, 16), 16), tokens=100)
+    assert text.windows.shape == (3, 32)
+    path = tmp_path / "f.safetensors"
+    model, dense = setting.dense(), setting.dense()
+    texts = replace(setting.texts, held=text)
+    list(refine(model, setting.store, setting.allocation, texts, replace(SPEC, steps=1), path, {}))
+    TrialModel(model, setting.targets, setting.store).install(setting.allocation, 64)
+    with torch.no_grad():
+        wanted, found = (each(text.windows).logits.double().log_softmax(-1) for each in (dense, model))
+    kl = (wanted.exp() * (wanted - found)).sum(-1)
+    scored = torch.cat([kl[0, :-1], kl[1, 15:-1], kl[2, 15:-1]])
+    assert RefinedFactors(path).manifest["held_out"]["before"] == pytest.approx(
+        scored.mean().item(), rel=1e-4
+    )
+
+
+def test_the_dense_model_is_asked_once_about_each_window_that_a_step_reads(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever others were read with it, it says the same, bit for bit."""
+    windows, asked = setting.texts.training, []
+    usual = actors.refine.dense_top
+
+    def counted(model: nn.Module, windows: torch.Tensor, *others: Any) -> DenseTop:
+        asked.extend(windows[:, 0].tolist())
+        return usual(model, windows, *others)
+
+    monkeypatch.setattr(actors.refine, "dense_top", counted)
+    model = setting.dense()
+    expected = dense_top(setting.dense(), windows, 32, SPEC.top_k, "text")
+    with refinable(model, setting.allocation, setting.store, 64):
+        teacher = Teacher(model, windows, SPEC)
+        for chosen in ([3], [5, 3, 1], [1, 3]):
+            found = teacher.of(torch.tensor(chosen))
+            assert torch.equal(found.ids, expected.ids[chosen])
+            assert torch.equal(found.logs, expected.logs[chosen])
+    assert asked == windows[[3, 5, 1], 0].tolist()
 
 
 def test_ranks_and_counted_parameters_stay(setting: Setting, refined: Path) -> None:
@@ -203,13 +245,13 @@ def test_a_bfloat16_model_is_refined_in_float32_and_kept_as_it_scores(
     source = ModelSource(str(setting.folder), dtype="bfloat16")
     path = tmp_path / "half.safetensors"
     model = load_model(setting.folder, source)
-    list(refine(model, setting.store, setting.allocation, setting.windows, SPEC, path, {}))
+    list(refine(model, setting.store, setting.allocation, setting.texts, SPEC, path, {}))
     factors = RefinedFactors(path)
     name, rank = next((name, rank) for name, rank in setting.allocation if rank is not None)
     right = factors.rank(name, rank)[1]
     assert right.dtype == torch.float32
     assert (factors.manifest["step"] == 0) == torch.equal(right, setting.store.rank(name, rank)[1])
-    held = divided(setting.windows, SPEC.held_out)[1]
+    held = setting.texts.held.windows
     top = dense_top(model, held, 1024, VOCABULARY, "text")
     TrialModel(model, setting.targets, factors).install(setting.allocation, SPEC.tokens)
     found = window_losses(model, held, 1024, "text", top).kl
@@ -219,7 +261,7 @@ def test_a_bfloat16_model_is_refined_in_float32_and_kept_as_it_scores(
 
 
 def test_a_start_that_is_not_finite_is_refused(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(ScoringError, match="held-out calibration text: non-finite"):
+    with pytest.raises(ScoringError, match="held-out text tiny@32: non-finite"):
         list(setting.steps(tmp_path / "f.safetensors", store=Infinite(setting.store)))
     assert list(tmp_path.iterdir()) == []
 
@@ -255,16 +297,14 @@ def test_windows_come_in_turn_and_the_rate_rises_and_falls() -> None:
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_too_little_to_refine_is_said(setting: Setting, tmp_path: Path) -> None:
+def test_what_cannot_be_refined_is_said(setting: Setting, tmp_path: Path) -> None:
     model = setting.dense()
     path = tmp_path / "f.safetensors"
-    with pytest.raises(RankfrontError, match="1 calibration window; two are needed"):
-        list(refine(model, setting.store, setting.allocation, setting.windows[:1], SPEC, path, {}))
     nothing = Allocation.dense(setting.targets)
     with pytest.raises(RankfrontError, match="every target is dense"):
-        list(refine(model, setting.store, nothing, setting.windows, SPEC, path, {}))
+        list(refine(model, setting.store, nothing, setting.texts, SPEC, path, {}))
     with pytest.raises(RankfrontError, match="float16"):
-        list(refine(model.half(), setting.store, setting.allocation, setting.windows, SPEC, path, {}))
+        list(refine(model.half(), setting.store, setting.allocation, setting.texts, SPEC, path, {}))
 
 
 def test_damaged_refined_factors_are_named(tmp_path: Path) -> None:
@@ -276,14 +316,14 @@ def test_damaged_refined_factors_are_named(tmp_path: Path) -> None:
 
 
 def test_what_decides_the_numbers_decides_the_fingerprint(setting: Setting) -> None:
-    parts = dict.fromkeys(("model", "tokenizer", "calibration", "factors", "test"), "x")
+    parts = dict.fromkeys(("model", "tokenizer", "calibration", "search", "factors", "test"), "x")
     mine = refinement_fingerprint(parts, setting.allocation, SPEC)
     assert variant_of(mine, SPEC) == f"refined-{mine[:8]}"
     for same in (replace(SPEC, batch_tokens=7), replace(SPEC, checkpointed=True)):
         assert refinement_fingerprint({**parts, "test": "y"}, setting.allocation, same) == mine
     settings = {key: value for key, value in SPEC.to_dict().items() if key not in (*SPEED, "method")}
-    chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "factors")}
-    assert mine == digest(["refined", 1, chosen, setting.allocation.key, settings]), "old files stay known"
+    chosen = {key: parts[key] for key in ("model", "tokenizer", "calibration", "search", "factors")}
+    assert mine == digest(["refined", 2, chosen, setting.allocation.key, settings]), "old files stay known"
     refitted = replace(SPEC, method=REFIT)
     other = refinement_fingerprint(parts, setting.allocation, refitted)
     assert variant_of(other, refitted) == f"refit-{other[:8]}"
@@ -291,9 +331,10 @@ def test_what_decides_the_numbers_decides_the_fingerprint(setting: Setting) -> N
         assert refinement_fingerprint(parts, setting.allocation, same) == other
     others = [
         other,
-        refinement_fingerprint(parts, setting.allocation, replace(refitted, held_out=0.5)),
+        refinement_fingerprint(parts, setting.allocation, replace(refitted, held_out=64)),
         refinement_fingerprint({**parts, "factors": "y"}, setting.allocation, SPEC),
+        refinement_fingerprint({**parts, "search": "y"}, setting.allocation, SPEC),
         refinement_fingerprint(parts, Allocation.dense(setting.targets), SPEC),
         refinement_fingerprint(parts, setting.allocation, replace(SPEC, steps=13)),
     ]
-    assert len({mine, *others}) == 6
+    assert len({mine, *others}) == 7

@@ -24,13 +24,13 @@ from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.perplexity import window_losses
-from actors.refinable import divided, refinable
+from actors.refinable import Texts, refinable
 from actors.refined import RefinedFactors
 from actors.refinement import REFIT, RefinementSpec, RefinementStep
 from actors.refit import Refit, refit
 from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, ScoringError, TargetSpec
 
-SPEC = RefinementSpec(method=REFIT, held_out=0.25, evaluate_every=1, top_k=384, batch_tokens=256)
+SPEC = RefinementSpec(method=REFIT, evaluate_every=1, top_k=384, batch_tokens=256)
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,13 @@ class Setting:
     targets: tuple[TargetSpec, ...]
     store: FactorStore
     allocation: Allocation
-    windows: torch.Tensor
+    texts: Texts
 
     def dense(self) -> Any:
         return load_model(self.folder, ModelSource(str(self.folder)))
 
     def steps(self, path: Path, spec: RefinementSpec = SPEC, store: Any = None) -> Iterator[RefinementStep]:
-        return refit(
-            self.dense(), store or self.store, self.allocation, self.windows, spec, path, {"trial": 3}
-        )
+        return refit(self.dense(), store or self.store, self.allocation, self.texts, spec, path, {"trial": 3})
 
     def ranked(self) -> list[tuple[str, int]]:
         return [(name, rank) for name, rank in self.allocation if rank is not None]
@@ -71,7 +69,7 @@ def setting(
         for n, target in enumerate(targets[:17])
         if (share := shares[n % 5]) is not None
     }
-    return Setting(folder, targets, store, Allocation.of(ranks, targets), ids)
+    return Setting(folder, targets, store, Allocation.of(ranks, targets), tiny.refinement_texts(ids))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +102,7 @@ def inputs(model: nn.Module, names: list[str], windows: torch.Tensor) -> dict[st
 def test_every_target_is_the_regression_on_what_it_reads_behind_the_refitted_ones(setting: Setting) -> None:
     """Later targets change nothing of what earlier ones read, so the end shows what each was fitted to."""
     model, dense = setting.dense(), setting.dense()
-    training = divided(setting.windows, SPEC.held_out)[0]
+    training = setting.texts.training
     names = [name for name, _ in setting.ranked()]
     read = inputs(dense, names, training)
     with refinable(model, setting.allocation, setting.store, 256), torch.no_grad():
@@ -164,7 +162,7 @@ def test_what_is_kept_is_the_best_held_out_point_and_scores_as_it_says(setting: 
     values = dict(manifest["scores"])
     assert manifest["held_out"] == {"before": values[0], "after": min(values.values())}
     assert values[manifest["step"]] == min(values.values())
-    held = divided(setting.windows, SPEC.held_out)[1]
+    held = setting.texts.held.windows
     model = setting.dense()
     top = dense_top(model, held, 1024, 384, "text")
     TrialModel(model, setting.targets, factors).install(setting.allocation, 10**9)
@@ -183,11 +181,11 @@ def test_a_bfloat16_model_is_refitted_in_float32_and_kept_as_it_scores(
 ) -> None:
     model = load_model(setting.folder, ModelSource(str(setting.folder), dtype="bfloat16"))
     path = tmp_path / "half.safetensors"
-    list(refit(model, setting.store, setting.allocation, setting.windows, SPEC, path, {}))
+    list(refit(model, setting.store, setting.allocation, setting.texts, SPEC, path, {}))
     factors = RefinedFactors(path)
     name, rank = setting.ranked()[0]
     assert factors.rank(name, rank)[1].dtype == torch.float32
-    held = divided(setting.windows, SPEC.held_out)[1]
+    held = setting.texts.held.windows
     top = dense_top(model, held, SPEC.batch_tokens, 384, "text")
     TrialModel(model, setting.targets, factors).install(setting.allocation, SPEC.batch_tokens)
     found = window_losses(model, held, SPEC.batch_tokens, "text", top).kl
@@ -227,7 +225,7 @@ def test_a_refit_that_held_out_text_speaks_against_is_undone(
 
 
 def test_a_start_that_is_not_finite_is_refused(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(ScoringError, match="held-out calibration text: non-finite"):
+    with pytest.raises(ScoringError, match="held-out text tiny@32: non-finite"):
         list(setting.steps(tmp_path / "f.safetensors", store=Infinite(setting.store)))
     assert list(tmp_path.iterdir()) == []
 
@@ -246,22 +244,20 @@ def test_a_point_without_a_divergence_ends_it(
     path = tmp_path / "f.safetensors"
     *_, last = setting.steps(path)
     assert (last.step, last.best_step) == (1, 0)
-    assert "held-out calibration text: non-finite" in (last.ended or "")
+    assert "held-out text tiny@32: non-finite" in (last.ended or "")
     assert RefinedFactors(path).manifest["ended"] == last.ended
 
 
 def test_the_model_is_as_it_was(setting: Setting, tmp_path: Path) -> None:
     model = setting.dense()
-    expected = model(setting.windows[:2]).logits
-    list(refit(model, setting.store, setting.allocation, setting.windows, SPEC, tmp_path / "f", {}))
-    assert torch.equal(model(setting.windows[:2]).logits, expected)
+    expected = model(setting.texts.training[:2]).logits
+    list(refit(model, setting.store, setting.allocation, setting.texts, SPEC, tmp_path / "f", {}))
+    assert torch.equal(model(setting.texts.training[:2]).logits, expected)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_too_little_to_refit_is_said(setting: Setting, tmp_path: Path) -> None:
+def test_a_dense_allocation_is_refused(setting: Setting, tmp_path: Path) -> None:
     model, path = setting.dense(), tmp_path / "f"
-    with pytest.raises(RankfrontError, match="1 calibration window; two are needed"):
-        list(refit(model, setting.store, setting.allocation, setting.windows[:1], SPEC, path, {}))
     nothing = Allocation.dense(setting.targets)
     with pytest.raises(RankfrontError, match="every target is dense"):
-        list(refit(model, setting.store, nothing, setting.windows, SPEC, path, {}))
+        list(refit(model, setting.store, nothing, setting.texts, SPEC, path, {}))

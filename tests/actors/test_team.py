@@ -16,20 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.calibration import collect_moments
-from actors.divergence import dense_top
 from actors.factors import FactorStore
 from actors.helper import Gone
 from actors.models import list_targets, load_model
-from actors.refinable import divided, refinable
+from actors.refinable import Texts, refinable
 from actors.refine import Helping, Shares, helping, refine
 from actors.refined import read
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.team import Pieces, pieces
 from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError
 
-SPEC = RefinementSpec(
-    steps=6, tokens=160, learning_rate=1e-3, warmup=2, held_out=0.25, evaluate_every=2, top_k=16
-)
+SPEC = RefinementSpec(steps=6, tokens=160, learning_rate=1e-3, warmup=2, evaluate_every=2, top_k=16)
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,13 @@ class Setting:
     folder: Path
     store: FactorStore
     allocation: Allocation
-    windows: torch.Tensor
+    texts: Texts
 
     def dense(self) -> Any:
         return load_model(self.folder, ModelSource(str(self.folder)))
 
     def steps(self, path: Path, helpers: list[Near], spec: RefinementSpec = SPEC) -> Iterator[RefinementStep]:
-        return refine(self.dense(), self.store, self.allocation, self.windows, spec, path, {}, helpers)
+        return refine(self.dense(), self.store, self.allocation, self.texts, spec, path, {}, helpers)
 
 
 @dataclass
@@ -70,7 +67,7 @@ class Near:
 
     def begin(self, allocation: Allocation, spec: RefinementSpec) -> None:
         s = self.setting
-        self.worker = self.held.enter_context(helping(s.dense(), s.store, allocation, s.windows, spec))
+        self.worker = self.held.enter_context(helping(s.dense(), s.store, allocation, s.texts.training, spec))
 
     def shared(self, value: Any) -> Any:
         return value
@@ -99,7 +96,7 @@ def setting(llama: Path, ids: torch.Tensor, tmp_path_factory: pytest.TempPathFac
     moments = collect_moments(model, targets, ids)
     store = tiny.tiny_store(place, model, targets, moments, FactorSpec("feature"))
     ranks = {target.name: target.full_rank // 2 for target in targets[::2]}
-    return Setting(llama, store, Allocation.of(ranks, targets), ids)
+    return Setting(llama, store, Allocation.of(ranks, targets), tiny.refinement_texts(ids))
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +124,9 @@ def same(found: Path, expected: Path) -> None:
 def test_shares_add_up_to_the_gradient_of_the_step(setting: Setting, count: int) -> None:
     """Of five windows; a sixth worker's share is empty."""
     model = setting.dense()
-    training, _ = divided(setting.windows, SPEC.held_out)
-    top = dense_top(model, training, 1024, SPEC.top_k, "text")
+    training = setting.texts.training
     with refinable(model, setting.allocation, setting.store, 64) as moving:
-        shares = Shares(model, moving, training, top, SPEC)
+        shares = Shares(model, moving, training, SPEC)
         total = shares.share(1, 0, 1)
         whole = {name: value.grad.clone() for name, value in moving.items() if value.grad is not None}
         assert whole.keys() == moving.keys()

@@ -13,7 +13,7 @@ from search.evaluations import Evaluations
 
 @pytest.mark.slow  # three commands that start Ray
 def test_a_search_ends_with_its_finalists_and_they_are_asked_tasks(tmp_path: Path) -> None:
-    settings = {"steps": 2, "tokens": 64, "warmup": 1, "held_out": 0.25, "evaluate_every": 1}
+    settings = {"steps": 2, "tokens": 64, "warmup": 1, "held_out": 64, "evaluate_every": 1}
     more = {"stop": {"trials": 4}, "refine": settings, "finalists": {"count": 1}}
     study = Study(tmp_path, "followed", None, **more)
     ended = study.run("search", study.config)

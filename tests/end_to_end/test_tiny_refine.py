@@ -19,7 +19,7 @@ from search.folder import StudyFolder
 from search.pool import Machine
 from search.worker import refiner
 
-SPEC = RefinementSpec(steps=12, tokens=128, warmup=2, held_out=0.25, evaluate_every=4, top_k=16)
+SPEC = RefinementSpec(steps=12, tokens=128, warmup=2, held_out=64, evaluate_every=4, top_k=16)
 MACHINE = Machine(cores=2, gpus=0, memory=2**30)
 
 

@@ -111,7 +111,7 @@ FREE = {
     "refine.learning_rate": 0.01,
     "refine.warmup": 0,
     "refine.clip": 2.0,
-    "refine.held_out": 0.2,
+    "refine.held_out": 512,
     "refine.evaluate_every": 3,
     "refine.patience": 2,
     "refine.top_k": 8,

@@ -24,7 +24,7 @@ from search.records import TrialRow
 from search.refine import Refined, refine
 
 MACHINE = Machine(cores=1, gpus=0, memory=2**30)
-REFINE = {"steps": 6, "tokens": 64, "warmup": 1, "held_out": 0.25, "evaluate_every": 2}
+REFINE = {"steps": 6, "tokens": 64, "warmup": 1, "held_out": 64, "evaluate_every": 2}
 
 
 def make_study(root: Path) -> StudyFolder:
