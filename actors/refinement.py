@@ -33,8 +33,9 @@ class RefinementSpec:
     `gradient`: Adam on the KL to the dense model. A step reads `tokens` (rounded down to whole windows, at
     least one), in batches of `batch_tokens`. The learning rate rises over `warmup` steps and falls as a
     cosine to a tenth at `steps`; `clip` bounds the norm of all gradients together. The first `held_out`
-    tokens of the search split are scored every `evaluate_every` steps, and after `patience` scores without a
-    better one the run ends. `checkpointed` computes activations twice instead of keeping them.
+    tokens of the search split are scored every `evaluate_every` steps: where that is no better the run goes
+    back to its best point and halves the rate, and after `patience` such scores it ends. `checkpointed`
+    computes activations twice instead of keeping them.
 
     `refit`: each target in turn by least squares (`actors.refit`). A step is a decoder block; of the other
     settings `held_out`, `evaluate_every` and `top_k` mean the same, and the rest are not read.

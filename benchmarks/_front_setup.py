@@ -37,7 +37,7 @@ SIX_TASKS = tuple(
 
 
 # Steps of three windows of 512 tokens, in one batch; half of the text that chooses is held out.
-REFINEMENT = RefinementSpec(steps=40, batch_tokens=1_536)
+REFINEMENT = RefinementSpec(steps=40, evaluate_every=5, batch_tokens=1_536)
 
 
 @dataclass(frozen=True)

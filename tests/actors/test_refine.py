@@ -14,15 +14,16 @@ from infinite import Infinite
 from safetensors.torch import load_file
 from torch import nn
 
+import actors.refinable
 import actors.refine
 from actors.calibration import collect_moments
 from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
-from actors.perplexity import window_losses
+from actors.perplexity import WindowLosses, window_losses
 from actors.refinable import Texts, first_windows, refinable
-from actors.refine import Shares, Teacher, chosen_windows, rate, refine
+from actors.refine import Refinement, Shares, Teacher, chosen_windows, rate, refine
 from actors.refined import RefinedFactors, read, write
 from actors.refinement import (
     REFIT,
@@ -226,6 +227,22 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_run_that_was_killed_after_it_went_back_goes_on_bit_for_bit(
+    setting: Setting, tmp_path: Path
+) -> None:
+    spec = replace(SPEC, learning_rate=0.02, evaluate_every=1, patience=12)
+    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    list(setting.steps(whole, spec))
+    scores = RefinedFactors(whole).manifest["scores"]
+    assert scores[1][1] > scores[0][1], "the first step was no better"
+    assert min(scores, key=lambda score: score[1])[0] > 3, "a later one, at a lower rate, was"
+    for told in setting.steps(killed, spec):
+        if told.step == 3:
+            break
+    list(setting.steps(killed, spec))
+    assert killed.read_bytes() == whole.read_bytes()
+
+
 def test_steps_that_are_no_better_leave_the_start(setting: Setting, tmp_path: Path) -> None:
     spec = replace(SPEC, learning_rate=0.5, evaluate_every=1, patience=2)
     *_, last = setting.steps(tmp_path / "worse.safetensors", spec)
@@ -236,6 +253,45 @@ def test_steps_that_are_no_better_leave_the_start(setting: Setting, tmp_path: Pa
     for name, rank in setting.allocation:
         if rank is not None:
             assert torch.equal(factors.rank(name, rank)[1], setting.store.rank(name, rank)[1])
+
+
+def test_a_score_that_is_no_better_takes_steps_back_and_halves_the_rate(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a constant gradient Adam moves everything by the rate, and by less where it forgot the way."""
+    kl = iter([1.0, 0.9, 1.1, 0.8])
+    count = float(setting.texts.held.scored.sum())
+
+    def losses(*_: Any) -> WindowLosses:
+        return WindowLosses(torch.zeros(1), torch.tensor([next(kl) * count]))
+
+    monkeypatch.setattr(actors.refinable, "window_losses", losses)
+    model, spec = setting.dense(), replace(SPEC, warmup=0, steps=10)
+    with refinable(model, setting.allocation, setting.store, 64) as moving:
+        value = next(iter(moving.values()))
+
+        def gradient(step: int) -> float:
+            for each in moving.values():
+                each.grad = torch.ones_like(each)
+            return 1.0
+
+        top = DenseTop(torch.empty(0), torch.empty(0))
+        run = Refinement(model, moving, setting.texts.held, top, spec, gradient)
+        run.evaluate()
+        start = value.detach().clone()
+        run.advance()
+        run.evaluate()
+        best = value.detach().clone()
+        assert torch.allclose(start - best, torch.full_like(value, rate(spec, 1)), rtol=1e-2)
+        run.advance()
+        assert torch.allclose(best - value, torch.full_like(value, rate(spec, 2)), rtol=1e-2)
+        run.evaluate()
+        assert torch.equal(value, best)
+        run.advance()
+        forgot = (1 - 0.9) / (1 - 0.9**3)
+        assert torch.allclose(best - value, torch.full_like(value, 0.5 * rate(spec, 3) * forgot), rtol=1e-2)
+        run.evaluate()
+        assert run.points.best_score == (3, pytest.approx(0.8))
 
 
 def test_a_bfloat16_model_is_refined_in_float32_and_kept_as_it_scores(
