@@ -37,9 +37,9 @@ from actors.node_cache import is_published, is_url, local_store, node_folder, pu
 from actors.operations import operations
 from actors.planning import plan
 from actors.resident import local_source
-from actors.scoring import SplitData, load_split
+from actors.scoring import SplitData, load_choice, load_split
 from actors.text import calibration_windows, fingerprint_windows
-from actors.types import SPLITS, BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
+from actors.types import CHOICE, SPLITS, BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
 
 
 class Builder:
@@ -99,6 +99,9 @@ class Builder:
             yield f"model: {family.note}"
         limit = getattr(self._model.config, "max_position_embeddings", None)
         self._splits = {name: load_split(self._spec, name, self._tokenizer, limit) for name in SPLITS}
+        choice = load_choice(self._spec, self._tokenizer)
+        if choice is not None:
+            self._splits[CHOICE] = choice
         self.fingerprints |= {name: data.fingerprint for name, data in self._splits.items()}
         self._lap("text")
         yield self.fingerprints

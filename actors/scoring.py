@@ -28,8 +28,17 @@ from actors.sentences import PackedSentences, pack_sentences, score_sentences
 from actors.spans import spread
 from actors.stages import Judge
 from actors.tasks import load_examples, task_of
-from actors.text import ScoredText, corpus_part, fingerprint_windows, text_name, text_parts, windows
+from actors.text import (
+    ScoredText,
+    TooShortError,
+    corpus_part,
+    fingerprint_windows,
+    text_name,
+    text_parts,
+    windows,
+)
 from actors.types import (
+    CHOICE,
     Allocation,
     PreparationSpec,
     RankfrontError,
@@ -82,8 +91,7 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
     if limit is not None and scoring.window > limit:
         raise RankfrontError(f"scoring.window: {scoring.window} tokens, the model reads {limit}")
     parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
-    name = scoring.text.source.rsplit("/", 1)[-1]
-    text = _windowed(scoring, name, scoring.text, parts[split], tokenizer, scoring.tokens[split])
+    text = _windowed(scoring, _name(scoring), scoring.text, parts[split], tokenizer, scoring.tokens[split])
     corpora = {
         corpus.name: _windowed(
             scoring,
@@ -114,6 +122,24 @@ def load_split(spec: PreparationSpec, split: str, tokenizer: Any, limit: int | N
         bias=bias,
         fingerprint=digest([split, fingerprint_windows(text.windows), asked]),
     )
+
+
+def load_choice(spec: PreparationSpec, tokenizer: Any) -> SplitData | None:
+    """The text of the search part behind that of the search split; None where no window of it is left."""
+    scoring = spec.scoring
+    documents = text_parts(spec.calibration, scoring, spec.calibration_fraction)["search"]
+    cap, skip, join = scoring.tokens[CHOICE], scoring.tokens["search"], scoring.text.join
+    try:
+        ids = windows(documents, join, tokenizer, scoring.window, cap, scoring.step, skip)
+    except TooShortError:
+        return None
+    text = ScoredText(text_name(_name(scoring), scoring.window, scoring.step, join), ids, scoring.step)
+    return SplitData(CHOICE, text, {}, (), (), digest([CHOICE, fingerprint_windows(ids)]))
+
+
+def _name(scoring: ScoringSpec) -> str:
+    """What the text is called."""
+    return scoring.text.source.rsplit("/", 1)[-1]
 
 
 def _windowed(
@@ -243,13 +269,22 @@ class Scorer:
     def split(self, name: str) -> SplitData:
         """The data of a split, loaded at its first use."""
         if name not in self._splits:
-            self._splits[name] = load_split(self._spec.preparation, name, self.tokenizer, self.limit)
+            self._splits[name] = self._loaded(name)
         return self._splits[name]
+
+    def _loaded(self, name: str) -> SplitData:
+        spec = self._spec.preparation
+        if name != CHOICE:
+            return load_split(spec, name, self.tokenizer, self.limit)
+        found = load_choice(spec, self.tokenizer)
+        if found is None:
+            raise RankfrontError(f"{spec.scoring.text.source}: no text is left to choose by")
+        return found
 
     def _dense_top(self, split: str) -> DenseTop | None:
         """What is kept of the dense model on a split, from one pass at its first use; None if not asked."""
         data, scoring = self.split(split), self._spec.preparation.scoring
-        if scoring.kl_top_k is None:
+        if scoring.kl_top_k is None or split == CHOICE:
             return None
         if split not in self._dense:
             allocation = Allocation.dense(self._spec.prepared.targets)

@@ -18,6 +18,10 @@ STANDARD_JOIN = "\n\n"
 """How perplexities are reported, so that a text joined otherwise says so in its name."""
 
 
+class TooShortError(RankfrontError):
+    """Not one window of text."""
+
+
 @dataclass(frozen=True)
 class ScoredText:
     """Windows (windows, window) of one text, each beginning `stride` tokens behind the one before it.
@@ -146,26 +150,28 @@ def windows(
     window: int,
     tokens: int,
     stride: int | None = None,
+    skip: int = 0,
 ) -> torch.Tensor:
     """Joined documents as int64 token ids (windows, window), no padding.
 
     Each window begins `stride` tokens behind the one before it, by default a whole window: consecutive, not
-    overlapping. At most `tokens` tokens, rounded down to whole windows. No special token is added.
+    overlapping. At most `tokens` tokens behind the first `skip`, rounded down to whole windows. No special
+    token is added.
 
     Raises:
-        RankfrontError: the text is too short for one window.
+        TooShortError: the text is too short for one window.
     """
     import torch
 
     stride = window if stride is None else stride
 
     ids = tokenizer(join.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    length = min(len(ids), tokens)
-    if length < window:
-        raise RankfrontError(
+    ids = ids[skip : skip + tokens]
+    if len(ids) < window:
+        raise TooShortError(
             f"text too short: {len(ids)} tokens in {len(documents)} documents, a window needs {window}"
         )
-    return torch.tensor(ids[:length], dtype=torch.int64).unfold(0, window, stride).contiguous()
+    return torch.tensor(ids, dtype=torch.int64).unfold(0, window, stride).contiguous()
 
 
 def fingerprint_windows(ids: torch.Tensor) -> str:

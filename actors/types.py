@@ -25,6 +25,9 @@ from actors.scores import TextScore as TextScore
 from actors.stages import Rival as Rival
 
 SPLITS = ("search", "test")
+CHOICE = "choice"
+"""Text of the search part behind what trials are scored on, where there is any: it chooses among trials that
+the search split cannot tell apart. A study may be without."""
 NODE_CACHE = "~/.cache/rankfront"
 
 
@@ -225,7 +228,8 @@ class ScoringSpec:
     the tail; what is kept of it takes at most `kl_memory_mb` (10^6 bytes) a split and replica.
     `prefix_memory_mb` (10^6 bytes a replica, 0 for none) holds hidden states of the dense model at every
     `prefix_stride`-th block, or at fewer: see `actors.prefix`. `stages` are rising numbers of tokens of the
-    search split after which a dominated trial stops: see `actors.stages`.
+    search split after which a dominated trial stops: see `actors.stages`. `tokens` may have a cap for
+    `CHOICE` too.
     """
 
     text: TextSource

@@ -14,7 +14,7 @@ from search.choosing import chosen
 from search.exporting import check_folder, destinations, export_trial, write_configuration
 from search.folder import find_study, summarise
 from search.records import FACTORS
-from search.terminal import Runs, console, override, warn_infeasible
+from search.terminal import Runs, console, note_untold, override, warn_infeasible
 
 
 class Form(StrEnum):
@@ -75,6 +75,7 @@ def export_command(
     folder = find_study(study, runs)
     summary = summarise(folder, folder.open_study())
     rows = chosen(summary, trial, budget, max_nll, all_front)
+    note_untold(folder, summary, budget)
     warn_infeasible(summary, rows)
     if variant is not None and (config_only or all_front):
         raise RankfrontError("export: --variant names the factors of one trial; ranks alone have none")

@@ -15,7 +15,7 @@ from search.config import parse_config
 from search.findings import cells_table
 from search.folder import find_study, report
 from search.refine import comparison_cells, refine
-from search.terminal import Runs, StudyName, console, exit_if_stopped, program, warn_infeasible
+from search.terminal import Runs, StudyName, console, exit_if_stopped, note_untold, program, warn_infeasible
 
 
 def refine_command(
@@ -44,6 +44,7 @@ def refine_command(
         raise RankfrontError(f"refine: {' and '.join(idle)} for the method gradient; a refit takes no steps")
     summary = report(folder, folder.open_study())
     [row] = chosen(summary, trial, budget)
+    note_untold(folder, summary, budget)
     warn_infeasible(summary, [row])
     found = refine(folder, row, console)
     console.print(f"Stopped: {found.ended}", soft_wrap=True)

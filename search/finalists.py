@@ -1,17 +1,20 @@
 """Finalists: front members that are scored on the test split and refined, after a search or by command.
 
-What they come to is in the evaluations table; what is there is not done again.
+At a budget they are told first from trials that are as good by the search text, by a larger one. What they
+come to is in the evaluations table; what is there is not done again.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import cache
 
 from rich.console import Console
 
-from actors.types import RankfrontError
-from search.choosing import chosen
-from search.finals import reopened, score_test, unscored
+from actors.types import CHOICE, RankfrontError
+from search.choosing import chosen, untold
+from search.finals import reopened, score_finished, unscored
 from search.folder import StudyFolder, report, summarise
 from search.opening import Session
 from search.panels import dense_row, front_rows
@@ -54,17 +57,20 @@ def run_finalists(
 def follow(
     session: Session, study: SearchStudy, section: FinalistSection, stop: Stop, console: Console
 ) -> list[TrialRow]:
-    """Score the finalists and the dense model on the test split, then refine one after the other."""
+    """Choose the finalists, score them and the dense model on the test split, then refine one after the
+    other."""
     folder, say = session.folder, session.say
-    summary = summarise(folder, study)
-    rows = finalists(summary, section, say)
-    if not rows:
-        return []
-    reference = dense_row(summary)
-    numbers = [row.number for row in ([reference] if reference else []) + rows]
-    if unscored(folder, numbers):
-        with replicas(session) as pool:
-            score_test(folder, study, numbers, pool, stop, say)
+    with contextlib.ExitStack() as held:
+        started = cache(lambda: held.enter_context(replicas(session)))  # where there is anything to score
+        near = undecided(summarise(folder, study), section) if CHOICE in folder.prepared.fingerprints else []
+        if near:
+            score_finished(folder, study, near, started(), stop, say, CHOICE)
+        summary = summarise(folder, study)
+        rows = finalists(summary, section, say)
+        reference = dense_row(summary)
+        numbers = [row.number for row in ([reference] if reference else []) + rows]
+        if rows and not stop.reason and unscored(folder, numbers):
+            score_finished(folder, study, numbers, started(), stop, say)
     left = [row for row in rows if section.refine and not is_refined(folder, row)]
     if left and not stop.reason:
         workers = worker_count(folder.config, session.machine)
@@ -79,17 +85,28 @@ def follow(
     return rows
 
 
-def finalists(summary: StudySummary, section: FinalistSection, say: Callable[[str], None]) -> list[TrialRow]:
-    """The compressed front members that a section asks for, in the front's order, each once.
+def undecided(summary: StudySummary, section: FinalistSection) -> list[int]:
+    """Numbers of the trials, in order, that the larger text is to tell apart for the section's budgets."""
+    found: set[int] = set()
+    for budget in section.budgets:
+        with contextlib.suppress(RankfrontError):  # it is not reached: `finalists` says so
+            found |= set(untold(summary, budget))
+    return sorted(found)
 
+
+def finalists(summary: StudySummary, section: FinalistSection, say: Callable[[str], None]) -> list[TrialRow]:
+    """The compressed trials that a section asks for, the largest first, each once.
+
+    Front members, and at a budget the one that the larger text prefers, which may be right behind the front.
     A budget that the front does not reach is said and passed over.
     """
     members = [row for row in front_rows(summary) if not row.allocation.is_dense]
     count, last = min(section.count or 0, len(members)), len(members) - 1
-    wanted = {members[round(place * last / max(1, count - 1))].number for place in range(count)}
+    wanted = [members[round(place * last / max(1, count - 1))] for place in range(count)]
     for budget in section.budgets:
         try:
-            wanted |= {row.number for row in chosen(summary, budget=budget)}
+            wanted += chosen(summary, budget=budget)
         except RankfrontError as error:
             say(f"finalists: {error}")
-    return [row for row in members if row.number in wanted]
+    different = {row.number: row for row in wanted if not row.allocation.is_dense}
+    return sorted(different.values(), key=lambda row: -row.budget_model)

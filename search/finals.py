@@ -1,4 +1,4 @@
-"""Scores on the test split: of finished trials, once each, into the evaluations table and nowhere else."""
+"""Scores on splits other than the search's: of finished trials, once each, into the evaluations table."""
 
 from __future__ import annotations
 
@@ -27,38 +27,39 @@ def front_and_dense(study: SearchStudy) -> list[int]:
     return sorted({*(row.number for row in study.front), *dense})
 
 
-def unscored(folder: StudyFolder, numbers: Sequence[int]) -> list[int]:
-    """Those trials that have no score on the test split."""
-    evaluations, fingerprint = Evaluations(folder.path), folder.prepared.fingerprints["test"]
-    return [n for n in numbers if evaluations.get(n, FACTORS, "test", fingerprint) is None]
+def unscored(folder: StudyFolder, numbers: Sequence[int], split: str = "test") -> list[int]:
+    """Those trials that have no score on a split."""
+    evaluations, fingerprint = Evaluations(folder.path), folder.prepared.fingerprints[split]
+    return [n for n in numbers if evaluations.get(n, FACTORS, split, fingerprint) is None]
 
 
-def score_test(
+def score_finished(
     folder: StudyFolder,
     study: SearchStudy,
     numbers: Sequence[int],
     pool: Pool,
     stop: Stop,
     say: Callable[[str], None],
+    split: str = "test",
 ) -> None:
-    """Score finished trials once on the test split; known scores are not repeated."""
+    """Score finished trials once on a split; known scores are not repeated."""
     evaluations = Evaluations(folder.path)
-    fingerprint = folder.prepared.fingerprints["test"]
+    fingerprint = folder.prepared.fingerprints[split]
     rows = study.rows()
-    queue = [rows[number] for number in unscored(folder, numbers)]
+    queue = [rows[number] for number in unscored(folder, numbers, split)]
     if not queue:
         return
-    tokens = folder.prepared.tokens["test.forward"]
-    say(f"test split: scoring {len(queue)} trials, {tokens:,} tokens each")
+    tokens = folder.prepared.tokens[f"{split}.forward"]
+    say(f"{split} split: scoring {len(queue)} trials, {tokens:,} tokens each")
     while (queue or pool.outstanding) and not stop.reason:
         while queue and pool.free:
             row = queue.pop(0)
-            pool.submit(Job(row.number, row.allocation, "test"))
+            pool.submit(Job(row.number, row.allocation, split))
         for outcome in pool.wait(TICK_SECONDS):
             if outcome.score is None:
-                say(f"trial {outcome.job.key} has no test score: {outcome.reason}")
+                say(f"trial {outcome.job.key} has no {split} score: {outcome.reason}")
             else:
-                evaluations.add(Evaluation(outcome.job.key, FACTORS, "test", fingerprint, outcome.score))
+                evaluations.add(Evaluation(outcome.job.key, FACTORS, split, fingerprint, outcome.score))
 
 
 def reopened(folder: StudyFolder, console: Console) -> contextlib.AbstractContextManager[Session]:
@@ -100,7 +101,7 @@ def evaluate_study(
                 replicas(session, note) as pool,
                 stop_on_signals(stop, console),
             ):
-                score_test(session.folder, study, wanted, pool, stop, session.say)
+                score_finished(session.folder, study, wanted, pool, stop, session.say)
         return report(session.folder, study), stop.reason
 
 

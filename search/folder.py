@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage
 
 from actors.node_cache import local_store
 from actors.storage import ITEMSIZE
-from actors.types import Allocation, FactorSpec, Prepared, RankfrontError
+from actors.types import CHOICE, Allocation, FactorSpec, Prepared, RankfrontError
 from search.config import Config, parse_config
 from search.cost import CostModel
 from search.database import open_database
@@ -137,6 +137,7 @@ class StudyFolder:
             "storage of a compressed target": config.storage,
             "calibration": f"{prepared.tokens['calibration']:,} tokens",
             "search split": _split_fact(prepared, "search"),
+            **({"choice split": _split_fact(prepared, CHOICE)} if CHOICE in prepared.tokens else {}),
             "test split": _split_fact(prepared, "test"),
             "factor store": prepared.factor_store,
         }

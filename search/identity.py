@@ -45,6 +45,7 @@ RESUME_RULES: tuple[Rule, ...] = (
     Rule("scoring.tasks", "content", "examples, by fingerprint"),
     Rule("scoring.bias", "content", "sentences, by fingerprint"),
     Rule("scoring.corpora", "content", "their search windows, by fingerprint"),
+    Rule("scoring.tokens.choice", "free", "those scores are kept apart, each with its fingerprint"),
     Rule("scoring.tokens.test", "free", "test scores are kept apart, each with its fingerprint"),
     Rule("scoring.examples.test", "free", "test scores are kept apart, each with its fingerprint"),
     Rule("scoring.batch_tokens", "free", "speed; scores differ by rounding only"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.harness_results import HarnessScore
-from actors.types import Allocation, Score
+from actors.types import CHOICE, Allocation, Score
 from search.constraints import Constraint, feasible
 
 FACTORS = "factors"
@@ -159,5 +159,12 @@ class StudySummary:
 
     def test_score(self, trial: int, variant: str = FACTORS) -> Score | None:
         """The latest test-split score of a trial's variant, if there is one."""
-        found = [e for e in self.evaluations if (e.trial, e.split, e.variant) == (trial, "test", variant)]
+        return self._latest(trial, "test", variant)
+
+    def choice_score(self, trial: int) -> Score | None:
+        """The latest score of a trial on the text that chooses, if there is one."""
+        return self._latest(trial, CHOICE, FACTORS)
+
+    def _latest(self, trial: int, split: str, variant: str) -> Score | None:
+        found = [e for e in self.evaluations if (e.trial, e.split, e.variant) == (trial, split, variant)]
         return found[-1].score if found else None

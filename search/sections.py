@@ -186,6 +186,13 @@ class PerSplit(Section):
     test: Positive
 
 
+class TextTokens(PerSplit):
+    """Caps for the text. `choice` is for what is behind the search split's in its part of the text, and
+    chooses among trials that the search split cannot tell apart: see `search.choosing`."""
+
+    choice: Positive = 16_384
+
+
 class CorpusSection(TextSection):
     """A text scored beside the main one, as `nll.<name>`; `tokens` are its caps where they are others."""
 
@@ -198,7 +205,7 @@ class ScoringSection(Section):
 
     window: Annotated[int, Field(ge=2)] = 512
     stride: Positive | None = None
-    tokens: PerSplit = PerSplit(search=8_192, test=32_768)
+    tokens: TextTokens = TextTokens(search=8_192, test=32_768)
     corpora: tuple[CorpusSection, ...] = ()
     tasks: tuple[TaskSection, ...] = ()
     bias: tuple[BiasSection, ...] = ()

@@ -16,7 +16,7 @@ from search.driving import ends_told
 from search.event_log import event_log
 from search.events import Note, told
 from search.finalists import follow
-from search.finals import front_and_dense, score_test
+from search.finals import front_and_dense, score_finished
 from search.folder import StudyFolder, report
 from search.metrics import RayMetrics
 from search.opening import Session, opened
@@ -66,7 +66,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
                 with ends_told(tell, stop):
                     reason = _run(session, study, pool, stop, console, beacon, note)
                     if not stop.reason:
-                        score_test(folder, study, front_and_dense(study), pool, stop, session.say)
+                        score_finished(folder, study, front_and_dense(study), pool, stop, session.say)
         if config.finalists.wanted and not stop.reason:
             report(folder, study)  # what was found is there to see, whatever comes of the finalists
             with stop_on_signals(stop, console):

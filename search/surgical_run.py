@@ -12,7 +12,7 @@ from search.alone import Cell, Log
 from search.config import Config
 from search.driving import logged
 from search.events import Note
-from search.finals import front_and_dense, score_test
+from search.finals import front_and_dense, score_finished
 from search.folder import StudyFolder, report
 from search.opening import opened
 from search.pool import Job, Pool
@@ -56,7 +56,7 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
             with _Screen(console, walk, folder) as screen:
                 accept(walk, answers, pool, stop, screen.redraw)
             if not stop.reason:
-                score_test(folder, study, front_and_dense(study), pool, stop, say)
+                score_finished(folder, study, front_and_dense(study), pool, stop, say)
         return folder, report(folder, study), stop.reason or "every target is decided"
 
 

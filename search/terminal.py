@@ -14,8 +14,10 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from actors.types import RankfrontError
+from actors.types import CHOICE, RankfrontError
+from search.choosing import untold
 from search.constraints import broken
+from search.folder import StudyFolder
 from search.records import StudySummary, TrialRow
 
 # A pipe or a log has no width of its own: give it room for the front.
@@ -46,6 +48,18 @@ def warn_infeasible(summary: StudySummary, rows: Iterable[TrialRow]) -> None:
         if not row.feasible:
             passed = escape(broken(summary.constraints, row))
             console.print(f"[bold]Warning:[/] trial {row.number} violates {passed}", soft_wrap=True)
+
+
+def note_untold(folder: StudyFolder, summary: StudySummary, budget: float | None) -> None:
+    """Say where what is chosen at a budget is a matter of the search text's chance, and what decides it."""
+    near = untold(summary, budget) if budget is not None and CHOICE in folder.prepared.fingerprints else []
+    if near:
+        first, others = near[0], ", ".join(map(str, near[1:]))
+        command = f"{program()} finalists {folder.path} --budget {budget:g}"
+        line = (
+            f"Note: the search text cannot tell trial {first} from {others}; a larger one can:\n  {command}"
+        )
+        console.print(line, soft_wrap=True)
 
 
 def exit_if_stopped(reason: str) -> None:

@@ -14,9 +14,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from actors.models import load_tokenizer
+from actors.perplexity import window_losses
 from actors.preparation import prepare
 from actors.samples import pack_floats, unpack_floats
-from actors.scoring import Scorer, load_split, score_split
+from actors.scoring import Scorer, load_choice, load_split, score_split
+from actors.text import text_parts
 from actors.types import (
     Allocation,
     CorpusSource,
@@ -74,6 +76,33 @@ def test_the_splits_share_no_text(config: Config) -> None:
     found = [{i for i, document in enumerate(tiny.documents()) if document[40:90] in text} for text in texts]
     assert all(len(documents) > 4 for documents in found)
     assert max(found[0]) < min(found[1])
+
+
+@pytest.mark.parametrize("stride", [None, 8])
+def test_the_text_that_chooses_is_behind_that_of_the_search(
+    config: Config, prepared: Prepared, stride: int | None
+) -> None:
+    """And before that of the test; where no window is left there is none."""
+    spec = config.preparation()
+    tokenizer = load_tokenizer(spec.model.source, spec.model)
+    whole = load_split(spec, "search", tokenizer, 256).windows.flatten()
+    tokens = {"search": 70, "test": 64, "choice": 10**6}
+    scoring = replace(spec.scoring, tokens=tokens, stride=stride, kl_top_k=4)
+    replica = ReplicaSpec("r7", replace(spec, scoring=scoring), prepared, threads=1, device="cpu")
+    found = load_choice(replica.preparation, tokenizer)
+    assert found is not None
+    ids = tokenizer("\n\n".join(text_parts(spec.calibration, scoring, spec.calibration_fraction)["search"]))
+    assert found.windows.tolist() == torch.tensor(ids["input_ids"][70:]).unfold(0, 32, stride or 32).tolist()
+    assert found.windows[0].tolist() == whole[70:102].tolist()
+    assert found.tokens == found.windows.numel()
+    score = Scorer(replica).score(Allocation.dense(prepared.targets), "choice")
+    assert (score.split, score.tasks, score.kl) == ("choice", {}, None)
+    model = LlamaForCausalLM.from_pretrained(prepared.model_folder)
+    expected = window_losses(model, found.windows, 64, "text", scored=found.text.scored).nats
+    assert score.text.nll == pytest.approx((expected.sum() / found.text.scored.sum()).item(), rel=1e-6)
+    assert load_choice(spec, tokenizer) is None, "the search takes all"
+    with pytest.raises(RankfrontError, match="no text is left to choose by"):
+        Scorer(replace(replica, preparation=spec)).split("choice")
 
 
 def test_caps_take_the_first_of_the_same_order(config: Config) -> None:

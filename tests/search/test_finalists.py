@@ -13,7 +13,8 @@ from tiny_study import MACHINE, Tiny
 from typer.testing import CliRunner
 
 import search.finalists
-from actors.types import RankfrontError
+from actors.types import Allocation, RankfrontError
+from search.choosing import chosen
 from search.cli import app
 from search.evaluations import Evaluations
 from search.finalist_table import finalist_cells
@@ -100,6 +101,33 @@ def test_a_finalist_is_scored_and_refined_once(study: Tiny, started: list[str]) 
     assert started == ["replicas", "refiner"], "all is there"
     assert study.folder.open_study().rows() == before
     assert "<h2>Refined finalists</h2>" in (path / "report.html").read_text()
+
+
+def test_a_larger_text_chooses_among_trials_that_the_search_text_cannot_tell_apart(
+    study: Tiny, started: list[str]
+) -> None:
+    path, opened = study.folder.path, study.folder.open_study()
+    similar = {name: rank and rank - 1 for name, rank in study.row(1).allocation}
+    opened.enqueue([(Allocation.of(similar, study.folder.prepared.targets), "seed")])
+    planned = opened.propose("random")
+    with study.refiner(study.folder, MACHINE) as worker:
+        opened.complete(planned, worker.score(planned.allocation, "search", None))
+    study.asked.clear()
+
+    out = command(study, "--budget", "0.99", "--no-refine")
+    assert started == ["replicas"], "of both splits"
+    assert study.asked[:2] == [("choice", None), ("choice", None)]
+    rows = {(e.trial, e.split): e.score for e in Evaluations(path).rows}
+    best = min((1, 2), key=lambda number: rows[number, "choice"].text.nll)
+    assert rows.keys() == {(1, "choice"), (2, "choice"), (0, "test"), (best, "test")}
+    assert rows[1, "choice"].text.tokens > 2 * 128
+    tokens = study.folder.prepared.tokens["choice.forward"]
+    assert f"choice split: scoring 2 trials, {tokens:,} tokens each" in out
+    summary = summarise(study.folder, study.folder.open_study())
+    assert [row.number for row in chosen(summary, budget=0.99)] == [best]
+
+    command(study, "--budget", "0.99", "--no-refine")
+    assert started == ["replicas"], "all is there"
 
 
 def test_what_was_not_asked_for_is_said(study: Tiny, started: list[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fakes import MadeUpPool, open_study, propose_and_complete, score_of, stored
 
 from search.evaluations import Evaluations
-from search.finals import score_test, split_cells
+from search.finals import score_finished, split_cells
 from search.pool import Job, Outcome
 from search.records import StudySummary
 from search.runner import Stop
@@ -44,7 +44,7 @@ def test_trials_are_scored_once_and_left_as_they_are(folder: Any) -> None:
     propose_and_complete(study, 4)
     before = [(t.state, t.values, t.user_attrs) for t in stored(folder.path)]
     pool, said = MadeUpPool(answer), []
-    score_test(folder, study, [0, 1, 3], pool, Stop(), said.append)
+    score_finished(folder, study, [0, 1, 3], pool, Stop(), said.append)
     assert {job.key for job in pool.submitted} == {0, 1, 3}
     assert {job.split for job in pool.submitted} == {"test"}
     assert [row.key for row in Evaluations(folder.path).rows] == [
@@ -56,7 +56,7 @@ def test_trials_are_scored_once_and_left_as_they_are(folder: Any) -> None:
         "trial 1 has no test score: made-up reason",
     ]
     again = MadeUpPool(answer)
-    score_test(folder, study, [0, 2, 3], again, Stop(), said.append)
+    score_finished(folder, study, [0, 2, 3], again, Stop(), said.append)
     assert [job.key for job in again.submitted] == [2]
     assert [(t.state, t.values, t.user_attrs) for t in stored(folder.path)] == before
 
@@ -64,7 +64,7 @@ def test_trials_are_scored_once_and_left_as_they_are(folder: Any) -> None:
 def test_the_table_shows_the_trials_that_were_asked_for(folder: Any) -> None:
     study = open_study(folder.path, "random")
     propose_and_complete(study, 3)
-    score_test(folder, study, [0, 2], MadeUpPool(answer), Stop(), print)
+    score_finished(folder, study, [0, 2], MadeUpPool(answer), Stop(), print)
     summary = StudySummary(
         "s", "m", study.objectives, study.rows(), (), 0.0, (), Evaluations(folder.path).rows, {}
     )

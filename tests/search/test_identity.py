@@ -79,6 +79,7 @@ FREE = {
     "calibration.memory_gb": 1.0,
     "calibration.builders": 2,
     "model.trust_remote_code": True,
+    "scoring.tokens.choice": 512,
     "scoring.tokens.test": 512,
     "scoring.examples.test": 9,
     "scoring.batch_tokens": 64,
