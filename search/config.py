@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from actors.node_cache import is_url
 from actors.refinement import RefinementSpec
 from actors.types import (
+    SPLITS,
     CalibrationSpec,
     CorpusSource,
     FactorSpec,
@@ -170,7 +171,7 @@ class Config(Section):
                     CorpusSource(
                         corpus.name,
                         TextSource(**corpus.model_dump(exclude={"name", "tokens"})),
-                        (corpus.tokens or scoring.tokens).model_dump(),
+                        (corpus.tokens or scoring.tokens).model_dump(include=set(SPLITS)),
                     )
                     for corpus in scoring.corpora
                 ),

@@ -62,10 +62,13 @@ def test_what_was_prepared_is_said(root: Path) -> None:
     }
     assert prepared.examples == {
         "search": {"arc_easy": 6, "piqa": 6},
+        "choice": {},
         "test": {"arc_easy": 10, "piqa": 10},
     }
-    assert prepared.fingerprints.keys() == {"model", "tokenizer", "calibration", "search", "test", "factors"}
-    assert len({*prepared.fingerprints.values()}) == 6
+    assert prepared.tokens["choice"] == prepared.tokens["choice.forward"] > 128
+    parts = {"model", "tokenizer", "calibration", "search", "choice", "test", "factors"}
+    assert prepared.fingerprints.keys() == parts
+    assert len({*prepared.fingerprints.values()}) == 7
     assert json.loads(json.dumps(prepared.to_dict()))["factor_store"] == prepared.factor_store
     assert any(line.startswith("text: 512 calibration tokens") for line in lines)
 
@@ -112,9 +115,10 @@ def test_a_store_is_built_once_and_damage_is_repaired(root: Path) -> None:
         ({"calibration": {"memory_gb": 0.5}}, ""),
         ({"calibration": {"builders": 2}}, ""),
         # 512 calibration tokens reach into the next document, 128 scoring tokens do not
-        ({"text": {"join": " "}}, "calibration factors"),
-        ({"scoring": {"tokens": {"search": 96}}}, "search"),
-        ({"scoring": {"window": 16}}, "search test"),
+        ({"text": {"join": " "}}, "calibration factors choice"),
+        ({"scoring": {"tokens": {"search": 96}}}, "search choice"),
+        ({"scoring": {"tokens": {"choice": 96}}}, "choice"),
+        ({"scoring": {"window": 16}}, "search choice test"),
         ({"scoring": {"examples": {"test": 9}}}, "test"),
         ({"scoring": {"seed": 1}}, "search test"),
         ({"scoring": {"batch_tokens": 64}}, ""),

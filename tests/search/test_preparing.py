@@ -194,7 +194,7 @@ def test_a_check_that_refuses_stops_before_anything_is_measured(
     with pytest.raises(RefusedError):
         prepare(spec_of(root, tmp_path / "runs"), MACHINE, 2, lambda line: None, shown.append, refuse)
     assert [{*fingerprints} for fingerprints in seen] == [
-        {"model", "tokenizer", "calibration", "search", "test", "factors"}
+        {"model", "tokenizer", "calibration", "search", "choice", "test", "factors"}
     ]
     assert shown == []
     assert deaths(tmp_path) == 0
