@@ -5,7 +5,7 @@ A proposal is made in four steps, all on arrays.
 1. *Aim*: the half of the range of sizes whose turn it is, and in it the size that promises most
    (`search.aims`). The range goes from the smallest size whose loss is still of use up to dense.
 2. *Learn*: how much more or less each parameter loses than predicted, from the trials nearest in size
-   (`search.multipliers`), as the posterior's mean or as a draw from it, more or less of its speach.
+   (`search.multipliers`), as the posterior's mean or as a draw from it, more or less of its spread.
 3. *Move*, in one of three ways, those more often that reached the front lately:
    `fill` shares the parameters out anew; `trade` takes the nearest member of the front and makes only the
    trades worth most; `mix` takes each level from one of two members.
@@ -38,7 +38,7 @@ from optuna.trial import FrozenTrial
 from search.aims import draw, expected_gains, part_of, staircase
 from search.features import Features
 from search.landscape import Landscape
-from search.multipliers import Learned, learn
+from search.multipliers import Learned, learn, of_size
 from search.reading import MOVE, Finding, Place, Reader
 from search.trades import Steps
 
@@ -52,7 +52,7 @@ FIRST = {FILL: 20.0, TRADE: 2.0, MIX: 1.0}
 LATELY = 48
 # Of the posterior's spread around its mean; drawn anew for each proposal. Zero alone learns nothing new, one
 # alone leaves what is known unused.
-HEATS = (0.0, 0.5, 1.0, 1.5)
+HEATS = (0.0, 0.25, 0.5, 1.0)
 # Finished trials at which half of that spread is used: at first, filling the range with what is predicted
 # pays more than learning where the prediction is wrong.
 WARM_UP = 100.0
@@ -84,6 +84,18 @@ class _Trials:
     losses: Floats
     loss: Floats
     members: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class _Near:
+    """Trials (n) that are learned from, nearest first: `sizes` as shares of the dense one, their `loss`, the
+    loss `predicted` (n, p) of each parameter, their `methods` (n, c), and the `spread` of their errors."""
+
+    sizes: Floats
+    loss: Floats
+    predicted: Floats
+    methods: Integers
+    spread: Floats
 
 
 class ExchangeSampler(BaseSampler):
@@ -186,20 +198,21 @@ class ExchangeSampler(BaseSampler):
         land, rng, steps = self._landscape, self._rng.rng, self._steps
         dense = int(land.sizes[:, -1].sum())
         candidates = part_of(number, self._smallest(trials), dense)
-        learned = self._learn(trials, float(candidates.mean()), dense)
+        near = self._nearest(trials, float(candidates.mean()), dense)
+        learned = self._learn(near)
         count = len(trials.findings)
         heat = HEATS[rng.randint(len(HEATS))] * count / (count + WARM_UP) if learned.scale > 0 else 0.0
         coefficients = learned.mean + heat * (learned.draw - learned.mean)
         multipliers = np.maximum(self._features.multipliers(coefficients), LEAST)
-        aim = self._aim(candidates, trials, learned.scale, multipliers, dense)
+        aim = self._aim(candidates, trials, near, learned.scale, multipliers, dense)
         methods = self._features.methods(coefficients if learned.scale > 0 else learned.draw)
         move = self._move(trials)
         levels = steps.fill(multipliers, aim)
         if move == TRADE:
-            levels = self._trade(self._near(trials, aim)[0], levels, multipliers, aim)
+            levels = self._trade(self._parents(trials, aim)[0], levels, multipliers, aim)
         elif move == MIX:
-            near = self._near(trials, aim)
-            first, second = (near[rng.randint(len(near))] for _ in range(2))
+            parents = self._parents(trials, aim)
+            first, second = (parents[rng.randint(len(parents))] for _ in range(2))
             mixed = np.where(rng.random_sample(len(levels)) < 0.5, first.place.levels, second.place.levels)
             methods = np.where(
                 rng.random_sample(len(methods)) < 0.5, first.place.methods, second.place.methods
@@ -229,7 +242,13 @@ class ExchangeSampler(BaseSampler):
         return self._steps.frontier(multipliers, lowest)
 
     def _aim(
-        self, candidates: Floats, trials: _Trials, scale: float, multipliers: Floats, dense: int
+        self,
+        candidates: Floats,
+        trials: _Trials,
+        near: _Near,
+        scale: float,
+        multipliers: Floats,
+        dense: int,
     ) -> float:
         """The size among the candidates that promises the most; any where nothing is known."""
         rng = self._rng.rng
@@ -238,12 +257,15 @@ class ExchangeSampler(BaseSampler):
         sizes, predicted = self._frontier(multipliers)
         at = np.maximum(np.searchsorted(sizes, candidates, side="right") - 1, 0)
         members = trials.sizes[trials.members], trials.loss[trials.members]
-        worst = max(scale * float(predicted[at[0]]), float(members[1].max()))
-        gains = expected_gains(sizes[at].astype(float), scale * predicted[at], members, worst, dense)
+        known = of_size(sizes[at] / dense, near.sizes)
+        offset = known @ (near.loss - scale * (near.predicted @ multipliers))
+        expected = offset + scale * predicted[at]
+        worst = max(float(expected[0]), float(members[1].max()))
+        gains = expected_gains(sizes[at].astype(float), expected, members, worst, dense)
         return float(candidates[draw(gains, rng)])
 
-    def _learn(self, trials: _Trials, aim: float, dense: int) -> Learned:
-        """From the trials nearest to `aim` whose loss is predicted to be any."""
+    def _nearest(self, trials: _Trials, aim: float, dense: int) -> _Near:
+        """The trials nearest to `aim` whose loss is predicted to be any."""
         away = np.abs(trials.sizes - aim) / (REACH * dense)
         order = np.argsort(away, kind="stable")
         near = order[trials.totals[order] > 0][:NEAREST]
@@ -253,8 +275,12 @@ class ExchangeSampler(BaseSampler):
         methods = np.array([trials.findings[index].place.methods for index in near]).reshape(
             len(near), len(self._landscape.methods)
         )
-        features = self._features.of_trials(predicted, methods)
-        return learn(features, predicted.sum(axis=1), trials.loss[near], 1 + away[near], self._rng.rng)
+        return _Near(trials.sizes[near] / dense, trials.loss[near], predicted, methods, 1 + away[near])
+
+    def _learn(self, near: _Near) -> Learned:
+        features = self._features.of_trials(near.predicted, near.methods)
+        totals = near.predicted.sum(axis=1)
+        return learn(features, totals, near.loss, near.spread, near.sizes, self._rng.rng)
 
     def _move(self, trials: _Trials) -> str:
         """Drawn by how often each of our last moves is on the front, as if `FIRST` had been seen before."""
@@ -270,7 +296,7 @@ class ExchangeSampler(BaseSampler):
             weights.append(FIRST[move] * (1 + sum(successes)) / (2 + len(successes)))
         return str(self._rng.rng.choice(MOVES, p=np.array(weights) / sum(weights)))
 
-    def _near(self, trials: _Trials, aim: float) -> list[Finding]:
+    def _parents(self, trials: _Trials, aim: float) -> list[Finding]:
         """Members of the front, nearest in size first."""
         order = np.argsort(np.abs(trials.sizes[trials.members] - aim), kind="stable")
         return [trials.findings[trials.members[index]] for index in order[:PARENTS]]

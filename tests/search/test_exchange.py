@@ -173,7 +173,7 @@ def test_multipliers_are_learned_and_proposals_beat_their_seeds(monkeypatch: pyt
     for _ in range(60):
         ask(study, sampler)
     findings, _ = sampler._reader.read(study)
-    learned = sampler._learn(sampler._trials(findings), 0.75 * DENSE, DENSE)
+    learned = sampler._learn(sampler._nearest(sampler._trials(findings), 0.75 * DENSE, DENSE))
     found = learned.scale * sampler._features.multipliers(learned.mean)
     ranks = [np.argsort(np.argsort(each)) for each in (found, TRUE)]
     assert np.corrcoef(*ranks)[0, 1] > 0.7
