@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from search import multipliers
 from search.multipliers import FLOOR, TAUS, WIDTH, learn, of_size
@@ -93,3 +94,27 @@ def test_no_trials_are_the_prior() -> None:
     learned = learn(SHARES[:0], TOTALS[:0], TOTALS[:0], SPREAD[:0], SIZES[:0], np.random.RandomState(0))
     assert learned.scale == 0
     assert not learned.mean.any()
+
+
+def test_the_most_evident_spreads_are_those_of_the_gaussian_likelihood(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multipliers, "TAUS", (0.1, 0.3, 0.9, 2.0))
+    monkeypatch.setattr(multipliers, "NOISES", (0.01, 0.05, 0.2))
+    found = set()
+    for seed in range(12):
+        chance = np.random.default_rng(seed)
+        features, spread = chance.standard_normal((30, COUNT)), chance.uniform(1, 3, 30)
+        residual = features @ chance.normal(0, chance.choice([0.1, 1.0]), COUNT)
+        residual = residual + chance.choice([0.01, 0.2]) * spread * chance.standard_normal(30)
+        pairs = [(tau, noise) for tau in multipliers.TAUS for noise in multipliers.NOISES]
+        likelihoods = [
+            multivariate_normal(cov=tau**2 * features @ features.T + np.diag((noise * spread) ** 2)).logpdf(
+                residual
+            )
+            for tau, noise in pairs
+        ]
+        best = multipliers._most_evident(features @ features.T, residual, spread)
+        assert best == pairs[int(np.argmax(likelihoods))]
+        found.add(best)
+    assert len(found) > 2
