@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from _common import table
 from _front_book import Asked, Book
-from _front_runs import APART, IMPROVED, OURS, PAPER, Run, asked_runs, every_run, refined_name
+from _front_runs import APART, IMPROVED, LADDER, OURS, PAPER, Run, asked_runs, every_run, refined_name
 from _front_setup import SEARCH_SHARE, Setup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ class Reading:
         return {name: self._book.asked[name] for name in names if name in self._book.asked}
 
     def complete(self, run: Run) -> bool:
-        return self._book.reached(run.name, self.setup.trials if run.sampler else 1)
+        return self._book.reached(run.name, self.setup.trials if run.counted else 1)
 
 
 def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]:
@@ -172,24 +172,26 @@ def _volumes(reading: Reading) -> Iterator[list[str]]:
         cells = []
         for count in reading.setup.checkpoints:
             reached = [history[count - 1] for history in histories if len(history) >= count]
-            cells.append(f"{np.mean(reached):.4f} ({len(reached)})" if reached and runs[0].sampler else "")
+            cells.append(f"{np.mean(reached):.4f} ({len(reached)})" if reached and runs[0].counted else "")
         ends = [history[-1] for history in histories]
         spent = [reading.tokens(run)[-1] for run in runs]
         yield [label, *cells, f"{np.mean(ends):.4f} ({len(ends)})", f"{np.mean(spent):,.0f}"]
 
 
 def _against(reading: Reading) -> Iterator[list[str]]:
-    """One line for each warm-started baseline that a checkpoint of ours can be compared with."""
+    """One line for each warm-started baseline that a checkpoint of ours can be compared with: of equal seeds,
+    with the ladder, which has none, of every seed."""
     ours = {run.seed: reading.history(run) for run in reading.of(OURS) if reading.count(run)}
     for label in reading.labels:
-        if not label.endswith(" warm"):
+        if label != LADDER and not label.endswith(" warm"):
             continue
         cells = []
         for count in reading.setup.checkpoints:
             pairs = [
-                ours[run.seed][count - 1] - reading.history(run)[count - 1]
+                mine[count - 1] - reading.history(run)[count - 1]
+                for seed, mine in ours.items()
                 for run in reading.of(label)
-                if run.seed in ours and len(ours[run.seed]) >= count <= reading.count(run)
+                if (run.seed == seed or label == LADDER) and len(mine) >= count <= reading.count(run)
             ]
             cells.append(_paired(pairs))
         if any(cells):
@@ -223,7 +225,7 @@ def _covered(reading: Reading, run: Run) -> str | None:
 
 def _progress(reading: Reading) -> Iterator[list[str]]:
     for run in reading.runs:
-        wanted = f" of {reading.setup.trials}" if run.sampler else ""
+        wanted = f" of {reading.setup.trials}" if run.counted else ""
         yield [run.name, f"{reading.count(run)}{wanted}", "yes" if reading.complete(run) else "no"]
 
 

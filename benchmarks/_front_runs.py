@@ -1,6 +1,7 @@
 """The strategies of a comparison, each played against the same scores.
 
     uniform, seeds      every target at one share, or seeds of equal marginal loss, at a ladder of budgets
+    ladder              the seeds, and more of them at budgets spread evenly: as many trials as ours
     exchange            ours, from the seeds
     random, nsga2, tpe  Optuna's, bare (from the dense model alone) or warm (from the same seeds)
     surgical/paper      arXiv 2405.13039: `feature` factors, stored factored, its ladder scanned upwards
@@ -26,6 +27,7 @@ from optuna.storages import InMemoryStorage
 
 from actors.scoring import Scorer
 from actors.types import Allocation, ReplicaSpec, Score, digest
+from search.aims import van_der_corput
 from search.folder import StudyFolder
 from search.samplers import make_sampler
 from search.sections import SamplerSection, SurgicalSection
@@ -54,6 +56,11 @@ class Run:
     def sampler(self) -> bool:
         return self.strategy in SAMPLERS
 
+    @property
+    def counted(self) -> bool:
+        """Whether it goes on for as many trials as a setup says."""
+        return self.sampler or self.strategy == LADDER
+
 
 # What a score is of: the texts of the search split, of the choice among picks and of the test split.
 SEARCH, CHOICE, TEST, TASKS = "search", "choice", "test", "tasks"
@@ -61,7 +68,7 @@ SEARCH, CHOICE, TEST, TASKS = "search", "choice", "test", "tasks"
 APART = 2.0
 OURS = "exchange"
 SAMPLERS = (OURS, "tpe", "nsga2", "random")
-PAPER, IMPROVED = "surgical/paper", "surgical/ours"
+PAPER, IMPROVED, LADDER = "surgical/paper", "surgical/ours", "ladder"
 
 
 def every_run(setup: Setup) -> list[Run]:
@@ -71,6 +78,7 @@ def every_run(setup: Setup) -> list[Run]:
         Run(OURS, setup.seeds[0], warm=True),
         Run("uniform"),
         *(Run(OURS, seed, warm=True) for seed in setup.seeds[1:]),
+        Run(LADDER),
         *(Run(name, seed, warm=True) for seed in setup.seeds for name in SAMPLERS[1:]),
         Run(IMPROVED),
         Run(PAPER),
@@ -156,12 +164,12 @@ class Bench:
         text = self.book.scores[identity]
         return Score("search", text, {}, self.setup.search_tokens, seconds=0.0, replica="benchmark")
 
-    def seeds(self) -> list[Allocation]:
-        """Equal marginal loss per parameter at the ladder's budgets, by the spectra."""
+    def seeds(self, at: Sequence[float] = ()) -> list[Allocation]:
+        """Equal marginal loss per parameter at some budgets, or at the ladder's, by the spectra."""
         folder = self.folder()
         cost, store = folder.cost, Path(folder.prepared.factor_store)
         curves = predicted(cost, self.setup.floor, folder.config.factor_spec, store)
-        budgets = [linear_budget(cost, budget) for budget in self.setup.ladder]
+        budgets = [linear_budget(cost, budget) for budget in at or self.setup.ladder]
         return [allocation for allocation in ladder(cost, curves, budgets) if allocation is not None]
 
 
@@ -230,17 +238,19 @@ class Player:
         elif self._run.strategy in (PAPER, IMPROVED):
             yield from self._walked()
         else:
-            yield from self._listed()
+            yield from self._listed(trials)
 
-    def _listed(self) -> Iterator[Kept]:
-        bench = self._bench
+    def _listed(self, trials: int) -> Iterator[Kept]:
+        bench, setup = self._bench, self._bench.setup
         folder = bench.folder()
-        yield self._keep(Allocation.dense(folder.prepared.targets))
-        if self._run.strategy == "seeds":
-            found: Sequence[Allocation] = bench.seeds()
+        if self._run.strategy == "uniform":
+            found: Sequence[Allocation] = [uniform_at(folder.cost, budget) for budget in setup.ladder]
         else:
-            found = [uniform_at(folder.cost, budget) for budget in bench.setup.ladder]
-        for allocation in found:
+            found = bench.seeds()
+        if self._run.strategy == LADDER:
+            more = (van_der_corput(number) for number in range(1, trials - len(found)))
+            found = [*found, *bench.seeds([1 - (1 - setup.lowest) * share for share in more])]
+        for allocation in (Allocation.dense(folder.prepared.targets), *found):
             yield self._keep(allocation)
 
     def _sampled(self, trials: int) -> Iterator[Kept]:

@@ -25,7 +25,7 @@ from _front_book import Book, Pick
 from _front_calibration import OutOfTimeError, say
 from _front_finals import Finals
 from _front_report import report
-from _front_runs import Bench, Player, Run, every_run
+from _front_runs import LADDER, Bench, Player, Run, every_run
 from _front_setup import SMOLLM2, WIKITEXT, Setup, Texts, cut_texts, tiny
 
 from actors.types import Allocation, digest
@@ -61,15 +61,15 @@ def play(bench: Bench) -> None:
 
 def played(bench: Bench, run: Run) -> None:
     """Play a run to its picks, unless it was."""
-    trials = bench.setup.trials if run.sampler else 1
+    trials = bench.setup.trials if run.counted else 1
     if not bench.book.reached(run.name, trials):
-        say(f"{run.name}, {trials} trials" if run.sampler else run.name)
+        say(f"{run.name}, {trials} trials" if run.counted else run.name)
         Player(bench, run).play(trials)
 
 
 def walked(bench: Bench, run: Run, trials: int) -> None:
-    """First trials of a sampler that has our seeds, without its picks, unless they are there."""
-    if run.warm and len(bench.book.runs[run.name]) < trials:
+    """First trials of a strategy that has our seeds, without its picks, unless they are there."""
+    if (run.warm or run.strategy == LADDER) and len(bench.book.runs[run.name]) < trials:
         say(f"{run.name}, {trials} trials")
         Player(bench, run).walk(trials)
 
