@@ -3,7 +3,8 @@
 A proposal is made in four steps, all on arrays.
 
 1. *Aim*: the half of the range of sizes whose turn it is, and in it the size that promises most
-   (`search.aims`). The range goes from the smallest size whose loss is still of use up to dense.
+   (`search.aims`). The range goes from the smallest size whose loss is still of use up to dense. Where
+   models are to be chosen at some sizes, each of them in turn for a share of the proposals.
 2. *Learn*: how much more or less each parameter loses than predicted, from the trials nearest in size
    (`search.multipliers`), as the posterior's mean or as a draw from it, more or less of its spread.
 3. *Move*, in one of three ways, those more often that reached the front lately:
@@ -56,6 +57,9 @@ HEATS = (0.0, 0.25, 0.5, 1.0)
 # Finished trials at which half of that spread is used: at first, filling the range with what is predicted
 # pays more than learning where the prediction is wrong.
 WARM_UP = 100.0
+# Every which proposal aims at a size that a model is to be chosen at. The others come near it by chance, and
+# a little below it their loss is above what a seed has there. Odd: both parts of the range give up turns.
+WANTED_EVERY = 5
 # Trials that are learned from, nearest in size: the equations of 256 are solved in about a millisecond.
 NEAREST = 256
 # A trial that is this share of the dense size away counts with twice the error.
@@ -197,7 +201,7 @@ class ExchangeSampler(BaseSampler):
         """The move made, and where it leads."""
         land, rng, steps = self._landscape, self._rng.rng, self._steps
         dense = int(land.sizes[:, -1].sum())
-        candidates = part_of(number, self._smallest(trials), dense)
+        candidates = self._candidates(number, self._smallest(trials), dense)
         near = self._nearest(trials, float(candidates.mean()), dense)
         learned = self._learn(near)
         count = len(trials.findings)
@@ -219,6 +223,15 @@ class ExchangeSampler(BaseSampler):
             )
             levels = steps.restore(mixed, multipliers, aim)
         return move, Place(levels, methods)
+
+    def _candidates(self, number: int, smallest: int, dense: int) -> Floats:
+        """Sizes (c,) that a trial of this number may aim at."""
+        wanted = self._landscape.wanted
+        wanted = wanted[(wanted >= smallest) & (wanted < dense)]
+        if len(wanted) and number % WANTED_EVERY == 0:
+            turn = number // WANTED_EVERY % len(wanted)
+            return wanted[turn : turn + 1].astype(np.float64)
+        return part_of(number, smallest, dense)
 
     def _smallest(self, trials: _Trials) -> int:
         """The smallest size worth aiming at: where some loss would be all the room there is.

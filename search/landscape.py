@@ -31,7 +31,7 @@ class Landscape:
     `rank_losses` at `offsets` (t,) + r, dense as rank 0. `kinds` and `blocks` (t,) number the module types
     and decoder blocks. `methods` are the choices of each categorical parameter. `budgets` (d,) says which
     objectives are costs, `rooms` (d,) beyond what loss of an objective a model is of no use (infinite where
-    nothing is known).
+    nothing is known). `wanted` (w,) are sizes that a model is to be chosen at.
     """
 
     names: tuple[str, ...]
@@ -46,6 +46,7 @@ class Landscape:
     methods: Mapping[str, tuple[str, ...]]
     budgets: NDArray[np.bool_]
     rooms: Floats
+    wanted: Integers
 
     def of_ranks(self, ranks: Sequence[int | None]) -> tuple[Floats, int]:
         """Predicted loss (p,) of each parameter's targets, and the stored size, at a rank for each target."""
@@ -65,8 +66,10 @@ def landscape_of(
     objectives: Sequence[Objective],
     rooms: Sequence[float],
     predicted: Mapping[str, Floats] | None,
+    wanted: Sequence[float] = (),
 ) -> Landscape:
-    """The landscape of a study; `predicted` is each target's loss (k,), nats/token, at each rank 1..k.
+    """The landscape of a study; `predicted` is each target's loss (k,), nats/token, at each rank 1..k, and
+    `wanted` are budgets of all parameters of the model.
 
     Without losses every target is taken to lose the square of the share of its parameters that it lacks, in
     proportion to its parameters: an even allocation is then the best guess.
@@ -95,6 +98,7 @@ def landscape_of(
         methods=space.choices,
         budgets=np.array([objective.name.startswith("budget.") for objective in objectives]),
         rooms=np.array(rooms, dtype=np.float64),
+        wanted=np.array([cost.linear_room(budget) for budget in wanted], dtype=np.int64),
     )
 
 

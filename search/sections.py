@@ -337,8 +337,8 @@ class FinalistSection(Section):
     """Front members that `rankfront finalists` follows further, and a search at its end where any are named.
 
     They are scored on the test split and, with `refine`, refined as that section says. `budgets`: the best
-    front point at or under each, of the model's parameters. `count`: so many front points, spread evenly
-    from the largest compressed one to the smallest; both may be given.
+    front point at or under each, of the model's parameters; the `exchange` sampler aims at them. `count`: so
+    many front points, spread evenly from the largest compressed one to the smallest; both may be given.
     """
 
     budgets: tuple[Share, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -261,6 +262,22 @@ def test_a_landscape_of_other_objectives_is_refused() -> None:
     study = study_of(sampler, directions=3)
     with pytest.raises(ValueError, match="the study has 3 objectives, the landscape 2"):
         study.ask(sampler.infer_relative_search_space(study, None))  # type: ignore[arg-type]
+
+
+def test_every_so_many_proposals_aim_at_a_wanted_size_in_turn() -> None:
+    wanted = (np.array([0.9, 0.75, 0.01, 1.2]) * DENSE).astype(np.int64)
+    land = replace(LAND, wanted=wanted)
+    sampler = sampler_of(land)
+    study = warm(sampler)
+    step = max(sampler._steps.width)
+    reached = Counter()
+    for _ in range(6 * exchange.WANTED_EVERY):
+        trial = ask(study, sampler)
+        size = land.of_levels(levels_of(trial.params))[1]
+        if trial.number % exchange.WANTED_EVERY == 0:
+            [at] = [place for place, aim in enumerate(wanted) if aim - step < size <= aim]
+            reached[at] += 1
+    assert reached == {0: 3, 1: 3}, "not those that no allocation has, or that are larger than dense"
 
 
 def test_several_objectives_are_mixed_anew_for_each_proposal() -> None:

@@ -51,6 +51,15 @@ def test_without_predictions_an_even_allocation_is_the_best_guess() -> None:
     assert (np.diff(found.losses, axis=1) <= 0).all()
 
 
+def test_wanted_sizes_are_those_of_the_targets_in_a_model_of_that_budget() -> None:
+    space = space_of(COST, group="target")
+    found = landscape_of(space, COST, OBJECTIVES, (np.inf, np.inf), None, (0.9, 0.75))
+    others = COST.model_parameters - COST.linear_parameters
+    for size, budget in zip(found.wanted, (0.9, 0.75), strict=True):
+        assert (size + others) / COST.model_parameters <= budget < (size + 1 + others) / COST.model_parameters
+    assert not len(landscape(space, COST).wanted)
+
+
 def test_objectives_and_methods_are_named() -> None:
     objectives = (Objective("nll", True), Objective("budget.bytes", True), Objective("reasoning.acc", False))
     space: Space = space_of(COST, group="module", factors=CHOOSING)
