@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -72,14 +73,15 @@ PAPER, IMPROVED, LADDER = "surgical/paper", "surgical/ours", "ladder"
 
 
 def every_run(setup: Setup) -> list[Run]:
-    """In the order they are played: what is required first, then what it is held against."""
+    """In the order they are played: what is required first, then what it is held against, seed by seed."""
+    (ours, *first), *others = ([Run(name, seed, warm=True) for name in SAMPLERS] for seed in setup.seeds)
     return [
         Run("seeds"),
-        Run(OURS, setup.seeds[0], warm=True),
+        ours,
         Run("uniform"),
-        *(Run(OURS, seed, warm=True) for seed in setup.seeds[1:]),
         Run(LADDER),
-        *(Run(name, seed, warm=True) for seed in setup.seeds for name in SAMPLERS[1:]),
+        *first,
+        *chain(*others),
         Run(IMPROVED),
         Run(PAPER),
         *(Run(name, seed) for seed in setup.seeds for name in SAMPLERS[1:]),
