@@ -18,7 +18,8 @@ the same. Trials that failed or were pruned are not learned from, nor are those 
 
 Tried on made-up losses and no help: multipliers of single parameters without those of module types and
 blocks (less hypervolume up to 100 trials); aiming at a plain sequence, without the expected gain; mixing for
-a third of the proposals; the posterior's whole spread from the first trial on.
+a third of the proposals; the posterior's whole spread from the first trial on; acting on half of what is
+learned until eight trials of its own are done, though the first two after a ladder of seeds may be poor.
 """
 
 from __future__ import annotations
