@@ -9,7 +9,8 @@ from _front_runs import CHOICE, DENSE, SEARCH, TASKS, Bench, Kept, Player, Run, 
 from actors.refinable import Texts, first_windows
 from actors.refine import refine
 from actors.refined import RefinedFactors
-from actors.refinement import FOLDER, file_of, refinement_fingerprint
+from actors.refinement import FOLDER, REFIT, RefinementSpec, file_of, refinement_fingerprint
+from actors.refit import refit
 from actors.scoring import load_split
 from actors.text import calibration_windows
 from actors.types import Allocation, digest
@@ -22,23 +23,23 @@ class Finals:
         self._bench = bench
         self._picks: dict[str, dict[float, Kept]] = {}
 
-    def refine(self, run: Run) -> None:
+    def refine(self, run: Run, spec: RefinementSpec) -> None:
         """Refine what a run picked, from the largest budget to the smallest.
 
         Raises:
             OutOfTimeError: it is not through; the steps that were taken stay, up to the last held-out score.
         """
         for under, kept in self._picked(run).items():
-            identity = self._refined_score(kept.allocation)
-            self._bench.book.pick(refined_name(run), Pick(identity, under, kept.budget, kept.number))
+            identity = self._refined_score(kept.allocation, spec)
+            self._bench.book.pick(refined_name(run, spec), Pick(identity, under, kept.budget, kept.number))
 
     def ask(self) -> None:
-        """Ask what was picked at the budget of the tasks, refined or not, unless it was asked already.
+        """Ask what was picked at the tasks' budget, refined by steps or not, unless it was asked already.
 
         Raises:
             OutOfTimeError: it is not through; the answers to whole sets of tasks are in the book.
         """
-        bench, under = self._bench, self._bench.setup.task_budget
+        bench, under, spec = self._bench, self._bench.setup.task_budget, self._bench.setup.refinement
         for run in asked_runs(bench.setup):
             method = Player(bench, run).method
             if run == DENSE:
@@ -46,8 +47,10 @@ class Finals:
             elif bench.book.picks.get(run.name) and under in (picked := self._picked(run)):
                 kept = picked[under]
                 self._ask(run.name, kept.allocation, under, method, "")
-                if bench.book.picks.get(refined_name(run)):
-                    self._ask(refined_name(run), kept.allocation, under, method, self._file(kept.allocation))
+                name = refined_name(run, spec)
+                if bench.book.picks.get(name):
+                    file = file_of(self._fingerprint(kept.allocation, spec))
+                    self._ask(name, kept.allocation, under, method, file)
 
     def _ask(self, name: str, allocation: Allocation, under: float, method: str, file: str) -> None:
         bench = self._bench
@@ -72,34 +75,29 @@ class Finals:
             self._picks[run.name] = Player(self._bench, run).play(self._bench.setup.trials)
         return self._picks[run.name]
 
-    def _fingerprint(self, allocation: Allocation) -> str:
+    def _fingerprint(self, allocation: Allocation, spec: RefinementSpec) -> str:
         bench = self._bench
         prints, held = (bench.folder(asked=text).prepared.fingerprints for text in (SEARCH, CHOICE))
-        made = refinement_fingerprint(
-            {**prints, "search": held["search"]}, allocation, bench.setup.refinement
-        )
+        made = refinement_fingerprint({**prints, "search": held["search"]}, allocation, spec)
         return digest([made, bench.setup.refine_windows])
 
-    def _file(self, allocation: Allocation) -> str:
-        return file_of(self._fingerprint(allocation))
-
-    def _refined_score(self, allocation: Allocation) -> str:
+    def _refined_score(self, allocation: Allocation, spec: RefinementSpec) -> str:
         """The id of the test score of an allocation's refined factors, which is in the book."""
         bench = self._bench
-        fingerprint = self._fingerprint(allocation)
+        fingerprint = self._fingerprint(allocation, spec)
         identity = digest([fingerprint, bench.folder().prepared.fingerprints["test"]])[:16]
         if identity not in bench.book.scores:
             path = bench.cache / FOLDER / file_of(fingerprint)
             scorer = bench.scorer()
             if not path.exists():
-                self._refine(allocation, fingerprint)
+                self._refine(allocation, spec, fingerprint)
             scorer.trial_model.use(RefinedFactors(path))
             bench.book.add_score(identity, scorer.score(allocation, "test").text)
             scorer.trial_model.use(scorer.store)
         return identity
 
-    def _refine(self, allocation: Allocation, fingerprint: str) -> None:
-        bench, scorer, spec = self._bench, self._bench.scorer(), self._bench.setup.refinement
+    def _refine(self, allocation: Allocation, spec: RefinementSpec, fingerprint: str) -> None:
+        bench, scorer = self._bench, self._bench.scorer()
         training = calibration_windows(bench.folder().config.preparation(), scorer.tokenizer)
         chooses = bench.folder(asked=CHOICE).config.preparation()
         held = first_windows(
@@ -110,7 +108,8 @@ class Finals:
         path.parent.mkdir(exist_ok=True)
         scorer.trial_model.use(scorer.store)  # every target is dense now
         facts = {"fingerprint": fingerprint}
-        for step in refine(scorer.model, scorer.store, allocation, texts, spec, path, facts):
+        way = refit if spec.method == REFIT else refine
+        for step in way(scorer.model, scorer.store, allocation, texts, spec, path, facts):
             if step.step % spec.evaluate_every == 0:
-                say(f"refining: step {step.step} of {step.steps}, held-out KL {step.held_out:.4f}")
+                say(f"{way.__name__}: step {step.step} of {step.steps}, held-out KL {step.held_out:.4f}")
             bench.require(0.0)

@@ -72,7 +72,8 @@ class Reading:
 
     def asked(self) -> dict[str, Asked]:
         """By the name of whose pick it is, in the order of a table."""
-        names = [name for run in asked_runs(self.setup) for name in (run.name, refined_name(run))]
+        refined = self.setup.refinement
+        names = [name for run in asked_runs(self.setup) for name in (run.name, refined_name(run, refined))]
         return {name: self._book.asked[name] for name in names if name in self._book.asked}
 
     def complete(self, run: Run) -> bool:
@@ -94,7 +95,9 @@ def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]
         f"errors of others, {setup.choice_tokens:,} further tokens of the validation file choose among "
         f"{setup.candidates} at most. `refined`: the factors of these picks after "
         f"at most {setup.refinement.steps} steps of KL to the dense model on the first "
-        f"{setup.refine_windows} windows of the calibration text, ranks as they were."
+        f"{setup.refine_windows} windows of the calibration text, ranks as they were, at a rate of at most "
+        f"{setup.refinement.learning_rate:g}; {min(setup.refinement.held_out, setup.choice_tokens):,} tokens "
+        "of the text that chooses tell which step is kept. `refit`: the same picks in closed form."
     )
     yield "## At budgets, on the test split"
     yield table(["strategy", *(f"{budget:.0%}" for budget in setup.budgets)], list(_budgets(reading)))
@@ -133,8 +136,9 @@ def _budgets(reading: Reading) -> Iterator[list[str]]:
     if reading.setup.model is None:
         yield ["required of ours", *(f"{REQUIRED[budget]:g}" for budget in budgets)]
         yield ["required of ours, refined", *(f"{REQUIRED_REFINED[budget]:g}" for budget in budgets)]
-    refined = [reading.test(refined_name(ours), budget) for budget in budgets]
-    yield [refined_name(ours), *(_spread([pair[1]] if pair else [], 1) for pair in refined)]
+    for spec in (reading.setup.refinement, reading.setup.refit):
+        found = [reading.test(refined_name(ours, spec), budget) for budget in budgets]
+        yield [refined_name(ours, spec), *(_spread([pair[1]] if pair else [], 1) for pair in found)]
     for label in reading.labels:
         cells = []
         for budget in budgets:

@@ -26,6 +26,7 @@ from _front_calibration import OutOfTimeError, prepared_in_parts, say
 from _front_setup import Setup, Texts, linear_budget
 from optuna.storages import InMemoryStorage
 
+from actors.refinement import REFIT, RefinementSpec
 from actors.scoring import Scorer
 from actors.types import Allocation, ReplicaSpec, Score, digest
 from search.aims import van_der_corput
@@ -96,9 +97,9 @@ def asked_runs(setup: Setup) -> list[Run]:
     return [DENSE, Run("uniform"), Run(OURS, setup.seeds[0], warm=True), Run(IMPROVED), Run(PAPER)]
 
 
-def refined_name(run: Run) -> str:
-    """What a run's picks are called once they are refined."""
-    return f"{run.name} refined"
+def refined_name(run: Run, spec: RefinementSpec) -> str:
+    """What a run's picks are called once they are refined as the spec says."""
+    return f"{run.name} {'refit' if spec.method == REFIT else 'refined'}"
 
 
 class Bench:

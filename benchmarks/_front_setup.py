@@ -10,7 +10,7 @@ from typing import Any
 
 from _common import CACHE, quick_start
 
-from actors.refinement import RefinementSpec
+from actors.refinement import REFIT, RefinementSpec
 from search.config import Config, parse_config
 from search.cost import CostModel
 from search.files import write_atomic
@@ -38,6 +38,7 @@ SIX_TASKS = tuple(
 
 # Steps of three windows of 512 tokens, in one batch; half of the text that chooses is held out.
 REFINEMENT = RefinementSpec(steps=40, evaluate_every=5, batch_tokens=1_536)
+IN_CLOSED_FORM = RefinementSpec(method=REFIT)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Setup:
     text cannot tell a run's best point at a budget from others, `choice_tokens` of another text choose among
     the best `candidates`. Our picks are
     refined as `refinement` says on the first `refine_windows` of the calibration text (none is read twice),
-    the text that chooses telling which step is kept. `tasks` are those of
+    the text that chooses telling which step is kept; and as `refit` says, on the same. `tasks` are those of
     a config; `examples` of each, not of the search split, are asked of what is picked at `task_budget`.
     """
 
@@ -72,6 +73,7 @@ class Setup:
     trials: int = 120
     checkpoints: tuple[int, ...] = (25, 50, 100, 120)
     refinement: RefinementSpec = REFINEMENT
+    refit: RefinementSpec = IN_CLOSED_FORM
     refine_windows: int = 120
     tasks: tuple[Mapping[str, str], ...] = ()
     task_budget: float = 0.8
@@ -199,6 +201,7 @@ def tiny(folder: Path, tasks: Mapping[str, Path]) -> Setup:
         trials=12,
         checkpoints=(6, 12),
         refinement=RefinementSpec(steps=4, tokens=64, warmup=1, held_out=64, evaluate_every=2),
+        refit=RefinementSpec(method=REFIT, held_out=64, evaluate_every=1),
         refine_windows=8,
         tasks=tuple({"name": name, "source": str(place)} for name, place in tasks.items()),
         examples=8,

@@ -49,11 +49,12 @@ def play(bench: Bench) -> None:
     seeds, ours, uniform, *others = every_run(bench.setup)
     for run in (seeds, ours, uniform):
         played(bench, run)
-    finals.refine(ours)
+    finals.refine(ours, bench.setup.refinement)
     for trials in bench.setup.checkpoints[-2:]:
         for run in others:
             walked(bench, run, trials)
     finals.ask()
+    finals.refine(ours, bench.setup.refit)
     for run in others:
         played(bench, run)
     finals.ask()
