@@ -55,11 +55,9 @@ def note_untold(folder: StudyFolder, summary: StudySummary, budget: float | None
     near = untold(summary, budget) if budget is not None and CHOICE in folder.prepared.fingerprints else []
     if near:
         first, others = near[0], ", ".join(map(str, near[1:]))
-        command = f"{program()} finalists {folder.path} --budget {budget:g}"
-        line = (
-            f"Note: the search text cannot tell trial {first} from {others}; a larger one can:\n  {command}"
-        )
-        console.print(line, soft_wrap=True)
+        command = f"{program()} finalists {folder.path} --budget {budget:g} --no-refine"
+        told = f"the search text cannot tell trial {first} from {others}; a larger one can:"
+        console.print(f"Note: {told}\n  {command}", soft_wrap=True)
 
 
 def exit_if_stopped(reason: str) -> None:

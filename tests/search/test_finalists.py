@@ -58,13 +58,13 @@ def started(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return started
 
 
-def command(study: Tiny, *arguments: str) -> str:
-    """What `rankfront finalists` printed.
+def command(study: Tiny, *arguments: str, name: str = "finalists") -> str:
+    """What `rankfront finalists`, or another command, printed.
 
     Raises:
         RankfrontError: as the command does.
     """
-    result = CliRunner().invoke(app, ["finalists", str(study.folder.path), *arguments])
+    result = CliRunner().invoke(app, [name, str(study.folder.path), *arguments])
     if isinstance(result.exception, RankfrontError):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -113,6 +113,9 @@ def test_a_larger_text_chooses_among_trials_that_the_search_text_cannot_tell_apa
     with study.refiner(study.folder, MACHINE) as worker:
         opened.complete(planned, worker.score(planned.allocation, "search", None))
     study.asked.clear()
+    export = ("--budget", "0.99", "--config-only", "--to")
+    note = "Note: the search text cannot tell trial"
+    assert note in command(study, *export, str(path / "before"), name="export")
 
     out = command(study, "--budget", "0.99", "--no-refine")
     assert started == ["replicas"], "of both splits"
@@ -125,6 +128,9 @@ def test_a_larger_text_chooses_among_trials_that_the_search_text_cannot_tell_apa
     assert f"choice split: scoring 2 trials, {tokens:,} tokens each" in out
     summary = summarise(study.folder, study.folder.open_study())
     assert [row.number for row in chosen(summary, budget=0.99)] == [best]
+    out = command(study, *export, str(path / "after"), name="export")
+    assert f"Trial {best}: ranks.yaml" in out
+    assert note not in out
 
     command(study, "--budget", "0.99", "--no-refine")
     assert started == ["replicas"], "all is there"
