@@ -310,6 +310,10 @@ class SurgicalSection(Section):
     ranks: Literal["scan", "bisect"] = "scan"
 
 
+HELD_OUT = 8_192
+"""Tokens that tell which step of a refinement is kept: as many as a trial's search text has by default."""
+
+
 class RefineSection(Section):
     """`rankfront refine`: how one trial's factors are moved on the calibration text. See `RefinementSpec`.
 
@@ -324,13 +328,19 @@ class RefineSection(Section):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     warmup: Annotated[int, Field(ge=0)] = 10
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    held_out: Positive = 8_192
+    held_out: Positive = HELD_OUT
     evaluate_every: Positive = 10
     patience: Positive = 5
     top_k: Positive = 64
     seed: Annotated[int, Field(ge=0)] = 0
     checkpointed: bool = False
     workers: CountOrAuto = 1
+
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        # A study saved before this was tokens has the default of then: a tenth of the calibration text.
+        return HELD_OUT if value == 0.1 else value
 
 
 class FinalistSection(Section):

@@ -11,6 +11,7 @@ from raw_config import mistakes, put
 from actors.types import METHOD_NAMES, FactorSpec
 from search.config import ConfigError, parse_config
 from search.constraints import Constraint
+from search.sections import HELD_OUT
 
 C4 = {"name": "c4", "source": "allenai/c4"}
 OWN = {"name": "mine", "format": "choices", "source": "/tmp"}
@@ -18,6 +19,13 @@ OWN = {"name": "mine", "format": "choices", "source": "/tmp"}
 
 def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
     assert parse_config(raw).study == "made-up"
+
+
+def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]) -> None:
+    assert parse_config({**raw, "refine": {"held_out": 0.1}}).refine.held_out == HELD_OUT
+    assert parse_config({**raw, "refine": {"held_out": 96}}).refine.held_out == 96
+    with pytest.raises(ConfigError, match=r"refine.held_out: 0.25"):
+        parse_config({**raw, "refine": {"held_out": 0.25}})
 
 
 @pytest.mark.parametrize(
