@@ -12,10 +12,8 @@ few.
 c is what all allocations of size s have in common and the prediction misses: factors made from text like the
 one that is scored even gain a little, so that near dense y is below 0. It is taken out as by Robinson
 (Econometrica 56, 1988): from both sides the mean over trials of about the same size is subtracted, so that
-multipliers explain only how trials of one size differ. Without it they are bent to explain c: on 206 trials
-of SmolLM2-135M multipliers learned from seven eighths explain the other eighth to 0.0136 nats/token without
-it and to 0.0070 with it (median of the absolute errors), and proposals by the former were no better than by
-none.
+multipliers explain only how trials of one size differ. Without it they are bent to explain c, and proposals
+by them are no better than by none.
 """
 
 from __future__ import annotations
