@@ -200,16 +200,17 @@ def test_scores_belong_to_their_jobs_and_both_replicas_work(pool_of: Any) -> Non
 def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: Path) -> None:
     """Two jobs kill their replica once, one kills every replica; all others are scored.
 
-    A dying process may take the answer before with it, so a neighbour may be charged for the death.
+    A dying process may take the answer before with it, so a neighbour may be charged for the death: five
+    attempts are more than job 7, which comes again when 21 does, is charged by chance.
     """
     behaviour = {7: ["die"], 21: ["die"] * 9, 40: ["die"]}
-    found = drain(pool_of(behaviour, attempts=3), list(range(1, 51)))
+    found = drain(pool_of(behaviour, attempts=5), list(range(1, 51)))
     assert [rank for rank, outcome in found.items() if outcome.score is None] == [21]
     assert all(outcome.score.text.nats == rank for rank, outcome in found.items() if outcome.score)
     reason = found[21].reason
     assert reason is not None
     assert "died" in reason
-    assert "attempt 3 of 3" in reason
+    assert "attempt 5 of 5" in reason
     assert attempts_of(tmp_path, 21) >= 3
     assert all(attempts_of(tmp_path, rank) >= 2 for rank in (7, 40))
 
