@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from _common import table
 from _front_book import Asked, Book
-from _front_runs import APART, IMPROVED, LADDER, OURS, PAPER, Run, asked_runs, every_run, refined_name
+from _front_runs import IMPROVED, LADDER, OURS, PAPER, Run, asked_runs, every_run, refined_name
 from _front_setup import SEARCH_SHARE, Setup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from search.choosing import APART
 from search.pareto import front, hypervolume_history
 
 # nats/token above dense on the test split: what is asked of our front, as it is found and refined.

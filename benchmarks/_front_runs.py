@@ -30,6 +30,7 @@ from actors.refinement import REFIT, RefinementSpec
 from actors.scoring import Scorer
 from actors.types import Allocation, ReplicaSpec, Score, digest
 from search.aims import van_der_corput
+from search.choosing import APART
 from search.folder import StudyFolder
 from search.samplers import make_sampler
 from search.sections import SamplerSection, SurgicalSection
@@ -66,8 +67,6 @@ class Run:
 
 # What a score is of: the texts of the search split, of the choice among picks and of the test split.
 SEARCH, CHOICE, TEST, TASKS = "search", "choice", "test", "tasks"
-# Paired standard errors from which on two losses are told apart.
-APART = 2.0
 OURS = "exchange"
 SAMPLERS = (OURS, "tpe", "nsga2", "random")
 PAPER, IMPROVED, LADDER = "surgical/paper", "surgical/ours", "ladder"

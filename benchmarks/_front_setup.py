@@ -11,6 +11,7 @@ from typing import Any
 from _common import CACHE, quick_start
 
 from actors.refinement import REFIT, RefinementSpec
+from search.choosing import CANDIDATES
 from search.config import Config, parse_config
 from search.cost import CostModel
 from search.files import write_atomic
@@ -62,7 +63,7 @@ class Setup:
     search_tokens: int
     choice_tokens: int
     test_tokens: int
-    candidates: int = 4
+    candidates: int = CANDIDATES
     levels: int = 20
     floor: float = 0.2
     budgets: tuple[float, ...] = (0.9, 0.8, 0.7)
@@ -178,8 +179,7 @@ def cut_texts(folder: Path, validation: str, test: str) -> Texts:
 
 def linear_budget(cost: CostModel, budget: float) -> float:
     """The share of the targets' parameters at which the whole model is at `budget`."""
-    kept_dense = cost.model_parameters - cost.linear_parameters
-    return (budget * cost.model_parameters - kept_dense) / cost.linear_parameters
+    return cost.linear_room(budget) / cost.linear_parameters
 
 
 SMOLLM2 = Setup("smollm2", None, 512, 200_000, 4_096, 16_384, 16_384, tasks=SIX_TASKS)

@@ -43,8 +43,7 @@ def compressed(config: Any, device: str, dtype: torch.dtype, storage: str, budge
     model = dense(config, device, dtype)
     targets = list_targets(model)
     cost = CostModel(targets, count_parameters(model), storage, "mean", dtype.itemsize)
-    left_alone = cost.model_parameters - cost.linear_parameters
-    share = (budget * cost.model_parameters - left_alone) / cost.linear_parameters
+    share = cost.linear_room(budget) / cost.linear_parameters
     for target, (_, rank) in zip(targets, cost.uniform(share).ranks, strict=True):
         layer = FORMS[cost.form(target, rank)](target.cols, target.rows, rank, True).to(device, dtype)
         for parameter in layer.parameters():

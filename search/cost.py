@@ -5,7 +5,6 @@ What one target holds at a rank is decided in `actors.storage`, by which the exp
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,9 +90,9 @@ class CostModel:
         """Stored parameters of all targets."""
         return sum(self.stored(self._by_name[name], rank).parameters for name, rank in allocation)
 
-    def linear_room(self, budget: float) -> int:
-        """What all targets may store where the whole model may store `budget` of its parameters."""
-        return math.floor(budget * self.model_parameters) - (self.model_parameters - self.linear_parameters)
+    def linear_room(self, budget: float) -> float:
+        """Parameters that all targets may store where the whole model may store `budget` of its own."""
+        return budget * self.model_parameters - (self.model_parameters - self.linear_parameters)
 
     def model_bytes(self, allocation: Allocation) -> int:
         """Stored bytes of the whole model, every parameter that is no target's at `itemsize`."""

@@ -7,6 +7,7 @@ every target its own rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -98,7 +99,7 @@ def landscape_of(
         methods=space.choices,
         budgets=np.array([objective.name.startswith("budget.") for objective in objectives]),
         rooms=np.array(rooms, dtype=np.float64),
-        wanted=np.array([cost.linear_room(budget) for budget in wanted], dtype=np.int64),
+        wanted=np.array([math.floor(cost.linear_room(budget)) for budget in wanted], dtype=np.int64),
     )
 
 

@@ -356,7 +356,7 @@ def test_what_blocks_on_another_device_are_given_is_brought_there(
         if model.get_output_embeddings().weight.device.type == "meta":
             assert model(ids[:2]).logits.device.type == "meta"
             return
-        with pytest.raises(NotImplementedError, match="out of meta tensor"):
+        with pytest.raises(NotImplementedError, match="out of meta tensor"):  # torch's own words
             model(ids[:2])
 
 

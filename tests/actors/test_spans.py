@@ -151,7 +151,7 @@ def test_weights_factors_and_states_are_where_they_are_used(
             assert model(ids[:2]).logits.device.type == "meta"
         else:
             assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-            with pytest.raises(NotImplementedError, match="out of meta tensor"):
+            with pytest.raises(NotImplementedError, match="out of meta tensor"):  # torch's own words
                 model(ids[:2])  # back at the embedding's device, to which meta has nothing to copy
 
 
