@@ -1,4 +1,4 @@
-"""Splits that share nothing, and a scorer whose answers are those of the installed model."""
+"""A scorer whose answers are those of the installed model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from actors.models import load_tokenizer
 from actors.perplexity import window_losses
 from actors.preparation import prepare
 from actors.samples import pack_floats, unpack_floats
-from actors.scoring import Scorer, load_choice, load_split, score_split
-from actors.text import text_parts
+from actors.scoring import Scorer, load_split, score_split
 from actors.types import (
     Allocation,
     CorpusSource,
@@ -52,73 +51,6 @@ def prepared(config: Config) -> Prepared:
 @pytest.fixture
 def replica(config: Config, prepared: Prepared) -> ReplicaSpec:
     return ReplicaSpec("r7", config.preparation(), prepared, threads=1, device="cpu")
-
-
-def test_the_splits_share_no_question_and_leave_none_out(config: Config) -> None:
-    spec = config.preparation()
-    tokenizer = load_tokenizer(spec.model.source, spec.model)
-    search, test = (load_split(spec, split, tokenizer, 256) for split in ("search", "test"))
-    for one, other, rows in zip(search.tasks, test.tasks, (tiny.arc_rows(), tiny.piqa_rows()), strict=True):
-        questions = [{example.contexts[0] for example in task.examples} for task in (one, other)]
-        assert questions[0].isdisjoint(questions[1])
-        asked = {row["question" if "question" in row else "goal"] for row in rows}
-        assert questions[0] | questions[1] == {f"Question: {question}\nAnswer:" for question in asked}
-        assert (len(one.examples), len(other.examples)) == (6, 24)  # a fifth and the rest of 30
-
-
-def test_the_splits_share_no_text(config: Config) -> None:
-    spec = config.preparation()
-    tokenizer = load_tokenizer(spec.model.source, spec.model)
-    texts = [
-        tokenizer.decode(load_split(spec, split, tokenizer, 256).windows.flatten())
-        for split in ("search", "test")
-    ]
-    found = [{i for i, document in enumerate(tiny.documents()) if document[40:90] in text} for text in texts]
-    assert all(len(documents) > 4 for documents in found)
-    assert max(found[0]) < min(found[1])
-
-
-@pytest.mark.parametrize("stride", [None, 8])
-def test_the_text_that_chooses_is_behind_that_of_the_search(
-    config: Config, prepared: Prepared, stride: int | None
-) -> None:
-    """And before that of the test; where no window is left there is none."""
-    spec = config.preparation()
-    tokenizer = load_tokenizer(spec.model.source, spec.model)
-    whole = load_split(spec, "search", tokenizer, 256).windows.flatten()
-    tokens = {"search": 70, "test": 64, "choice": 10**6}
-    scoring = replace(spec.scoring, tokens=tokens, stride=stride, kl_top_k=4)
-    replica = ReplicaSpec("r7", replace(spec, scoring=scoring), prepared, threads=1, device="cpu")
-    found = load_choice(replica.preparation, tokenizer)
-    assert found is not None
-    ids = tokenizer("\n\n".join(text_parts(spec.calibration, scoring, spec.calibration_fraction)["search"]))
-    assert found.windows.tolist() == torch.tensor(ids["input_ids"][70:]).unfold(0, 32, stride or 32).tolist()
-    assert found.windows[0].tolist() == whole[70:102].tolist()
-    assert found.tokens == found.windows.numel()
-    score = Scorer(replica).score(Allocation.dense(prepared.targets), "choice")
-    assert (score.split, score.tasks, score.kl) == ("choice", {}, None)
-    model = LlamaForCausalLM.from_pretrained(prepared.model_folder)
-    expected = window_losses(model, found.windows, 64, "text", scored=found.text.scored).nats
-    assert score.text.nll == pytest.approx((expected.sum() / found.text.scored.sum()).item(), rel=1e-6)
-    assert load_choice(spec, tokenizer) is None, "the search takes all"
-    with pytest.raises(RankfrontError, match="no text is left to choose by"):
-        Scorer(replace(replica, preparation=spec)).split("choice")
-
-
-def test_caps_take_the_first_of_the_same_order(config: Config) -> None:
-    """A larger cap adds examples and windows; it never exchanges them."""
-    whole = config.preparation()
-    capped = replace(whole.scoring, examples={"search": 2, "test": 7}, tokens={"search": 96, "test": 64})
-    tokenizer = load_tokenizer(whole.model.source, whole.model)
-    for split in ("search", "test"):
-        full = load_split(whole, split, tokenizer, 256)
-        part = load_split(replace(whole, scoring=capped), split, tokenizer, 256)
-        assert part.windows.tolist() == full.windows[: len(part.windows)].tolist()
-        assert part.windows.numel() == capped.tokens[split]
-        for one, other in zip(part.tasks, full.tasks, strict=True):
-            assert one.examples == other.examples[: capped.examples[split]]
-        assert part.tokens == part.windows.numel() + sum(task.tokens for task in part.tasks)
-        assert part.fingerprint != full.fingerprint
 
 
 def plain_nll(spec: PreparationSpec, windows: torch.Tensor) -> float:
@@ -180,18 +112,6 @@ def test_a_broken_model_fails_and_the_scorer_lives_on(replica: ReplicaSpec) -> N
         scorer.score(dense)
     norm.copy_(kept)
     assert scorer.score(dense).metrics == before
-
-
-def test_text_longer_than_the_models_context_is_refused_with_the_rule(config: Config) -> None:
-    spec = config.preparation()
-    tokenizer = load_tokenizer(spec.model.source, spec.model)
-    with pytest.raises(RankfrontError, match=r"scoring\.window: 32 tokens, the model reads 31"):
-        load_split(spec, "search", tokenizer, 31)
-    source = spec.scoring.tasks[0].source
-    with pytest.raises(
-        RankfrontError, match=rf"{source}: row \d+ of arc_easy has \d+ tokens, the model reads 32"
-    ):
-        load_split(spec, "search", tokenizer, 32)
 
 
 def test_a_task_of_ones_own_is_scored(config: Config, tmp_path: Path) -> None:
@@ -282,14 +202,20 @@ def test_bias_sets_are_split_and_scored_like_tasks(replica: ReplicaSpec, tmp_pat
     assert scorer.split("search").fingerprint != plain.split("search").fingerprint
 
 
-def test_a_corpus_too_short_for_a_window_is_named(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("a\nb\nc\nd\ne\nf")
-    spec = config.preparation()
-    corpus = CorpusSource("short", TextSource(str(tmp_path / "short.txt")), {"search": 96, "test": 96})
-    spec = replace(spec, scoring=replace(spec.scoring, corpora=(corpus,)))
-    tokenizer = load_tokenizer(spec.model.source, spec.model)
-    with pytest.raises(RankfrontError, match=r"short\.txt: text too short: \d tokens in 1 documents"):
-        load_split(spec, "search", tokenizer, 256)
+@pytest.mark.parametrize("stride", [None, 8])
+def test_the_text_that_chooses_is_scored_alone(replica: ReplicaSpec, stride: int | None) -> None:
+    spec, prepared = replica.preparation, replica.prepared
+    tokens = {"search": 70, "test": 64, "choice": 10**6}
+    scoring = replace(spec.scoring, tokens=tokens, stride=stride, kl_top_k=4)
+    scorer = Scorer(replace(replica, preparation=replace(spec, scoring=scoring)))
+    score = scorer.score(Allocation.dense(prepared.targets), "choice")
+    assert (score.split, score.tasks, score.kl) == ("choice", {}, None)
+    text = scorer.split("choice").text
+    model = LlamaForCausalLM.from_pretrained(prepared.model_folder)
+    expected = window_losses(model, text.windows, 64, "text", scored=text.scored).nats
+    assert score.text.nll == pytest.approx((expected.sum() / text.scored.sum()).item(), rel=1e-6)
+    with pytest.raises(RankfrontError, match="no text is left to choose by"):
+        Scorer(replica).split("choice")
 
 
 def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:
