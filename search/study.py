@@ -71,12 +71,14 @@ class SearchStudy(StudyView):
     def enqueue(self, allocations: Iterable[tuple[Allocation, str]]) -> list[int]:
         """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out.
 
-        What was scored in part is not in it yet.
+        What was scored in part is not in it yet; nor is a dense model that failed, as all is measured from it.
         """
+        planned = [trial for trial in self.frozen() if PLAN in trial.user_attrs]
         known = {
-            self._packing.allocation(trial).key
-            for trial in self.frozen()
-            if PLAN in trial.user_attrs and trial.state != TrialState.PRUNED
+            allocation.key
+            for trial, allocation in ((trial, self._packing.allocation(trial)) for trial in planned)
+            if trial.state != TrialState.PRUNED
+            and not (trial.state == TrialState.FAIL and allocation.is_dense)
         }
         numbers = []
         for allocation, origin in allocations:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from actors.types import Allocation, Score
+from actors.types import Allocation, RankfrontError, Score
 from search.alone import Cell, Log
 from search.config import Config
 from search.driving import logged
@@ -52,7 +52,7 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
             replicas(session, note) as pool,
             stop_on_signals(stop, console),
         ):
-            _score_open_trials(study, pool, stop, note)
+            score_open_trials(study, pool, stop, note)
             with _Screen(console, walk, folder) as screen:
                 accept(walk, answers, pool, stop, screen.redraw)
             if not stop.reason:
@@ -60,9 +60,19 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
         return folder, report(folder, study), stop.reason or "every target is decided"
 
 
-def _score_open_trials(study: SearchStudy, pool: Pool, stop: Stop, note: Note) -> None:
-    """The dense model, what was enqueued, and trials in flight when the last driver ended."""
+def score_open_trials(study: SearchStudy, pool: Pool, stop: Stop, note: Note) -> None:
+    """The dense model, what was enqueued, and trials in flight when the last driver ended.
+
+    Raises:
+        RankfrontError: the dense model, which every step is measured from, has no score.
+    """
     Runner(study, pool, StopSection(trials=1), ORIGIN, stop, note=note).run()
+    if not stop.reason and study.dense_score is None:
+        reasons = [row.reason for row in study.rows() if row.allocation.is_dense and row.reason]
+        raise RankfrontError(
+            f"surgical search: the dense model has no score on the search split: {reasons[-1]}; "
+            "the next run scores it anew"
+        )
 
 
 class Answers:
@@ -94,7 +104,8 @@ def accept(
 ) -> None:
     """Score candidates, one on each replica, and take the steps they decide, until the walk ends or `stop`.
 
-    No candidate waits behind another: the one that ends first may make the next one needless.
+    No candidate waits behind another: the one that ends first may make the next one needless. At the end of
+    the walk those that are under way are waited for: their outcomes are nobody else's.
     """
     flying: dict[int, Cell] = {}
     submitted = 0
@@ -102,7 +113,7 @@ def accept(
         for step in walk.advance():
             answers.accept(step)
         redraw()
-        if walk.done:
+        if walk.done and not flying:
             return
         keys = {cell.key for cell in flying.values()}
         for cell in walk.wanted:

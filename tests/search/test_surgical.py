@@ -15,6 +15,7 @@ from fakes import (
     MODEL_PARAMETERS,
     TARGETS,
     MadeUpPool,
+    dies_before_the_state,
     loss,
     open_study,
     score_of,
@@ -26,11 +27,12 @@ from actors.types import Allocation, RankfrontError, Score, TargetSpec, TaskScor
 from search.alone import Log
 from search.config import ConfigError, parse_config
 from search.cost import CostModel
+from search.events import silent
 from search.pool import Job, Outcome
 from search.runner import Stop
 from search.sections import SurgicalSection
 from search.surgical import Walk, ladder, make_rule, order
-from search.surgical_run import FILE, Answers, accept
+from search.surgical_run import FILE, Answers, accept, score_open_trials
 
 PRINTS = {"search": "s" * 64, "factors": "f" * 64}
 COST = CostModel(TARGETS, MODEL_PARAMETERS, "factored", "none")
@@ -198,6 +200,16 @@ def test_one_replica_scores_nothing_beyond_the_accepted_rank(tmp_path: Path) -> 
     assert len(alone.scored) == len(set(alone.scored)) == expected
 
 
+@pytest.mark.parametrize("growth", [0.02, 0.5])
+def test_no_candidate_is_left_on_the_replicas(tmp_path: Path, growth: float) -> None:
+    """What scores next on the same pool would take its outcome for one of its own."""
+    run = Run(tmp_path, SurgicalSection(skip_blocks=3, growth=growth), by_text, size=4)
+    assert run.walk.done
+    assert run.pool.outstanding == 0
+    log = Log(tmp_path, PRINTS, FILE)
+    assert all(log.score(key) is not None for key in run.scored)
+
+
 def test_bisection_finds_the_same_ranks_with_fewer_scores(tmp_path: Path) -> None:
     for name in ("scan", "bisect"):
         (tmp_path / name).mkdir()
@@ -234,12 +246,17 @@ def test_a_stopped_walk_goes_on_where_it_was(tmp_path: Path, stop_after: int) ->
     assert [row.allocation for row in resumed.study.rows()] == [row.allocation for row in whole.study.rows()]
 
 
-def test_a_trial_that_was_cut_off_is_known_when_it_is_recorded_again(tmp_path: Path) -> None:
-    """Recorded RUNNING, then killed: the study's own driver ends it, and it is not added a second time."""
+def test_a_trial_that_was_cut_off_is_known_when_it_is_recorded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded RUNNING, then killed: the next driver ends it, and does not add it a second time."""
+    study, allocation = open_study(tmp_path), COST.uniform(0.8)
+    with dies_before_the_state(study, monkeypatch):
+        study.add(allocation, "surgical", score_of(allocation))
+    monkeypatch.undo()
     study = open_study(tmp_path)
-    allocation = COST.uniform(0.8)
-    number = study.add(allocation, "surgical", score_of(allocation))
-    assert number == 0
+    assert [row.state for row in study.rows()] == [TrialState.RUNNING.name]
+    study.replay()
     assert study.add(allocation, "surgical", score_of(allocation)) is None
     assert [row.state for row in open_study(tmp_path).rows()] == [TrialState.COMPLETE.name]
 
@@ -262,6 +279,20 @@ def test_shares_are_of_stored_parameters() -> None:
 
 
 def test_the_dense_model_must_have_a_score(tmp_path: Path) -> None:
+    """The run that finds none says why; the next one asks again."""
+    study, dense = open_study(tmp_path), (Allocation.dense(TARGETS), "dense")
+    study.enqueue([dense])
+    broken = MadeUpPool(lambda job: Outcome(job, None, "nll is nan"))
+    with pytest.raises(RankfrontError, match="the dense model has no score on the search split: nll is nan"):
+        score_open_trials(study, broken, Stop(), silent)  # type: ignore[arg-type]
+    study.enqueue([dense])
+    score_open_trials(study, MadeUpPool(), Stop(), silent)  # type: ignore[arg-type]
+    assert [row.state for row in study.rows()] == [TrialState.FAIL.name, TrialState.COMPLETE.name]
+    study.enqueue([dense])
+    assert not study.waiting
+
+
+def test_a_walk_begins_at_the_dense_score() -> None:
     walk = Walk(COST, TEXT_MODE, make_rule(TEXT_MODE, ()), lambda allocation: None)
     with pytest.raises(RankfrontError, match="the dense model has no score on the search split"):
         next(walk.advance())
