@@ -3,13 +3,14 @@
 A proposal is made in four steps, all on arrays.
 
 1. *Aim*: the half of the range of sizes whose turn it is, and in it the size that promises most
-   (`search.aims`). The range goes from the smallest size whose loss is still of use up to dense. Where
-   models are to be chosen at some sizes, each of them in turn for a share of the proposals.
+   (`search.aims`). The range goes from the smallest size whose loss is still of use up to dense, or to what
+   the bounds on costs allow. Where models are to be chosen at some sizes, each of them in turn for a share
+   of the proposals.
 2. *Learn*: how much more or less each parameter loses than predicted, from the trials nearest in size
    (`search.multipliers`), as the posterior's mean or as a draw from it, more or less of its spread.
 3. *Move*, in one of three ways, those more often that reached the front lately:
-   `fill` shares the parameters out anew; `trade` takes the nearest member of the front and makes only the
-   trades worth most; `mix` takes each level from one of two members.
+   `fill` shares the parameters out anew; `trade` takes the nearest member of the front, brought to the size,
+   and makes only the trades worth most; `mix` takes each level from one of two members.
 4. *Restore* the size that was aimed at by the cheapest steps (`search.trades`).
 
 Invariant: a proposal follows from the study's trials, the trial's number and the generators' state alone.
@@ -65,8 +66,10 @@ WANTED_EVERY = 5
 NEAREST = 256
 # A trial that is this share of the dense size away counts with twice the error.
 REACH = 0.2
-# Share of the parameters a `trade` may change, at least one.
+# Share of the parameters that a `trade` takes from `fill`, at least one; restoring the size moves others.
 TRADED = 0.1
+# How far below the smallest trial that keeps to the constraints another may, as a share of the dense size.
+BEYOND = 0.05
 # Members of the front, nearest in size, that a `mix` chooses two from.
 PARENTS = 4
 # No parameter is taken to lose less than this share of what is predicted: the prediction is a sum of squares.
@@ -80,7 +83,8 @@ class _Trials:
     """Finished trials (n) by number: their sizes and the `totals` (n,) predicted for them.
 
     `losses` (n, o) are increases over dense of the objectives that are no budget, all minimised; `loss` (n,)
-    is one mixture of them, and `members` index the front of size and that.
+    is one mixture of them. `kept` index those that keep to the constraints or, where none does, violate them
+    least; `members` are the front of these, of size and the mixture.
     """
 
     findings: list[Finding]
@@ -88,6 +92,7 @@ class _Trials:
     totals: Floats
     losses: Floats
     loss: Floats
+    kept: NDArray[np.intp]
     members: NDArray[np.intp]
 
 
@@ -174,6 +179,10 @@ class ExchangeSampler(BaseSampler):
         return Features.of(self._landscape)
 
     @cached_property
+    def _dense(self) -> int:
+        return int(self._landscape.sizes[:, -1].sum())
+
+    @cached_property
     def _steps(self) -> Steps:
         return Steps.of(self._landscape.sizes, self._landscape.losses)
 
@@ -192,29 +201,29 @@ class ExchangeSampler(BaseSampler):
             losses = losses - (losses[dense[0]] if len(dense) else losses.min(axis=0))
         scales = np.maximum(losses.std(axis=0), np.finfo(float).tiny) if len(findings) > 1 else 1.0
         loss = losses @ (weights / scales) if len(weights) > 1 else losses.sum(axis=1)
-        allowed = np.flatnonzero([each.feasible for each in findings])
-        if not len(allowed):
-            allowed = np.arange(len(findings))
-        members = allowed[staircase(sizes[allowed], loss[allowed])]
-        return _Trials(findings, sizes, totals, losses, loss, members)
+        violations = np.array([each.violation for each in findings], dtype=np.float64)
+        best = np.flatnonzero(violations == violations.min(initial=np.inf))
+        members = best[staircase(sizes[best], loss[best])]
+        return _Trials(findings, sizes, totals, losses, loss, best, members)
 
     def _propose(self, number: int, trials: _Trials) -> tuple[str, Place]:
         """The move made, and where it leads."""
-        land, rng, steps = self._landscape, self._rng.rng, self._steps
-        dense = int(land.sizes[:, -1].sum())
-        candidates = self._candidates(number, self._smallest(trials), dense)
-        near = self._nearest(trials, float(candidates.mean()), dense)
+        rng, steps = self._rng.rng, self._steps
+        low, high = self._range(trials)
+        candidates = self._candidates(number, low, high)
+        near = self._nearest(trials, float(candidates.mean()))
         learned = self._learn(near)
         count = len(trials.findings)
         heat = HEATS[rng.randint(len(HEATS))] * count / (count + WARM_UP) if learned.scale > 0 else 0.0
         coefficients = learned.mean + heat * (learned.draw - learned.mean)
         multipliers = np.maximum(self._features.multipliers(coefficients), LEAST)
-        aim = self._aim(candidates, trials, near, learned.scale, multipliers, dense)
+        aim = self._aim(candidates, trials, near, learned.scale, multipliers, high)
         methods = self._features.methods(coefficients if learned.scale > 0 else learned.draw)
         move = self._move(trials)
         levels = steps.fill(multipliers, aim)
         if move == TRADE:
-            levels = self._trade(self._parents(trials, aim)[0], levels, multipliers, aim)
+            [parent, *_] = self._parents(trials, aim)
+            levels, methods = self._trade(parent, levels, multipliers, aim), parent.place.methods
         elif move == MIX:
             parents = self._parents(trials, aim)
             first, second = (parents[rng.randint(len(parents))] for _ in range(2))
@@ -225,14 +234,26 @@ class ExchangeSampler(BaseSampler):
             levels = steps.restore(mixed, multipliers, aim)
         return move, Place(levels, methods)
 
-    def _candidates(self, number: int, smallest: int, dense: int) -> Floats:
-        """Sizes (c,) that a trial of this number may aim at."""
-        wanted = self._landscape.wanted
-        wanted = wanted[(wanted >= smallest) & (wanted < dense)]
+    def _candidates(self, number: int, low: int, high: int) -> Floats:
+        """Sizes (c,) that a trial of this number may aim at; one that is wanted may be below the range."""
+        wanted, smallest = self._landscape.wanted, self._steps.size(self._steps.lowest)
+        wanted = wanted[(wanted >= smallest) & (wanted < high)]
         if len(wanted) and number % WANTED_EVERY == 0:
             turn = number // WANTED_EVERY % len(wanted)
             return wanted[turn : turn + 1].astype(np.float64)
-        return part_of(number, smallest, dense)
+        return part_of(number, low, high)
+
+    def _range(self, trials: _Trials) -> tuple[int, int]:
+        """The smallest and the largest size worth aiming at.
+
+        Where smaller trials violated the constraints, no further than a little below what keeps to them.
+        """
+        low, width = self._smallest(trials), round(BEYOND * self._dense)
+        if len(trials.kept) < len(trials.findings):
+            least = int(trials.sizes[trials.kept].min())
+            if least > trials.sizes.min():
+                low = max(low, least - width)
+        return low, min(self._dense, max(self._landscape.most, low + width))
 
     def _smallest(self, trials: _Trials) -> int:
         """The smallest size worth aiming at: where some loss would be all the room there is.
@@ -262,25 +283,25 @@ class ExchangeSampler(BaseSampler):
         near: _Near,
         scale: float,
         multipliers: Floats,
-        dense: int,
+        high: int,
     ) -> float:
-        """The size among the candidates that promises the most; any where nothing is known."""
+        """The size among the candidates that promises the most up to `high`; any where nothing is known."""
         rng = self._rng.rng
         if scale <= 0 or not len(trials.members):
             return float(candidates[rng.randint(len(candidates))])
         sizes, predicted = self._frontier(multipliers)
         at = np.maximum(np.searchsorted(sizes, candidates, side="right") - 1, 0)
         members = trials.sizes[trials.members], trials.loss[trials.members]
-        known = of_size(sizes[at] / dense, near.sizes)
+        known = of_size(sizes[at] / self._dense, near.sizes)
         offset = known @ (near.loss - scale * (near.predicted @ multipliers))
         expected = offset + scale * predicted[at]
         worst = max(float(expected[0]), float(members[1].max()))
-        gains = expected_gains(sizes[at].astype(float), expected, members, worst, dense)
+        gains = expected_gains(sizes[at].astype(float), expected, members, worst, high)
         return float(candidates[draw(gains, rng)])
 
-    def _nearest(self, trials: _Trials, aim: float, dense: int) -> _Near:
+    def _nearest(self, trials: _Trials, aim: float) -> _Near:
         """The trials nearest to `aim` whose loss is predicted to be any."""
-        away = np.abs(trials.sizes - aim) / (REACH * dense)
+        away = np.abs(trials.sizes - aim) / (REACH * self._dense)
         order = np.argsort(away, kind="stable")
         near = order[trials.totals[order] > 0][:NEAREST]
         predicted = np.array([trials.findings[index].predicted for index in near]).reshape(
@@ -289,7 +310,7 @@ class ExchangeSampler(BaseSampler):
         methods = np.array([trials.findings[index].place.methods for index in near]).reshape(
             len(near), len(self._landscape.methods)
         )
-        return _Near(trials.sizes[near] / dense, trials.loss[near], predicted, methods, 1 + away[near])
+        return _Near(trials.sizes[near] / self._dense, trials.loss[near], predicted, methods, 1 + away[near])
 
     def _learn(self, near: _Near) -> Learned:
         features = self._features.of_trials(near.predicted, near.methods)

@@ -94,8 +94,8 @@ class StudyFolder:
         if all(method in known.get(name, {}) for name, method in own.items()):
             predicted = {name: tail_losses(known[name][method]) for name, method in own.items()}
         rooms = [room_of(objective) for objective in objectives]
-        wanted = self.config.finalists.budgets
-        return landscape_of(self.space, self.cost, objectives, rooms, predicted, wanted)
+        wanted, bounds = self.config.finalists.budgets, self.config.named_constraints
+        return landscape_of(self.space, self.cost, objectives, rooms, predicted, wanted, bounds)
 
     @property
     def factor_store(self) -> Path:

@@ -8,13 +8,14 @@ every target its own rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.types import TargetSpec
+from search.constraints import Constraint
 from search.cost import CostModel
 from search.records import Objective
 from search.space import Space
@@ -32,7 +33,8 @@ class Landscape:
     `rank_losses` at `offsets` (t,) + r, dense as rank 0. `kinds` and `blocks` (t,) number the module types
     and decoder blocks. `methods` are the choices of each categorical parameter. `budgets` (d,) says which
     objectives are costs, `rooms` (d,) beyond what loss of an objective a model is of no use (infinite where
-    nothing is known). `wanted` (w,) are sizes that a model is to be chosen at.
+    nothing is known). `wanted` (w,) are sizes that a model is to be chosen at, `most` the largest that keeps
+    to the bounds on costs.
     """
 
     names: tuple[str, ...]
@@ -48,6 +50,7 @@ class Landscape:
     budgets: NDArray[np.bool_]
     rooms: Floats
     wanted: Integers
+    most: int
 
     def of_ranks(self, ranks: Sequence[int | None]) -> tuple[Floats, int]:
         """Predicted loss (p,) of each parameter's targets, and the stored size, at a rank for each target."""
@@ -68,6 +71,7 @@ def landscape_of(
     rooms: Sequence[float],
     predicted: Mapping[str, Floats] | None,
     wanted: Sequence[float] = (),
+    constraints: Iterable[Constraint] = (),
 ) -> Landscape:
     """The landscape of a study; `predicted` is each target's loss (k,), nats/token, at each rank 1..k, and
     `wanted` are budgets of all parameters of the model.
@@ -80,7 +84,7 @@ def landscape_of(
     owner = np.array([number[space.group_of(target)] for target in cost.targets])
     tables = [_table(cost, target, predicted) for target in cost.targets]
     lengths = [len(sizes) for sizes, _ in tables]
-    count = 1 + max(len(space.ranks_of(target)) - 1 for target in cost.targets)
+    count = len(space.ranks_of(cost.targets[0]))
     sizes, losses = np.zeros((len(names), count), dtype=np.int64), np.zeros((len(names), count))
     for index, target in enumerate(cost.targets):
         at = [rank or 0 for rank in space.ranks_of(target)]
@@ -100,7 +104,20 @@ def landscape_of(
         budgets=np.array([objective.name.startswith("budget.") for objective in objectives]),
         rooms=np.array(rooms, dtype=np.float64),
         wanted=np.array([math.floor(cost.linear_room(budget)) for budget in wanted], dtype=np.int64),
+        most=_most(cost, constraints),
     )
+
+
+def _most(cost: CostModel, constraints: Iterable[Constraint]) -> int:
+    """Parameters that all targets may store within every bound on costs; indices are not counted."""
+    rooms: list[float] = [cost.linear_parameters]
+    for each in constraints:
+        if each.metric == "budget.linear":
+            rooms.append(each.bound * cost.linear_parameters)
+        elif each.is_cost:
+            whole = cost.model_parameters * cost.itemsize if each.metric == "bytes" else 1
+            rooms.append(cost.linear_room(each.bound / whole))
+    return math.floor(min(rooms))
 
 
 def _table(

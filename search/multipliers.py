@@ -34,7 +34,7 @@ NOISES = (0.005, 0.02, 0.08)
 WIDTH = 0.025
 # Of the median predicted loss: what errors are a share of, however small a trial's loss.
 FLOOR = 0.1
-# Trials that the evidence is taken from: enough to tell nine pairs apart, at a tenth of the work.
+# Trials that the evidence is taken from: enough to tell the pairs apart, at a tenth of the work.
 JUDGED = 128
 
 

@@ -37,7 +37,7 @@ class Finding:
     """One finished trial: the losses (p,) predicted for it, their sum and its size, at the ranks it was
     scored at.
 
-    `values` (d,) are minimised; `feasible` says that no constraint of the trial is violated.
+    `values` (d,) are minimised; `violation` sums up those of its constraints, 0 where it keeps to all.
     """
 
     place: Place
@@ -45,7 +45,7 @@ class Finding:
     total: float
     size: int
     values: Floats
-    feasible: bool
+    violation: float
     move: str | None
 
 
@@ -102,6 +102,6 @@ class Reader:
         land, ranks = self._landscape, trial.user_attrs.get(PLAN, {}).get("ranks", ())
         of_ranks = len(ranks) == len(land.owner)
         predicted, size = land.of_ranks(ranks) if of_ranks else land.of_levels(place.levels)
-        feasible = all(value <= 0 for value in trial.constraints.values())
+        violation = sum(max(value, 0.0) for value in trial.constraints.values())
         total = float(predicted.sum())
-        return Finding(place, predicted, total, size, values, feasible, trial.system_attrs.get(MOVE))
+        return Finding(place, predicted, total, size, values, violation, trial.system_attrs.get(MOVE))

@@ -71,7 +71,8 @@ class SearchStudy(StudyView):
     def enqueue(self, allocations: Iterable[tuple[Allocation, str]]) -> list[int]:
         """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out.
 
-        What was scored in part is not in it yet; nor is a dense model that failed, as all is measured from it.
+        What was scored in part is not in it yet. A dense model that failed is added anew: all is measured
+        from it.
         """
         planned = [trial for trial in self.frozen() if PLAN in trial.user_attrs]
         known = {

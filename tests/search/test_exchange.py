@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle, product
 
 import numpy as np
 import optuna
@@ -19,7 +20,7 @@ from optuna.testing.pytest_samplers import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from actors.types import Allocation
-from search import exchange
+from search import aims, exchange
 from search.exchange import FILL, MIX, MOVES, TRADE, ExchangeSampler
 from search.landscape import Landscape
 from search.packing import PLAN
@@ -156,14 +157,22 @@ def test_a_mixture_takes_every_level_from_members_of_the_front(monkeypatch: pyte
     assert len({tuple(levels) for levels in mixed}) > 3
 
 
-def test_a_trade_changes_few_parameters_of_a_member(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trade_takes_the_changes_worth_most_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after it the size is restored, which is left out here."""
     sampler = sampler_of()
-    study = warm(sampler, budgets=(0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6))
-    only(monkeypatch, TRADE)
-    parents = [levels_of(trial.params) for trial in study.get_trials()]
-    for _ in range(8):
-        levels = levels_of(ask(study, sampler, tell=False).params)
-        assert min(int((levels != parent).sum()) for parent in parents) < len(LAND.names)
+    study = warm(sampler, budgets=(0.8,))
+    [_, parent] = sampler._reader.read(study)[0]
+    monkeypatch.setattr(type(sampler._steps), "restore", lambda self, levels, *given: levels)
+    best = sampler._steps.fill(TRUE, 0.6 * DENSE)
+    for share in (0.1, 0.5):
+        monkeypatch.setattr(exchange, "TRADED", share)
+        levels = sampler._trade(parent, best, TRUE, 0.6 * DENSE)
+        changed = levels != parent.place.levels
+        every = np.arange(len(levels))
+        moved = TRUE * np.abs(LAND.losses[every, best] - LAND.losses[every, parent.place.levels])
+        assert changed.sum() == round(share * len(levels)) < (best != parent.place.levels).sum()
+        assert (levels[changed] == best[changed]).all()
+        assert moved[changed].min() >= moved[~changed].max()
 
 
 def test_multipliers_are_learned_and_proposals_beat_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +183,7 @@ def test_multipliers_are_learned_and_proposals_beat_their_seeds(monkeypatch: pyt
     for _ in range(60):
         ask(study, sampler)
     findings, _ = sampler._reader.read(study)
-    learned = sampler._learn(sampler._nearest(sampler._trials(findings), 0.75 * DENSE, DENSE))
+    learned = sampler._learn(sampler._nearest(sampler._trials(findings), 0.75 * DENSE))
     found = learned.scale * sampler._features.multipliers(learned.mean)
     ranks = [np.argsort(np.argsort(each)) for each in (found, TRUE)]
     assert np.corrcoef(*ranks)[0, 1] > 0.7
@@ -217,25 +226,56 @@ def test_members_that_violate_a_constraint_are_parents_only_where_all_do() -> No
     study = study_of(sampler)
     best, other = np.full(len(LAND.names), 5), np.full(len(LAND.names), 10)
     add(study, best, values=[0.3, 2.1], system_attrs={"constraints:size": 1.0})
+    add(study, other, values=[0.5, 2.0], system_attrs={"constraints:size": 2.0})
     broken = sampler._trials(sampler._reader.read(study)[0])
     add(study, other, values=[0.5, 2.4], system_attrs={"constraints:size": -1.0})
     both = sampler._trials(sampler._reader.read(study)[0])
-    assert (broken.members.tolist(), both.members.tolist()) == ([0], [1])
+    assert (broken.members.tolist(), both.members.tolist()) == ([0], [2]), "the least violation, then none"
 
 
-def test_what_is_in_the_study_is_not_proposed_again() -> None:
-    """Two parameters of two levels: four points, those running and failed among them."""
+def test_sizes_that_the_constraints_rule_out_are_not_aimed_at() -> None:
+    """A bound on costs is where the range ends; one on the loss, a little below what keeps to it."""
+    land = replace(LAND, most=round(0.82 * DENSE))
+    sampler = sampler_of(land)
+    study = study_of(sampler)
+    for budget in (1.0, 0.9, 0.8, 0.7, 0.6):
+        levels = sampler._steps.fill(np.ones(len(LAND.names)), budget * DENSE)
+        bounds = {"constraints:budget.linear": budget - 0.82, "constraints:nll": 0.65 - budget}
+        add(study, levels, system_attrs=bounds)
+    sizes = []
+    for _ in range(20):
+        reseed(sampler, 0, len(study.get_trials(deepcopy=False)))
+        trial = study.ask(sampler.infer_relative_search_space(study, None))  # type: ignore[arg-type]
+        sizes.append(land.of_levels(levels_of(trial.params))[1] / DENSE)
+    assert 0.62 < min(sizes) < 0.7 < 0.77 < max(sizes) <= 0.82
+
+
+def test_where_no_size_keeps_to_the_bounds_the_smallest_are_tried() -> None:
+    land = replace(LAND, most=0)
+    sampler = sampler_of(land)
+    low, high = sampler._range(sampler._trials(sampler._reader.read(study_of(sampler))[0]))
+    assert low == sampler._steps.size(sampler._steps.lowest)
+    assert high == low + round(exchange.BEYOND * DENSE)
+
+
+def test_what_is_in_the_study_is_not_proposed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running or failed. All that a fill can reach is there but for one point."""
     space = space_of(COST, group="module", levels=1)
     land = landscape(space, COST)
-    sampler = sampler_of(land)
-    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
-    seen = []
-    for _ in range(4):
-        reseed(sampler, 0, len(seen))
-        trial = study.ask(space.distributions)
-        seen.append(tuple(trial.params.values()))
-        study.tell(trial, state=TrialState.FAIL)
-    assert len(set(seen)) >= 3
+    monkeypatch.setattr(exchange, "ATTEMPTS", 200)
+    monkeypatch.setattr(aims, "PARTS", 1)  # a trial of any number may be of any size
+    fill, ones = sampler_of(land)._steps.fill, np.ones(len(land.names))
+    points = np.unique([fill(ones, size) for size in np.linspace(0.2 * DENSE, DENSE, 100)], axis=0)
+    for seed, left in product(range(4), range(len(points) - 1)):
+        sampler = sampler_of(land)
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+        others = [point for number, point in enumerate(points) if number != left]
+        for levels, state in zip(others, cycle((TrialState.RUNNING, TrialState.FAIL))):
+            params = dict(zip(land.names, levels.tolist(), strict=True))
+            study.add_trial(create_trial(state=state, params=params, distributions=space.distributions))
+        reseed(sampler, seed, len(others))
+        found = levels_of(study.ask(space.distributions).params, land)
+        assert (found == points[left]).all()
 
 
 def test_the_method_that_loses_least_is_learned() -> None:
@@ -265,7 +305,7 @@ def test_a_landscape_of_other_objectives_is_refused() -> None:
 
 
 def test_every_so_many_proposals_aim_at_a_wanted_size_in_turn() -> None:
-    wanted = (np.array([0.9, 0.75, 0.01, 1.2]) * DENSE).astype(np.int64)
+    wanted = (np.array([0.9, 0.5, 0.01, 1.2]) * DENSE).astype(np.int64)
     land = replace(LAND, wanted=wanted)
     sampler = sampler_of(land)
     study = warm(sampler)
