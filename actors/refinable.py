@@ -22,7 +22,7 @@ from actors.linears import bias_of, weight_of
 from actors.low_rank import Ranks, TrialLinear, factored_is_cheaper
 from actors.perplexity import window_losses
 from actors.refined import BIAS, LEFT, RIGHT, write
-from actors.refinement import RefinementSpec, RefinementStep
+from actors.refinement import RefinementSpec, RefinementStep, windows_of
 from actors.text import ScoredText
 from actors.types import Allocation, RankfrontError
 
@@ -41,7 +41,7 @@ class Texts:
 
 def first_windows(text: ScoredText, tokens: int) -> ScoredText:
     """The first windows of a text, as many as `tokens` fill; one at least."""
-    return replace(text, windows=text.windows[: max(1, tokens // text.windows.shape[1])])
+    return replace(text, windows=text.windows[: windows_of(tokens, text.windows.shape[1])])
 
 
 class RefinableLinear(nn.Module):

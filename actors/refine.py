@@ -38,7 +38,7 @@ from actors.refinable import (
     refinable,
 )
 from actors.refined import read, write
-from actors.refinement import RefinementSpec, RefinementStep
+from actors.refinement import RefinementSpec, RefinementStep, windows_of
 from actors.team import PIECE, Pieces, Team
 from actors.text import ScoredText
 from actors.types import Allocation, RankfrontError, ScoringError
@@ -115,7 +115,7 @@ class Shares:
         the step's tokens: those of all shares add up to it.
         """
         spec, window = self._spec, self._windows.shape[1]
-        each = max(1, spec.tokens // window)
+        each = windows_of(spec.tokens, window)
         chosen = chosen_windows(len(self._windows), each, step, spec.seed).tensor_split(count)[place]
         for value in self._moving.values():
             value.grad = None

@@ -59,6 +59,11 @@ class RefinementSpec:
         return dataclasses.asdict(self)
 
 
+def windows_of(tokens: int, window: int) -> int:
+    """The windows of `window` tokens that so many tokens are read as: whole ones, at least one."""
+    return max(1, tokens // window)
+
+
 @dataclass(frozen=True)
 class RefinementStep:
     """How far a refinement is. `training` is the KL of this step's own windows before it, None at the start;

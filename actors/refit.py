@@ -30,7 +30,7 @@ from actors.refinable import HeldOut, RefinableLinear, Texts, bypassed, refinabl
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.regression import Joint, JointScatter, best_bias, correction, excess, regressed
 from actors.streams import Stream
-from actors.types import Allocation, ScoringError
+from actors.types import Allocation, RankfrontError
 
 Tensor = torch.Tensor
 
@@ -165,8 +165,7 @@ def refit(
     manifest. A step is a block. `model` is dense when this starts, and as it was when it ends.
 
     Raises:
-        RankfrontError: nothing to refine, a model that cannot be taken through block by
-            block, moments that are not finite.
+        RankfrontError: nothing to refine, a model that cannot be taken through block by block.
         ScoringError: the start has no finite divergence.
     """
     held = texts.held
@@ -178,12 +177,11 @@ def refit(
         steps, ended = run.blocks, f"{run.blocks} blocks"
         for step in range(1, steps + 1):
             yield points.told(step - 1, steps)
-            run.advance()
-            if step % spec.evaluate_every and step < steps:
-                continue
             try:
-                points.score(step)
-            except ScoringError as error:
+                run.advance()
+                if step % spec.evaluate_every == 0 or step == steps:
+                    points.score(step)
+            except RankfrontError as error:  # what compressed targets give is not finite any more
                 ended = str(error)
                 break
         points.keep(path, allocation, spec, ended, facts)

@@ -282,7 +282,7 @@ class Player:
         if self._run.strategy == IMPROVED:
             section = SurgicalSection(**{**section.model_dump(), "ladder": "shares", "ranks": "bisect"})
         known: dict[str, Score] = {}
-        walk = Walk(folder.cost, section, make_rule(section, []), lambda asked: known[asked.key])
+        walk = Walk(folder.cost, section, make_rule(section, {}), lambda asked: known[asked.key])
         yield self._keep(walk.dense)
         known[walk.dense.key] = bench.whole(bench.score(walk.dense, method=method))
         while not walk.done:

@@ -179,7 +179,7 @@ def walked(name: str, config: Config, ready: Prepared, count: int) -> Found:
         first = scorer.score(dense)
         study.add(dense, "dense", first)
         answers = Answers(study, Log(folder.path, ready.fingerprints, FILE))
-        walk = Walk(folder.cost, config.surgical, make_rule(config.surgical, []), answers)
+        walk = Walk(folder.cost, config.surgical, make_rule(config.surgical, {}), answers)
         walk.order = walk.order[:count]
         pool: Any = OneReplica(scorer)
         accept(

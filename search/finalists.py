@@ -7,7 +7,7 @@ come to is in the evaluations table; what is there is not done again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 from rich.console import Console
@@ -37,7 +37,7 @@ def run_finalists(
 
     Raises:
         RankfrontError: none was asked for or the front has none, another driver holds the study, it is no
-            longer the study that was searched, or a refinement cannot go on.
+            longer the study that was searched, or some could not be refined.
     """
     if not section.wanted:
         raise RankfrontError(
@@ -46,7 +46,7 @@ def run_finalists(
         )
     with reopened(folder, console) as session:
         study, stop = session.folder.open_study(), Stop()
-        with stop_on_signals(stop, console):
+        with stop_on_signals(stop, console), reported(session.folder, study):
             rows = follow(session, study, section, stop, console)
         summary = report(session.folder, study)
     if not rows:
@@ -54,11 +54,25 @@ def run_finalists(
     return summary, rows, stop.reason
 
 
+@contextlib.contextmanager
+def reported(folder: StudyFolder, study: SearchStudy) -> Iterator[None]:
+    """An error in here leaves a report of what there is all the same."""
+    try:
+        yield
+    except RankfrontError:
+        report(folder, study)
+        raise
+
+
 def follow(
     session: Session, study: SearchStudy, section: FinalistSection, stop: Stop, console: Console
 ) -> list[TrialRow]:
     """Choose the finalists, score them and the dense model on the test split, then refine one after the
-    other."""
+    other.
+
+    Raises:
+        RankfrontError: some could not be refined; the others were.
+    """
     folder, say = session.folder, session.say
     with contextlib.ExitStack() as held:
         started = cache(lambda: held.enter_context(replicas(session)))  # where there is anything to score
@@ -72,16 +86,26 @@ def follow(
         if rows and not stop.reason and unscored(folder, numbers):
             score_finished(folder, study, numbers, started(), stop, say)
     left = [row for row in rows if section.refine and not is_refined(folder, row)]
+    failed = []
     if left and not stop.reason:
         workers = worker_count(folder.config, session.machine)
-        with refiner(folder, session.machine, workers) as worker, mistakes_named():
+        with refiner(folder, session.machine, workers) as worker:
             for place, row in enumerate(left, start=1):
                 kept = f"{row.budget_model:.1%} of all parameters"
                 say(f"finalist {place} of {len(left)}: refining trial {row.number}, {kept}")
-                found = refine_by(worker, folder, row, stop, console)
+                try:
+                    with mistakes_named():
+                        found = refine_by(worker, folder, row, stop, console)
+                except RankfrontError as error:
+                    failed.append(str(row.number))
+                    say(f"trial {row.number} is not refined: {error}")
+                    continue
                 if stop.reason:
                     break
                 say(f"trial {row.number}: {found.variant}, {found.ended}")
+    if failed:
+        named = f"trials {', '.join(failed)} are" if len(failed) > 1 else f"trial {failed[0]} is"
+        raise RankfrontError(f"finalists: {named} not refined, as is said above; all else is done and kept")
     return rows
 
 

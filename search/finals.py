@@ -23,8 +23,8 @@ from search.study import SearchStudy
 
 def front_and_dense(study: SearchStudy) -> list[int]:
     """Numbers of the front's trials and of the dense reference, in order."""
-    dense = (row.number for row in study.rows() if row.finished and row.origin == "dense")
-    return sorted({*(row.number for row in study.front), *dense})
+    dense = study.scored_as(study.dense)
+    return sorted({*(row.number for row in study.front), *(() if dense is None else (dense,))})
 
 
 def unscored(folder: StudyFolder, numbers: Sequence[int], split: str = "test") -> list[int]:

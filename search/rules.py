@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from actors.refinement import GRADIENT, REFIT, windows_of
 from actors.sources import Source
 from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
         CalibrationSection,
         CorpusSection,
         FactorSection,
+        FinalistSection,
+        ModelSection,
         RefineSection,
         ReplicaSection,
         SamplerSection,
@@ -302,12 +305,21 @@ def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> li
 
 
 def _refine_mistakes(refine: RefineSection, calibration: CalibrationSection) -> list[str]:
-    windows = max(1, refine.tokens // calibration.window)
-    if refine.method == "refit" or refine.workers == "auto" or refine.workers <= windows:
+    windows = windows_of(refine.tokens, calibration.window)
+    if refine.method == REFIT or refine.workers == "auto" or refine.workers <= windows:
         return []
     return [
         f"refine.workers: {refine.workers} cannot share the {windows} windows of a step: refine.tokens is "
         f"{refine.tokens}, calibration.window {calibration.window}"
+    ]
+
+
+def _finalist_mistakes(model: ModelSection, refine: RefineSection, finalists: FinalistSection) -> list[str]:
+    if model.dtype != "float16" or refine.method != GRADIENT or not (finalists.wanted and finalists.refine):
+        return []
+    return [
+        "finalists.refine: gradients vanish in model.dtype float16; use bfloat16 or float32, "
+        "refine.method: refit, or finalists.refine: false"
     ]
 
 
@@ -339,6 +351,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("factors", "space"), _choice_mistakes),
     (("surgical", "scoring"), _surgical_mistakes),
     (("refine", "calibration"), _refine_mistakes),
+    (("model", "refine", "finalists"), _finalist_mistakes),
     (("calibration", "cache"), builder_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
     (("text", "calibration", "scoring"), _corpus_mistakes),

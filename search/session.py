@@ -15,7 +15,7 @@ from search.database import secrets_of
 from search.driving import ends_told
 from search.event_log import event_log
 from search.events import Note, told
-from search.finalists import follow
+from search.finalists import follow, reported
 from search.finals import front_and_dense, score_finished
 from search.folder import StudyFolder, report
 from search.metrics import RayMetrics
@@ -68,8 +68,8 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
                     if not stop.reason:
                         score_finished(folder, study, front_and_dense(study), pool, stop, session.say)
         if config.finalists.wanted and not stop.reason:
-            report(folder, study)  # what was found is there to see, whatever comes of the finalists
-            with stop_on_signals(stop, console):
+            report(folder, study)  # what was found is there to see while the finalists are followed
+            with stop_on_signals(stop, console), reported(folder, study):
                 follow(session, study, config.finalists, stop, console)
         return folder, report(folder, study), stop.reason or reason
 

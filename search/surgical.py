@@ -17,7 +17,7 @@ A target of which no rank is accepted stays dense.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -90,11 +90,22 @@ class TaskRule:
         return [sum(hits[low:high]) / (high - low) for low, high in pairwise(borders)]
 
 
-def make_rule(section: SurgicalSection, tasks: Sequence[str]) -> Rule:
-    """The rule a config names; `tasks` are those that are scored, some where the mode needs one."""
+def make_rule(section: SurgicalSection, examples: Mapping[str, int]) -> Rule:
+    """The rule a config names; `examples` of the search split by the tasks that are scored, some task where
+    the mode needs one.
+
+    Raises:
+        RankfrontError: the task has too few of them.
+    """
     if section.mode == "perplexity":
         return PerplexityRule(section.growth)
-    return TaskRule(section.task or tasks[0], section.delta)
+    task = section.task or next(iter(examples))
+    if examples[task] < CHUNKS:
+        raise RankfrontError(
+            f"surgical.mode: task: {task} has {examples[task]} examples on the search split, too few for "
+            f"{CHUNKS} parts; raise scoring.search_fraction, or give it more"
+        )
+    return TaskRule(task, section.delta)
 
 
 def ladder(kind: Literal["paper", "shares"], cost: CostModel, target: TargetSpec) -> list[int]:

@@ -33,8 +33,8 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
     """Walk over the targets of a study, or go on doing so: its folder, what was found, why it stopped.
 
     Raises:
-        RankfrontError: another driver holds the study, it is another study, it cannot start, or the dense
-            model has no score.
+        RankfrontError: another driver holds the study, it is another study, it cannot start, the task has
+            too few examples, or the dense model has no score.
     """
     with opened(config, console) as session:
         folder, say = session.folder, session.say
@@ -43,7 +43,7 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
         if log.repaired:
             say(f"surgical search: {log.repaired}")
         answers = Answers(study, log)
-        rule = make_rule(config.surgical, [task.name for task in config.scoring.tasks])
+        rule = make_rule(config.surgical, folder.prepared.examples["search"])
         walk = Walk(folder.cost, config.surgical, rule, answers)
         study.enqueue([(walk.dense, "dense")])
         stop = Stop()

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.harness_results import HarnessScore, HarnessSpec
 from actors.helper import ActorHelper
-from actors.refinement import FOLDER, REFIT, RefinementSpec, RefinementStep
+from actors.refinement import FOLDER, REFIT, RefinementSpec, RefinementStep, windows_of
 from actors.replica import Refiner
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score, ScoringError
 from search.config import Config
@@ -84,7 +84,7 @@ def worker_count(config: Config, machine: Machine) -> int:
         RankfrontError: so many never run at once, on a machine that stays as it is.
     """
     section, room = config.refine, places(machine)
-    windows = max(1, section.tokens // config.calibration.window)
+    windows = windows_of(section.tokens, config.calibration.window)
     if section.method == REFIT:
         return 1
     if section.workers == "auto":

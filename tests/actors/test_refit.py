@@ -248,6 +248,25 @@ def test_a_point_without_a_divergence_ends_it(
     assert RefinedFactors(path).manifest["ended"] == last.ended
 
 
+def test_moments_that_are_not_finite_end_it_at_the_best_point(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two scores they are what sees that a refit went wrong."""
+    usual = actors.refit.regressed
+
+    def refused(name: str, *others: Any) -> Any:
+        if "layers.1" in name:
+            raise RankfrontError(f"{name}: second moment is not finite")
+        return usual(name, *others)
+
+    monkeypatch.setattr(actors.refit, "regressed", refused)
+    path = tmp_path / "f.safetensors"
+    *_, last = setting.steps(path)
+    assert "second moment is not finite" in (last.ended or "")
+    assert RefinedFactors(path).manifest["ended"] == last.ended
+    assert last.step == 2
+
+
 def test_the_model_is_as_it_was(setting: Setting, tmp_path: Path) -> None:
     model = setting.dense()
     expected = model(setting.texts.training[:2]).logits

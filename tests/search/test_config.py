@@ -133,6 +133,14 @@ def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:
     assert line.startswith("objectives[1]: 'reasoning.acc' needs scoring.tasks")
 
 
+def test_finalists_of_a_float16_model_are_not_refined_by_steps(raw: dict[str, Any]) -> None:
+    raw = put(put(raw, "model.dtype", "float16"), "finalists.budgets", [0.8])
+    [line] = mistakes(raw)
+    assert line.startswith("finalists.refine: gradients vanish in model.dtype float16; use bfloat16")
+    assert parse_config(put(raw, "finalists.refine", False))
+    assert parse_config(put(raw, "refine.method", "refit"))
+
+
 def test_stages_need_windows_that_do_not_overlap(raw: dict[str, Any]) -> None:
     raw = put(put(raw, "scoring.stages", [64]), "scoring.stride", 16)
     with pytest.raises(ConfigError) as error:

@@ -23,7 +23,7 @@ from search.folder import StudyFolder, summarise
 from search.journal import driver_lock
 from search.opening import Session
 from search.pool import Job, Outcome
-from search.records import StudySummary
+from search.records import StudySummary, TrialRow
 from search.sections import FinalistSection
 
 
@@ -134,6 +134,30 @@ def test_a_larger_text_chooses_among_trials_that_the_search_text_cannot_tell_apa
 
     command(study, "--budget", "0.99", "--no-refine")
     assert started == ["replicas"], "all is there"
+
+
+def test_a_finalist_that_cannot_be_refined_is_passed_over(
+    study: Tiny, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = study.folder.open_study()
+    opened.enqueue([(study.folder.cost.uniform(0.4), "uniform")])
+    planned = opened.propose("random")
+    with study.refiner(study.folder, MACHINE) as worker:
+        opened.complete(planned, worker.score(planned.allocation, "search", None))
+    usual = search.finalists.refine_by
+
+    def refused(worker: Any, folder: StudyFolder, row: TrialRow, *others: Any) -> Any:
+        if row.number == 1:
+            raise RankfrontError("no step before it was better")
+        return usual(worker, folder, row, *others)
+
+    monkeypatch.setattr(search.finalists, "refine_by", refused)
+    (study.folder.path / "report.html").unlink(missing_ok=True)
+    with pytest.raises(RankfrontError, match="finalists: trial 1 is not refined, as is said above"):
+        command(study, "--count", "2")
+    variants = {e.trial for e in Evaluations(study.folder.path).rows if e.variant.startswith("refined")}
+    assert variants == {2}
+    assert "Refined finalists" in (study.folder.path / "report.html").read_text()
 
 
 def test_what_was_not_asked_for_is_said(study: Tiny, started: list[str]) -> None:

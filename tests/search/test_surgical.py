@@ -75,7 +75,7 @@ class Run:
             assert dense is not None
             self.study.complete(self.study.propose("dense"), dense)
         answers = Answers(self.study, Log(folder, PRINTS, FILE))
-        self.walk = Walk(COST, section, make_rule(section, ["arc"]), answers)
+        self.walk = Walk(COST, section, make_rule(section, {"arc": EXAMPLES}), answers)
         stop = Stop()
 
         def answer(job: Job) -> Outcome:
@@ -292,8 +292,13 @@ def test_the_dense_model_must_have_a_score(tmp_path: Path) -> None:
     assert not study.waiting
 
 
+def test_a_task_of_fewer_examples_than_parts_is_refused() -> None:
+    with pytest.raises(RankfrontError, match="arc has 2 examples on the search split, too few for 3 parts"):
+        make_rule(TASK_MODE, {"arc": 2})
+
+
 def test_a_walk_begins_at_the_dense_score() -> None:
-    walk = Walk(COST, TEXT_MODE, make_rule(TEXT_MODE, ()), lambda allocation: None)
+    walk = Walk(COST, TEXT_MODE, make_rule(TEXT_MODE, {}), lambda allocation: None)
     with pytest.raises(RankfrontError, match="the dense model has no score on the search split"):
         next(walk.advance())
 
