@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -50,11 +51,15 @@ class Finding:
 
 
 class Reader:
-    """Reads each finished trial once: they never change, so what is kept changes no answer."""
+    """Reads each finished trial once: they never change, so what is kept changes no answer.
+
+    What is kept is of a storage, not of a study: a deterministic search shows a study of its own for each
+    proposal (`search.lagged`), in which trials that have ended may run.
+    """
 
     def __init__(self, landscape: Landscape) -> None:
         self._landscape = landscape
-        self._study: Study | None = None
+        self._storage: BaseStorage | None = None
         self._findings: dict[int, Finding | None] = {}
         self._places: dict[int, bytes] = {}
 
@@ -63,24 +68,24 @@ class Reader:
 
         A trial with parameters that are not of this space, or with a value that is not finite, is left out.
         """
-        if study is not self._study:
-            self._study, self._findings, self._places = study, {}, {}
+        if study._storage is not self._storage:
+            self._storage, self._findings, self._places = study._storage, {}, {}
         return list(self._found(study)), set(self._places.values())
 
     def _found(self, study: Study) -> Iterator[Finding]:
         signs = np.where([way == StudyDirection.MAXIMIZE for way in study.directions], -1.0, 1.0)
         for trial in study.get_trials(deepcopy=False):
-            if trial.number not in self._findings:
+            number, finished = trial.number, trial.state.is_finished()
+            if number not in self._findings:
                 place = self._place(trial)
                 if place is not None:
-                    self._places[trial.number] = place.key
-                if not trial.state.is_finished():
-                    continue
-                finding = None
-                if place is not None and trial.state == TrialState.COMPLETE:
-                    finding = self._finding(trial, place, signs)
-                self._findings[trial.number] = finding
-            known = self._findings[trial.number]
+                    self._places[number] = place.key
+                if finished:
+                    finding = None
+                    if place is not None and trial.state == TrialState.COMPLETE:
+                        finding = self._finding(trial, place, signs)
+                    self._findings[number] = finding
+            known = self._findings[number] if finished else None
             if known is not None:
                 yield known
 

@@ -35,6 +35,7 @@ from search.runner import Runner, Stop
 from search.sections import StopSection
 from search.study import SearchStudy
 
+every_sampler = pytest.mark.parametrize("sampler", ["exchange", "tpe", "nsga2", "nsga3"])
 LAG = 9
 COUNT = 45
 BOUND = Constraint("budget.model", 0.95)
@@ -50,7 +51,8 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(folder: Path, sampler: str, lag: int = LAG) -> SearchStudy:
     """Dense, three uniform allocations, then the sampler; a space so small that proposals repeat."""
     folder.mkdir(exist_ok=True)
-    study = open_study(folder, sampler, population=6, lag=lag, levels=4, constraints=(BOUND,))
+    levels = 8 if sampler == "exchange" else 4  # its proposals are fewer, and good
+    study = open_study(folder, sampler, population=6, lag=lag, levels=levels, constraints=(BOUND,))
     study.enqueue([(study.dense, "dense")])
     study.enqueue((cost_model().uniform(share), "uniform") for share in (0.9, 0.7, 0.5))
     return study
@@ -83,7 +85,7 @@ def seen(folder: Path) -> Seen:
     return [facts(trial) for trial in stored(folder)]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3"])
+@every_sampler
 def test_the_same_trials_with_any_number_of_replicas_and_through_restarts(
     tmp_path: Path, sampler: str
 ) -> None:
@@ -91,7 +93,7 @@ def test_the_same_trials_with_any_number_of_replicas_and_through_restarts(
     run(opened(tmp_path / "one", sampler), MadeUpPool(answer, size=1))
     expected = seen(tmp_path / "one")
     states = [state for _, state, *_ in expected]
-    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert set(states) == {TrialState.COMPLETE} | ({TrialState.PRUNED} if sampler != "exchange" else set())
     assert len({str(params) for _, _, params, *_ in expected}) < COUNT, "some were proposed twice"
     for size in (1, 2, 5):
         folder = tmp_path / f"shuffled-{size}"
@@ -124,7 +126,7 @@ WRITES = (
 )
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3"])
+@every_sampler
 def test_a_driver_cut_off_at_any_write_goes_on_with_the_same_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:

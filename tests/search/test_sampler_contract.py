@@ -29,9 +29,6 @@ from search.sections import SamplerSection
 from search.space import Space
 
 NAMES = get_args(SamplerSection.model_fields["name"].annotation)
-# NSGA keeps the parents of a generation in the mirror alone: after a restart inside a generation it chooses
-# them again among all trials that are finished by then, and may propose another child.
-RESTART_SAFE = tuple(name for name in NAMES if not name.startswith("nsga"))
 COST = cost_model()
 LOSSES = (Objective("nll", True), Objective("reasoning.acc", False))
 every_sampler = pytest.mark.parametrize("name", NAMES)
@@ -104,7 +101,7 @@ def test_a_proposal_follows_from_study_seed_and_number(name: str) -> None:
     assert proposals[0] == proposals[1]
 
 
-@pytest.mark.parametrize("name", RESTART_SAFE)
+@every_sampler
 def test_a_restart_proposes_the_same_next_trial(tmp_path: Path, name: str) -> None:
     (tmp_path / "first").mkdir()
     study = open_study(tmp_path / "first", name)
