@@ -98,6 +98,9 @@ class Builder:
         if family.note is not None:
             yield f"model: {family.note}"
         limit = getattr(self._model.config, "max_position_embeddings", None)
+        window = self._spec.calibration.window
+        if limit is not None and window > limit:
+            raise RankfrontError(f"calibration.window: {window} tokens, the model reads {limit}")
         self._splits = {name: load_split(self._spec, name, self._tokenizer, limit) for name in SPLITS}
         choice = load_choice(self._spec, self._tokenizer)
         if choice is not None:

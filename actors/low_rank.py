@@ -44,13 +44,15 @@ class TrialLinear(nn.Module):
     `install` picks the cheaper of two equal products for the number of tokens a trial scores: y = W_r x, at
     mn a token plus the making of W_r, or y = A_r (B_r x), at r (m + n) a token. W_r is A_r B_r, or what is
     left of W without the other k - r ranks where those are fewer: min(r, k - r) mn, once.
-    `rank` is None while the dense layer runs; `method` is None where it is the configured one.
+    `rank` is None while the dense layer runs, and so is `tokens`, the number that the product was picked for;
+    `method` is None where it is the configured one.
     """
 
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
         self.dense = dense
         self.rank: int | None = None
+        self.tokens: int | None = None
         self.method: str | None = None
         self._product: Tensor | None = None
         self._left: Tensor | None = None
@@ -64,7 +66,7 @@ class TrialLinear(nn.Module):
 
     def restore(self) -> None:
         """Back to the dense layer."""
-        self.rank = self.method = None
+        self.rank = self.tokens = self.method = None
         self._left = self._right = self._bias = None
 
     def install(self, rank: int, store: Ranks, name: str, tokens: int, method: str | None = None) -> None:
@@ -73,9 +75,9 @@ class TrialLinear(nn.Module):
         `tokens` is how many tokens the trial will send through. A layer whose installation is cut short, out
         of memory, is dense and says so: the next trial does not take it for what it was to become.
         """
-        self.rank = self.method = None
+        self.rank = self.tokens = self.method = None
         self._lay(rank, store, name, tokens, method)
-        self.rank, self.method = rank, method
+        self.rank, self.tokens, self.method = rank, tokens, method
 
     def _lay(self, rank: int, store: Ranks, name: str, tokens: int, method: str | None) -> None:
         """Make what `forward` reads at a rank."""
@@ -123,13 +125,16 @@ class TrialModel:
 
     @torch.inference_mode()
     def install(self, allocation: Allocation, tokens: int) -> int:
-        """Set every target to the allocation's rank and method; returns how many targets changed."""
+        """Set every target to the allocation's rank and method; returns how many targets changed.
+
+        What it computes is the same to the bit whatever was installed before, for any number of tokens.
+        """
         methods = dict(allocation.methods)
         changed = 0
         for name, rank in allocation:
             layer = self._layers[name]
-            method = methods.get(name) if rank is not None else None
-            if (layer.rank, layer.method) == (rank, method):
+            method, count = (None, None) if rank is None else (methods.get(name), tokens)
+            if (layer.rank, layer.method, layer.tokens) == (rank, method, count):
                 continue
             changed += 1
             if rank is None:

@@ -23,7 +23,7 @@ from transformers import (
 from actors.families import family_of
 from actors.families.experts import NO_ADAPTER, experts_of_config
 from actors.linears import bias_of, weight_of
-from actors.node_cache import CARD_FILES, MODEL_FILES, locked
+from actors.node_cache import CARD_FILES, MODEL_FILES, locked, sync
 from actors.sources import Source, fingerprint_files
 from actors.types import ModelSource, RankfrontError, TargetSpec, digest
 
@@ -94,7 +94,7 @@ def materialise(source: ModelSource, cache: Path) -> Path:
     name, keywords = _arguments(source)
     if "gguf_file" not in keywords:
         check_causal(source, _config(source))
-        return Path(name) if Path(name).is_dir() else _download(name, keywords["revision"])
+        return Path(name) if Path(name).is_dir() else download(name, keywords["revision"])
     folder = cache / "models" / fingerprint(source)[:16]
     if not folder.exists():
         with locked(folder):  # the replicas of a node ask at once
@@ -119,12 +119,17 @@ def _convert(source: ModelSource, folder: Path) -> None:
     try:
         plain.save_pretrained(partial)
         AutoTokenizer.from_pretrained(name, **keywords).save_pretrained(partial)
+        for file in partial.iterdir():  # a folder that is there is never looked into again
+            sync(file)
         partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise RankfrontError(f"{source.source}: cannot be converted into {folder.parent}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _download(hub_id: str, revision: str) -> Path:
+def download(hub_id: str, revision: str) -> Path:
+    """The folder of a hub model in this node's cache, every file that is read of it there."""
     from huggingface_hub import snapshot_download
 
     patterns = [*MODEL_FILES, *CARD_FILES]

@@ -231,6 +231,12 @@ def _copied(fs: Any, url: str, files: Sequence[_File], folder: Path) -> Path:
     return folder
 
 
+def sync(file: Path) -> None:
+    """What was written to a file is on the disk when this returns."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Alone in making a folder: another process waits here until the first is done or dead."""
@@ -253,8 +259,7 @@ def _copy(fs: Any, url: str, file: _File, folder: Path) -> None:
         problem = file.problem(arriving)
         if problem is not None:
             raise RankfrontError(f"{url}: {problem}; remove what is there, and make or upload it again")
-        with arriving.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        sync(arriving)
         arriving.replace(whole)
     finally:
         arriving.unlink(missing_ok=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from actors.models import fingerprint, materialise
+from actors.models import download, fingerprint, materialise
 from actors.node_cache import is_url, local_store, model_copy, node_folder, store_folder
+from actors.sources import Source
 from actors.types import ModelSource, PreparationSpec, Prepared, RankfrontError
 
 
@@ -25,19 +26,21 @@ def local_source(preparation: PreparationSpec) -> ModelSource:
 def resident(preparation: PreparationSpec, prepared: Prepared) -> Prepared:
     """The same, with the model folder and the factor store of this node.
 
-    A node that lacks the folder which the model was prepared in gets the model by its name, as the
-    builder did, and its weights are held against the fingerprint of the study.
+    A model of the hub is brought here at the commit that the study was prepared with; what is there already
+    is not fetched again, but its folder is there from the first file on. Another model whose folder this node
+    lacks is brought by its name, as the builder did, and held against the fingerprint of the study.
 
     Raises:
         RankfrontError: model or factors cannot be brought here, or the model is another one by now.
     """
-    folder = Path(prepared.model_folder)
-    if not folder.is_dir():
+    folder, name = Path(prepared.model_folder), preparation.model.source
+    hub_id = None if is_url(name) else Source.parse(name).hub_id
+    if hub_id is not None:
+        folder = download(hub_id, revision=folder.name)
+    elif not folder.is_dir():
         model = local_source(preparation)
         folder = materialise(model, store_folder(preparation))
         if fingerprint(model) != prepared.fingerprints["model"]:
-            raise RankfrontError(
-                f"{preparation.model.source}: no longer the model that the study was prepared with"
-            )
+            raise RankfrontError(f"{name}: no longer the model that the study was prepared with")
     store = local_store(prepared.factor_store, node_folder(preparation))
     return replace(prepared, model_folder=str(folder), factor_store=str(store))

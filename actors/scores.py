@@ -23,7 +23,7 @@ from actors.samples import (
 
 KINDS = ("acc", "acc_norm", "margin")
 """The metrics of a reasoning task."""
-_SHARES = (".acc", ".acc_norm", ".stereotype", ".lms", ".icat")
+_MEASURED, _SHARES = ("reasoning.", "bias."), (".acc", ".acc_norm", ".stereotype", ".lms", ".icat")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ class Score:
         for name, value in named.items():
             if not math.isfinite(value):
                 raise ScoringError(f"{name} is {value} on the {self.split} split")
-            if name.endswith(_SHARES) and not 0 <= value <= 1:
+            measured = name.startswith(_MEASURED)  # a corpus may have any name
+            if measured and name.endswith(_SHARES) and not 0 <= value <= 1:
                 raise ScoringError(f"{name} is {value} on the {self.split} split, outside 0..1")
             if name.partition(".")[0] == "nll" and value < 0:
                 raise ScoringError(f"{name} is {value} nats/token, below 0")

@@ -273,12 +273,23 @@ class Scorer:
         return self._splits[name]
 
     def _loaded(self, name: str) -> SplitData:
+        """A split as the study was prepared with it.
+
+        Raises:
+            RankfrontError: it is another one by now, or here.
+        """
         spec = self._spec.preparation
-        if name != CHOICE:
-            return load_split(spec, name, self.tokenizer, self.limit)
-        found = load_choice(spec, self.tokenizer)
-        if found is None:
-            raise RankfrontError(f"{spec.scoring.text.source}: no text is left to choose by")
+        if name == CHOICE:
+            found = load_choice(spec, self.tokenizer)
+            if found is None:
+                raise RankfrontError(f"{spec.scoring.text.source}: no text is left to choose by")
+        else:
+            found = load_split(spec, name, self.tokenizer, self.limit)
+        if found.fingerprint != self._spec.prepared.fingerprints.get(name, found.fingerprint):
+            texts = [spec.scoring.text.source, *(corpus.text.source for corpus in spec.scoring.corpora)]
+            sets = [source.source for source in (*spec.scoring.tasks, *spec.scoring.bias)]
+            named = ", ".join(dict.fromkeys([*texts, *sets]))
+            raise RankfrontError(f"{named}: no longer the {name} split that the study was prepared with")
         return found
 
     def _dense_top(self, split: str) -> DenseTop | None:

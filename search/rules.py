@@ -290,6 +290,27 @@ def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: 
     ]
 
 
+def _cap_mistakes(calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
+    """Texts that are cut to less than a window."""
+    caps = [("calibration.tokens", calibration.tokens, "calibration.window", calibration.window)]
+    named = [
+        ("scoring.tokens", scoring.tokens),
+        *(
+            (f"scoring.corpora[{place}].tokens", corpus.tokens)
+            for place, corpus in enumerate(scoring.corpora)
+            if corpus.tokens is not None
+        ),
+    ]
+    for key, tokens in named:
+        for split in SPLITS:
+            caps.append((f"{key}.{split}", getattr(tokens, split), "scoring.window", scoring.window))
+    return [
+        f"{key}: {tokens} is less than one window; {window} is {size}"
+        for key, tokens, window, size in caps
+        if tokens < size
+    ]
+
+
 def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> list[str]:
     tasks = [task.name for task in scoring.tasks]
     found = []
@@ -353,6 +374,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("refine", "calibration"), _refine_mistakes),
     (("model", "refine", "finalists"), _finalist_mistakes),
     (("calibration", "cache"), builder_mistakes),
+    (("calibration", "scoring"), _cap_mistakes),
     (("text", "calibration", "scoring"), _text_mistakes),
     (("text", "calibration", "scoring"), _corpus_mistakes),
 )

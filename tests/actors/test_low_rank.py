@@ -178,6 +178,11 @@ def test_the_order_of_trials_leaves_no_trace(setting: Setting, ids: torch.Tensor
     for allocation in (other, Allocation.dense(setting.targets), other, one):
         trial.install(allocation, MANY)
     assert torch.equal(logits(model, ids[:2]), alone)
+    trial.install(one, FEW)  # as on another split, where the other product may be the cheaper one
+    few = logits(model, ids[:2])
+    trial.install(one, MANY)
+    assert torch.equal(logits(model, ids[:2]), alone)
+    assert not torch.equal(few, alone)
 
 
 class Faltering:

@@ -211,8 +211,8 @@ def same_factors(found: str | Path, expected: str | Path) -> None:
                 torch.testing.assert_close(*biases, rtol=0, atol=1e-4)
 
 
-def break_text(root: Path) -> dict[str, Any]:
-    return {"calibration": {"window": 2048}}
+def break_window(root: Path) -> dict[str, Any]:
+    return {"calibration": {"window": 257}}
 
 
 def break_example(root: Path) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def break_targets(root: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
-        (break_text, r"text too short: .* a window needs 2048"),
+        (break_window, r"calibration\.window: 257 tokens, the model reads 256"),
         (break_example, r"long\.jsonl: row 0 of piqa has \d+ tokens, the model reads 256"),
         # found before the search, not by its last step, which scores the test split
         (break_single, r"piqa.* no example.* test"),

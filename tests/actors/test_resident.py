@@ -12,6 +12,7 @@ import pytest
 import tiny
 from counted import Counted
 
+import actors.resident
 from actors.models import fingerprint
 from actors.node_cache import local_store
 from actors.preparation import prepare
@@ -149,6 +150,25 @@ def test_a_model_that_became_another_one_is_refused(site: Site, prepared: Prepar
     elsewhere = replace(prepared, model_folder="/a/folder/of/another/node", fingerprints=known)
     with pytest.raises(RankfrontError, match=r"^counted://.*: no longer the model that the study was"):
         resident(site.spec("sixth"), elsewhere)
+
+
+def test_a_hub_model_is_brought_at_the_commit_it_was_prepared_with(
+    tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its folder is there: a download that was cut short left it."""
+    asked = []
+
+    def download(hub_id: str, revision: str) -> Path:
+        asked.append((hub_id, revision))
+        return tmp_path / "snapshots" / revision
+
+    monkeypatch.setattr(actors.resident, "download", download)
+    spec = replace(Site(tmp_path).spec("node"), model=ModelSource("org/model@main"), shared=None)
+    cut = tmp_path / "snapshots" / "c0ffee"
+    cut.mkdir(parents=True)
+    here = replace(prepared, model_folder=str(cut), factor_store=str(tmp_path))
+    assert resident(spec, here) == here
+    assert asked == [("org/model", "c0ffee")]
 
 
 def test_what_is_here_is_used_as_it_is(llama: Path, tmp_path: Path, prepared: Prepared) -> None:

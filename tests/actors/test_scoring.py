@@ -19,6 +19,8 @@ from actors.preparation import prepare
 from actors.samples import pack_floats, unpack_floats
 from actors.scoring import Scorer, load_split, score_split
 from actors.types import (
+    CHOICE,
+    SPLITS,
     Allocation,
     CorpusSource,
     PreparationSpec,
@@ -204,10 +206,9 @@ def test_bias_sets_are_split_and_scored_like_tasks(replica: ReplicaSpec, tmp_pat
 
 @pytest.mark.parametrize("stride", [None, 8])
 def test_the_text_that_chooses_is_scored_alone(replica: ReplicaSpec, stride: int | None) -> None:
-    spec, prepared = replica.preparation, replica.prepared
+    prepared = replica.prepared
     tokens = {"search": 70, "test": 64, "choice": 10**6}
-    scoring = replace(spec.scoring, tokens=tokens, stride=stride, kl_top_k=4)
-    scorer = Scorer(replace(replica, preparation=replace(spec, scoring=scoring)))
+    scorer = Scorer(asking_for_kl(replica, tokens=tokens, stride=stride, kl_top_k=4))
     score = scorer.score(Allocation.dense(prepared.targets), "choice")
     assert (score.split, score.tasks, score.kl) == ("choice", {}, None)
     text = scorer.split("choice").text
@@ -219,8 +220,23 @@ def test_the_text_that_chooses_is_scored_alone(replica: ReplicaSpec, stride: int
 
 
 def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:
+    """As if the study had been prepared with other splits."""
     scoring = replace(replica.preparation.scoring, **changes)
-    return replace(replica, preparation=replace(replica.preparation, scoring=scoring))
+    prints = {key: value for key, value in replica.prepared.fingerprints.items() if key not in SPLITS}
+    return replace(
+        replica,
+        preparation=replace(replica.preparation, scoring=scoring),
+        prepared=replace(replica.prepared, fingerprints=prints),
+    )
+
+
+@pytest.mark.parametrize("split", [*SPLITS, CHOICE])
+def test_a_split_that_became_another_one_is_refused(replica: ReplicaSpec, split: str) -> None:
+    """A replica that starts later, or on a node that has another file there."""
+    asked = asking_for_kl(replica, tokens={"search": 70, "test": 64, "choice": 128})
+    edited = replace(asked, prepared=replace(asked.prepared, fingerprints={split: "another"}))
+    with pytest.raises(RankfrontError, match=f"text, .*: no longer the {split} split that the study was"):
+        Scorer(edited).split(split)
 
 
 def test_divergence_is_recorded_when_asked(replica: ReplicaSpec) -> None:

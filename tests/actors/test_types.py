@@ -211,6 +211,7 @@ def test_corpora_are_metrics_of_their_own() -> None:
     for nats, reason in ((math.nan, r"nll\.c4 is nan"), (-1.0, r"nll\.c4 is .* nats/token, below 0")):
         with pytest.raises(ScoringError, match=reason):
             replace(score, corpora={"c4": replace(CORPORA["c4"], nats=nats)}).check()
+    replace(score, corpora={"acc": CORPORA["c4"]}).check()  # a loss, whatever its name
 
 
 def test_bias_values_are_metrics_with_errors_and_pairs() -> None:
