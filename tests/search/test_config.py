@@ -94,7 +94,7 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("refine.workers", 1_537, "refine.workers", ["1537", "windows of a step", "refine.tokens is 1536"]),
         ("finalists.budgets", [90], "finalists.budgets[0]", ["90", "less than or equal to 1"]),
         ("calibration.tokens", 31, "calibration.tokens", ["31 is less than one window", "window is 32"]),
-        ("scoring.tokens", {"search": 31, "test": 64}, "scoring.tokens.search", ["31", "scoring.window is 32"]),
+        ("scoring.tokens", {"search": 31, "test": 64}, "scoring.tokens.search", ["31", "window is 32"]),
         ("scoring.corpora", [{**C4, "tokens": CAPS}], "scoring.corpora[0].tokens.test", ["8 is less than"]),
         ("calibration.window", 5_000, "calibration.window", ["too short", "5000"]),
         ("scoring.window", 5_000, "scoring.window", ["too short", "search"]),
