@@ -21,11 +21,12 @@ from search.files import write_atomic
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.gpus import gpu_shortage
 from search.identity import config_differences, fingerprint_differences, refuse
-from search.journal import LOCK, driver_lock, repair_journal
+from search.journal import JOURNAL, LOCK, driver_lock, open_journal, repair_journal
 from search.patience import SECONDS, Patience
 from search.pool import Machine, connect
 from search.preparing import builder_count, prepare
 from search.screen import ProgressBar
+from search.stored import begin_storage_study
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Session:
 def opened(config: Config, console: Console) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
 
-    A folder without a journal has no trial yet (its targets may have been scored alone, see
-    `search.sensitivity`): nothing binds the config then.
+    Only a trial binds a config. Before the first one a study may have been prepared, its targets scored alone
+    (`search.sensitivity`), or been looked at; what is in its storage then follows the config.
 
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
@@ -65,10 +66,13 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
         count = builder_count(config.builders, machine)
         with ProgressBar(console) as bar:
             prepared = prepare(config.preparation(), machine, count, say, bar.progress, check)
-        write_atomic(path / CONFIG, config.to_yaml())
-        write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
+        # The storage first: where it refuses, the folder says what it said before.
         if storage is not None:
             write_identity(storage, config, prepared)
+        elif identity is None and (path / JOURNAL).exists():
+            begin_storage_study(open_journal(path, patience), config.study, config.named_objectives)
+        write_atomic(path / CONFIG, config.to_yaml())
+        write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
         yield Session(StudyFolder(path, config, prepared, storage, patience), machine, say)
 
 
