@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 from actors.node_cache import local_store
 from actors.storage import ITEMSIZE
 from actors.types import CHOICE, Allocation, FactorSpec, Prepared, RankfrontError
-from search.config import Config, parse_config
+from search.config import Config, parse_saved
 from search.cost import CostModel
 from search.database import open_database
 from search.evaluations import Evaluations
@@ -55,7 +55,7 @@ class StudyFolder:
         """Raises RankfrontError where there is no study, or it never got as far as its first trial."""
         if not (path / CONFIG).exists() or not (path / PREPARED).exists():
             raise RankfrontError(f"{path} holds no study: no {CONFIG} and {PREPARED} in it")
-        config = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
+        config = parse_saved(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
         return cls(path, config, Prepared.from_dict(json.loads((path / PREPARED).read_text())))
 
     def open_study(self, sampler: SamplerSection | None = None) -> SearchStudy:

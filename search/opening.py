@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from search.begun import Identity, folder_identity, stored_identity, write_identity
-from search.config import Config, parse_config
+from search.config import Config, check_names, parse_saved
 from search.database import leased
 from search.files import write_atomic
 from search.folder import CONFIG, PREPARED, StudyFolder
@@ -48,13 +48,14 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
+    check_names(config)
     path = config.folder
     say = _sayer(console)
     patience = Patience(SECONDS, say)
     with _study_folder(path), _storage(config, patience) as storage:
         identity = _identity(config.study, path, storage)
         if identity is not None:
-            saved = parse_config(identity.config, identity.where)
+            saved = parse_saved(identity.config, identity.where)
             refuse(config.study, config_differences(saved, config))
         repaired = repair_journal(path)
         if repaired:

@@ -335,8 +335,10 @@ def _replica_mistakes(replicas: ReplicaSection) -> list[str]:
     return found
 
 
+Rules = tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...]
+
 # The sections each rule needs; it is asked where all of them could be read.
-RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
+RULES: Rules = (
     (("objectives", "scoring"), _objective_mistakes),
     (("constraints", "scoring"), constraint_mistakes),
     (("scoring",), _task_mistakes),
@@ -353,6 +355,9 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("refine", "calibration"), _refine_mistakes),
     (("model", "refine", "finalists"), _finalist_mistakes),
     (("calibration", "cache"), builder_mistakes),
+)
+# Those that read local texts; a saved config's may be gone.
+TEXT_RULES: Rules = (
     (("text", "calibration", "scoring"), _text_mistakes),
     (("text", "calibration", "scoring"), _corpus_mistakes),
 )

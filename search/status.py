@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Prepared, RankfrontError
-from search.config import Config, parse_config
+from search.config import parse_saved
 from search.database import check_url, lease_holder, open_tables, resolve, shown
 from search.findings import LADDER
 from search.folder import StudyFolder, find_study
@@ -124,7 +124,7 @@ def _database_status(url: str, runs: Path, name: str | None) -> Status:
         listed = ", ".join(sorted(known)) or "none"
         raise RankfrontError(f"database: give the study with --study; in it: {listed}")
     kept = known[name].user_attrs[IDENTITY]
-    config: Config = parse_config(kept["config"], f"study {name!r} of the database")
+    config = parse_saved(kept["config"], f"study {name!r} of the database")
     folder = StudyFolder(runs / name, config, Prepared.from_dict(kept["prepared"]))
     return _status(folder, storage, shown(resolve(url)), lease_holder(url, name))
 
