@@ -42,8 +42,8 @@ class Session:
 def opened(config: Config, console: Console) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
 
-    Only a trial binds a config. Before the first one a study may have been prepared, its targets scored alone
-    (`search.sensitivity`), or been looked at; what is in its storage then follows the config.
+    Only a trial binds a config. Before the first one a study may have been prepared, and its targets scored
+    alone (`search.sensitivity`); what is in its storage then follows the config.
 
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.

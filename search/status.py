@@ -24,6 +24,7 @@ from search.health import Health, ReplicaHealth, read_health
 from search.journal import JOURNAL, lock_holder, open_journal
 from search.runner import current_hypervolume
 from search.sections import SamplerSection
+from search.stored import has_trial
 from search.study import IDENTITY, SearchStudy
 
 # Throughput is that of the last hour in which something ended.
@@ -157,11 +158,7 @@ def _status(folder: StudyFolder, storage: BaseStorage | None, place: str, driver
 
 def _opened(folder: StudyFolder, storage: BaseStorage | None) -> SearchStudy | None:
     """The study, None where it has no trial: opening it would begin it."""
-    if storage is None:
-        return None
-    known = {found.study_name: found._study_id for found in storage.get_all_studies()}
-    name = folder.config.study
-    if name not in known or not storage.get_n_trials(known[name]):
+    if storage is None or not has_trial(storage, folder.config.study):
         return None
     return dataclasses.replace(folder, leased=storage).open_study(SamplerSection(name="random"))
 

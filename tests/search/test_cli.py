@@ -318,6 +318,23 @@ def test_report_writes_the_study_anew(
     assert "report.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("database", [None, "${STUDIES}"], ids=["journal", "database"])
+def test_a_look_begins_no_study(
+    folder: StudyFolder, tmp_path: Path, database: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was prepared and has no trial, as `rankfront sensitivity` leaves it."""
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+    config = folder.config.model_copy(update={"database": database})
+    (folder.path / CONFIG).write_text(config.to_yaml())
+    (folder.path / JOURNAL).unlink()
+    assert run(monkeypatch, "report", folder.path) == 0
+    assert json.loads((folder.path / "front.json").read_text())["front"] == []
+    for command in ("export", "evaluate", "refine"):
+        assert run(monkeypatch, command, folder.path, "--budget", "0.9") == 2
+    assert not (folder.path / JOURNAL).exists()
+    assert not (tmp_path / "studies.db").exists()
+
+
 @pytest.mark.parametrize(
     "command", ["report STUDY", "status STUDY", "enqueue STUDY FILE", "export STUDY --trial 1 --config-only"]
 )

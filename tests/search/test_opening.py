@@ -61,7 +61,7 @@ def test_all_that_the_preparation_says_is_shown_as_it_is(
 def test_what_was_begun_without_a_trial_follows_the_config(
     database: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `rankfront sensitivity` or a look leaves it: neither directions nor their number stay."""
+    """As a search leaves it that was stopped at once: neither directions nor their number stay."""
     monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
     monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
     prints = iter(f"f{number}" for number in range(9))
