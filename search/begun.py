@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 from optuna.storages import BaseStorage
 
-from actors.types import Prepared
+from actors.types import Prepared, RankfrontError
 from search.config import Config
+from search.database import open_tables
 from search.folder import CONFIG, PREPARED
-from search.journal import JOURNAL
-from search.study import IDENTITY, open_storage_study
+from search.journal import journal_has_trial
+from search.stored import begin_storage_study, has_trial
+from search.study import IDENTITY
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,16 @@ class Identity:
 
 
 def folder_identity(path: Path, in_journal: bool) -> Identity | None:
-    """Of a study in a folder; None where it has no config, or no journal and so no trial.
+    """Of a study in a folder; None where it has no config, or its journal no trial.
 
     Without `in_journal`, also of a study in a database that left its config in the folder.
     """
     if not (path / CONFIG).exists():
         return None
     config = yaml.safe_load((path / CONFIG).read_text())
-    if not (path / JOURNAL).exists() and (in_journal or config.get("database") is None):
+    study, database = config["study"], config.get("database")
+    left = not in_journal and database is not None and _may_have_trial(database, study)
+    if not left and not journal_has_trial(path, study):
         return None
     fingerprints = None
     if (path / PREPARED).exists():
@@ -43,10 +47,19 @@ def folder_identity(path: Path, in_journal: bool) -> Identity | None:
     return Identity(str(path / CONFIG), config, fingerprints)
 
 
+def _may_have_trial(database: str, study: str) -> bool:
+    """Whether a study has a trial in a database; one that cannot be asked may hold some."""
+    try:
+        storage = open_tables(database)
+    except RankfrontError:
+        return True
+    return storage is not None and has_trial(storage, study)
+
+
 def stored_identity(storage: BaseStorage, study: str) -> Identity | None:
     """Of a study in a database; None where it has no trial, or no driver prepared it."""
     found = next((known for known in storage.get_all_studies() if known.study_name == study), None)
-    if found is None or IDENTITY not in found.user_attrs or not storage.get_n_trials(found._study_id):
+    if found is None or IDENTITY not in found.user_attrs or not has_trial(storage, study):
         return None
     kept = found.user_attrs[IDENTITY]
     return Identity(f"study {study!r} of the database", kept["config"], kept["prepared"]["fingerprints"])
@@ -62,8 +75,12 @@ def stored_preparation(storage: BaseStorage, study: str) -> tuple[Mapping[str, A
 
 
 def write_identity(storage: BaseStorage, config: Config, prepared: Prepared) -> None:
-    """Keep config and preparation with the study of a database, which is created if there is none."""
-    study = open_storage_study(storage, config.study, config.named_objectives)
+    """Keep config and preparation with the study of a database, which is begun if it is not.
+
+    Raises:
+        RankfrontError: it has trials of other objectives.
+    """
+    study = begin_storage_study(storage, config.study, config.named_objectives)
     identity = {"config": config.model_dump(mode="json"), "prepared": prepared.to_dict()}
     if study.user_attrs.get(IDENTITY) != json.loads(json.dumps(identity)):
         study.set_user_attr(IDENTITY, identity)

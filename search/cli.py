@@ -167,7 +167,7 @@ def _print_sensitivity(folder: Path, table: Sensitivity | None) -> None:
 def report_command(study: StudyName, runs: Runs = Path("runs")) -> None:
     """Write tables, plots and the page again from the study, and show the front."""
     folder = find_study(study, runs)
-    summary = report(folder, folder.open_study())
+    summary = report(folder, folder.read_study())
     _print_front(summary)
     for sentence in headline(summary):
         console.print(f"  {sentence}", soft_wrap=True)

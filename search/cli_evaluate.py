@@ -96,7 +96,7 @@ def _evaluate_study(
     if harness is not None and not harness.tasks:
         raise RankfrontError("evaluate: --tasks names no task; write --tasks a,b")
     if budget is not None:
-        trials = [row.number for row in chosen(summarise(folder, folder.open_study()), budget=budget)]
+        trials = [row.number for row in chosen(summarise(folder, folder.read_study()), budget=budget)]
     if harness is None:
         summary, reason = evaluate_study(folder, trials, console)
         console.print(cells_table(split_cells(summary, trials), f"{summary.study}: test split"))

@@ -73,7 +73,7 @@ def export_command(
     if set_:
         raise RankfrontError("export: --set is for --check; a study's own config decides what is exported")
     folder = find_study(study, runs)
-    summary = summarise(folder, folder.open_study())
+    summary = summarise(folder, folder.read_study())
     rows = chosen(summary, trial, budget, max_nll, all_front)
     note_untold(folder, summary, budget)
     warn_infeasible(summary, rows)

@@ -42,7 +42,7 @@ def refine_command(
     idle = [f"--{name}" for name in given if name not in READ_BY_REFIT]
     if folder.config.refine.method == REFIT and idle:
         raise RankfrontError(f"refine: {' and '.join(idle)} for the method gradient; a refit takes no steps")
-    summary = report(folder, folder.open_study())
+    summary = report(folder, folder.read_study())
     [row] = chosen(summary, trial, budget)
     note_untold(folder, summary, budget)
     warn_infeasible(summary, [row])
@@ -51,7 +51,7 @@ def refine_command(
     if found.scores:
         title = f"Trial {row.number}, {row.budget_model:.1%} of all parameters: {found.variant}"
         console.print(cells_table(comparison_cells(found.scores), title, left=("split", "metric")))
-        report(folder, folder.open_study())
+        report(folder, folder.read_study())
         again = f"{program()} export {folder.path} --trial {row.number} --variant {found.variant}"
         console.print(f"\nNext:\n  {again}", soft_wrap=True)
     exit_if_stopped(found.ended)

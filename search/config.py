@@ -33,8 +33,9 @@ from search.database import check_url
 from search.places import CacheSection
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
-from search.rules import RULES, smaller_is_better
+from search.rules import RULES, Rules, smaller_is_better
 from search.sections import (
+    SAVED,
     Bound,
     CalibrationSection,
     CostSection,
@@ -225,6 +226,32 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
     Raises:
         ConfigError: every mistake, one line each.
     """
+    return _parsed(raw, where, RULES)
+
+
+def parse_saved(raw: Mapping[str, Any], where: str) -> Config:
+    """The config of a study as it was saved, without a look at what it names, nor at what its sections must
+    agree on.
+
+    Both held when it was given; its model and texts may have moved since, this be another machine, and a rule
+    be stricter in this version.
+
+    Raises:
+        ConfigError: every mistake, one line each: another version saved it, or somebody changed it.
+    """
+    return _parsed(raw, where, (), SAVED)
+
+
+def check_names(config: Config) -> None:
+    """Look for what a config names before it is worked with: a saved one may name what has moved.
+
+    Raises:
+        ConfigError: all that is not here.
+    """
+    _parsed(config.model_dump(mode="json"), f"study {config.study!r}", ())
+
+
+def _parsed(raw: Mapping[str, Any], where: str, rules: Rules, context: str | None = None) -> Config:
     mistakes: list[str] = []
     sections: dict[str, Any] = {}
     for key in raw:
@@ -239,12 +266,12 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
             continue
         adapter = adapter_of(field)
         try:
-            sections[key] = adapter.validate_python(raw[key])
+            sections[key] = adapter.validate_python(raw[key], context=context)
         except ValidationError as error:
             mistakes += [_sentence(key, detail) for detail in error.errors()]
             with contextlib.suppress(ValidationError):
-                sections[key] = adapter.validate_python(_without(raw[key], error))
-    for needs, rule in RULES:
+                sections[key] = adapter.validate_python(_without(raw[key], error), context=context)
+    for needs, rule in rules:
         if all(need in sections for need in needs):
             mistakes += rule(*(sections[need] for need in needs))
     if mistakes:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import optuna
 import yaml
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 
 from actors.node_cache import local_store
 from actors.storage import ITEMSIZE
 from actors.types import CHOICE, Allocation, FactorSpec, Prepared, RankfrontError
-from search.config import Config, parse_config
+from search.config import Config, parse_saved
 from search.cost import CostModel
-from search.database import open_database
+from search.database import open_database, open_tables
 from search.evaluations import Evaluations
-from search.journal import driver_lock, open_journal, repair_journal
+from search.journal import driver_lock, journal_has_trial, open_journal, repair_journal
 from search.landscape import Landscape, landscape_of
 from search.pareto import front
 from search.patience import Patience, impatient
@@ -31,7 +31,8 @@ from search.sections import SamplerSection, SpaceSection
 from search.seeds import tail_losses
 from search.space import Space
 from search.spectra import losses
-from search.study import SearchStudy, open_storage_study
+from search.stored import has_trial, open_storage_study
+from search.study import SearchStudy
 
 CONFIG, PREPARED = "config.yaml", "prepared.json"
 
@@ -55,15 +56,21 @@ class StudyFolder:
         """Raises RankfrontError where there is no study, or it never got as far as its first trial."""
         if not (path / CONFIG).exists() or not (path / PREPARED).exists():
             raise RankfrontError(f"{path} holds no study: no {CONFIG} and {PREPARED} in it")
-        config = parse_config(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
+        config = parse_saved(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
         return cls(path, config, Prepared.from_dict(json.loads((path / PREPARED).read_text())))
 
     def open_study(self, sampler: SamplerSection | None = None) -> SearchStudy:
-        """The study behind the folder, ready to be read and written."""
+        """The study behind the folder, ready to be read and written; it is begun if it is not."""
+        return self._study_in(self._storage(), sampler or self.config.sampler)
+
+    def read_study(self) -> SearchStudy:
+        """The study for one who only reads it; before its first trial one in memory: no look begins it."""
+        return self._study_in(self._begun_storage() or InMemoryStorage(), self.config.sampler)
+
+    def _study_in(self, storage: BaseStorage, section: SamplerSection) -> SearchStudy:
         config, cost = self.config, self.cost
-        section = sampler or config.sampler
         objectives = config.named_objectives
-        study = open_storage_study(self._storage(), config.study, objectives)
+        study = open_storage_study(storage, config.study, objectives)
         return SearchStudy(
             study,
             make_sampler(section, self.landscape),
@@ -111,6 +118,14 @@ class StudyFolder:
             return self.leased
         database = self.config.database
         return open_journal(self.path, self.patience) if database is None else open_database(database)
+
+    def _begun_storage(self) -> BaseStorage | None:
+        """Where the study has a trial, None where it has none; neither file nor table is made."""
+        database, name = self.config.database, self.config.study
+        if database is None:
+            return open_journal(self.path) if journal_has_trial(self.path, name) else None
+        storage = open_tables(database)
+        return storage if storage is not None and has_trial(storage, name) else None
 
     @cached_property
     def cost(self) -> CostModel:

@@ -15,6 +15,7 @@ from typing import Any
 
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal._storage import JournalOperation
 
 from actors.types import RankfrontError
 from search.journal_storage import StudyJournal
@@ -61,12 +62,44 @@ def repair(path: Path) -> str | None:
 
 
 def _is_record(line: bytes) -> bool:
+    return _record(line) is not None
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A whole record, None where the line is none."""
     if not line.endswith(b"\n"):
-        return False
+        return None
     try:
-        return isinstance(json.loads(line), dict)
+        record = json.loads(line)
     except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def journal_has_trial(folder: Path, study: str) -> bool:
+    """Whether a study of a folder's journal has a trial, in whatever state; False where there is no journal.
+
+    Up to the first record that is torn or damaged: Optuna reads past none, and `repair` says what is wrong.
+    """
+    path = folder / JOURNAL
+    if not path.exists():
         return False
+    known: dict[int, str] = {}  # by their ids, which count those that were deleted too
+    made, filled = 0, set[int]()
+    with path.open("rb") as stream:
+        for line in stream:
+            record = _record(line)
+            if record is None:
+                break
+            operation = record["op_code"]
+            if operation == JournalOperation.CREATE_STUDY and record["study_name"] not in known.values():
+                known[made] = record["study_name"]
+                made += 1
+            elif operation == JournalOperation.DELETE_STUDY:
+                known.pop(record["study_id"], None)
+            elif operation == JournalOperation.CREATE_TRIAL:
+                filled.add(record["study_id"])
+    return any(known.get(study_id) == study for study_id in filled)
 
 
 def repair_journal(folder: Path) -> str | None:

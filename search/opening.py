@@ -15,17 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from search.begun import Identity, folder_identity, stored_identity, write_identity
-from search.config import Config, parse_config
+from search.config import Config, check_names, parse_saved
 from search.database import leased
 from search.files import write_atomic
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.gpus import gpu_shortage
 from search.identity import config_differences, fingerprint_differences, refuse
-from search.journal import LOCK, driver_lock, repair_journal
+from search.journal import JOURNAL, LOCK, driver_lock, open_journal, repair_journal
 from search.patience import SECONDS, Patience
 from search.pool import Machine, connect
 from search.preparing import builder_count, prepare
 from search.screen import ProgressBar
+from search.stored import begin_storage_study
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,20 @@ class Session:
 def opened(config: Config, console: Console) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
 
-    A folder without a journal has no trial yet (its targets may have been scored alone, see
-    `search.sensitivity`): nothing binds the config then.
+    Only a trial binds a config. Before the first one a study may have been prepared, and its targets scored
+    alone (`search.sensitivity`); what is in its storage then follows the config.
 
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
+    check_names(config)
     path = config.folder
     say = _sayer(console)
     patience = Patience(SECONDS, say)
     with _study_folder(path), _storage(config, patience) as storage:
         identity = _identity(config.study, path, storage)
         if identity is not None:
-            saved = parse_config(identity.config, identity.where)
+            saved = parse_saved(identity.config, identity.where)
             refuse(config.study, config_differences(saved, config))
         repaired = repair_journal(path)
         if repaired:
@@ -65,10 +67,13 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
         count = builder_count(config.builders, machine)
         with ProgressBar(console) as bar:
             prepared = prepare(config.preparation(), machine, count, say, bar.progress, check)
-        write_atomic(path / CONFIG, config.to_yaml())
-        write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
+        # The storage first: where it refuses, the folder says what it said before.
         if storage is not None:
             write_identity(storage, config, prepared)
+        elif identity is None and (path / JOURNAL).exists():
+            begin_storage_study(open_journal(path, patience), config.study, config.named_objectives)
+        write_atomic(path / CONFIG, config.to_yaml())
+        write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
         yield Session(StudyFolder(path, config, prepared, storage, patience), machine, say)
 
 

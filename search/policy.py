@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from search.sections import Positive, Section
+from search.sections import Positive, Section, is_saved
 
 
 class RunSection(Section):
@@ -33,6 +33,8 @@ class WarmStartSection(Section):
 
     @field_validator("sources")
     @classmethod
-    def _absolute(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+    def _absolute(cls, sources: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         """Paths that are there, so that the study can be resumed from another folder."""
+        if is_saved(info):
+            return sources
         return tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in sources)

@@ -356,8 +356,10 @@ def _replica_mistakes(replicas: ReplicaSection) -> list[str]:
     return found
 
 
+Rules = tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...]
+
 # The sections each rule needs; it is asked where all of them could be read.
-RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
+RULES: Rules = (
     (("objectives", "scoring"), _objective_mistakes),
     (("constraints", "scoring"), constraint_mistakes),
     (("scoring",), _task_mistakes),

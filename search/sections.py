@@ -22,23 +22,35 @@ Positive = Annotated[int, Field(ge=1)]
 Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-def _known_source(name: str) -> str:
+SAVED = "saved"
+"""The validation context of a config that was saved with a study: what it names was found when it was given,
+and may be gone by now, or be on another machine. Names stay as they are."""
+
+
+def is_saved(info: ValidationInfo) -> bool:
+    return info.context == SAVED
+
+
+def _known_source(name: str, info: ValidationInfo) -> str:
+    if is_saved(info):
+        return name
     try:
         return Source.parse(name).name
     except RankfrontError as error:
         raise ValueError(str(error)) from error
 
 
-def readable_url(place: str | None) -> str | None:
+def readable_url(place: str | None, info: ValidationInfo) -> str | None:
     """A place as it is; raises ValueError where it is a URL that this machine has no driver for."""
-    problem = url_problem(place) if place is not None and is_url(place) else None
-    if problem is not None:
-        raise ValueError(problem)
+    if place is not None and is_url(place) and not is_saved(info):
+        problem = url_problem(place)
+        if problem is not None:
+            raise ValueError(problem)
     return place
 
 
-def _known_model(name: str) -> str:
-    return name if is_url(readable_url(name)) else _known_source(name)
+def _known_model(name: str, info: ValidationInfo) -> str:
+    return name if is_url(readable_url(name, info)) else _known_source(name, info)
 
 
 class Section(BaseModel):
@@ -100,8 +112,8 @@ class TaskSection(Section):
 
     @field_validator("source")
     @classmethod
-    def _source(cls, name: str | None) -> str | None:
-        return None if name is None else _known_source(name)
+    def _source(cls, name: str | None, info: ValidationInfo) -> str | None:
+        return None if name is None else _known_source(name, info)
 
     def resolved(self) -> TaskSource:
         if self.format is not None:
@@ -123,8 +135,8 @@ class BiasSection(Section):
 
     @field_validator("source")
     @classmethod
-    def _source(cls, name: str | None) -> str | None:
-        return None if name is None else _known_source(name)
+    def _source(cls, name: str | None, info: ValidationInfo) -> str | None:
+        return None if name is None else _known_source(name, info)
 
     def resolved(self) -> TaskSource:
         if self.source is not None:

@@ -56,7 +56,7 @@ def _gpus_or_auto(value: Any) -> Any:
     return int(value) if value != "auto" and value >= 1 else value
 
 
-GpusOrAuto = Annotated[float | Literal["auto"], PlainValidator(_gpus_or_auto)]
+GpusOrAuto = Annotated[int | float | Literal["auto"], PlainValidator(_gpus_or_auto)]
 
 
 def in_words(gpus: float) -> str:

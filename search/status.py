@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Prepared, RankfrontError
-from search.config import Config, parse_config
+from search.config import parse_saved
 from search.database import check_url, lease_holder, open_tables, resolve, shown
 from search.findings import LADDER
 from search.folder import StudyFolder, find_study
@@ -24,6 +24,7 @@ from search.health import Health, ReplicaHealth, read_health
 from search.journal import JOURNAL, lock_holder, open_journal
 from search.runner import current_hypervolume
 from search.sections import SamplerSection
+from search.stored import has_trial
 from search.study import IDENTITY, SearchStudy
 
 # Throughput is that of the last hour in which something ended.
@@ -124,7 +125,7 @@ def _database_status(url: str, runs: Path, name: str | None) -> Status:
         listed = ", ".join(sorted(known)) or "none"
         raise RankfrontError(f"database: give the study with --study; in it: {listed}")
     kept = known[name].user_attrs[IDENTITY]
-    config: Config = parse_config(kept["config"], f"study {name!r} of the database")
+    config = parse_saved(kept["config"], f"study {name!r} of the database")
     folder = StudyFolder(runs / name, config, Prepared.from_dict(kept["prepared"]))
     return _status(folder, storage, shown(resolve(url)), lease_holder(url, name))
 
@@ -157,11 +158,7 @@ def _status(folder: StudyFolder, storage: BaseStorage | None, place: str, driver
 
 def _opened(folder: StudyFolder, storage: BaseStorage | None) -> SearchStudy | None:
     """The study, None where it has no trial: opening it would begin it."""
-    if storage is None:
-        return None
-    known = {found.study_name: found._study_id for found in storage.get_all_studies()}
-    name = folder.config.study
-    if name not in known or not storage.get_n_trials(known[name]):
+    if storage is None or not has_trial(storage, folder.config.study):
         return None
     return dataclasses.replace(folder, leased=storage).open_study(SamplerSection(name="random"))
 

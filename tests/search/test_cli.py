@@ -318,6 +318,40 @@ def test_report_writes_the_study_anew(
     assert "report.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("database", [None, "${STUDIES}"], ids=["journal", "database"])
+def test_a_look_begins_no_study(
+    folder: StudyFolder, tmp_path: Path, database: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was prepared and has no trial, as `rankfront sensitivity` leaves it."""
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+    config = folder.config.model_copy(update={"database": database})
+    (folder.path / CONFIG).write_text(config.to_yaml())
+    (folder.path / JOURNAL).unlink()
+    assert run(monkeypatch, "report", folder.path) == 0
+    assert json.loads((folder.path / "front.json").read_text())["front"] == []
+    for command in ("export", "evaluate", "refine"):
+        assert run(monkeypatch, command, folder.path, "--budget", "0.9") == 2
+    assert not (folder.path / JOURNAL).exists()
+    assert not (tmp_path / "studies.db").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["report STUDY", "status STUDY", "enqueue STUDY FILE", "export STUDY --trial 1 --config-only"]
+)
+def test_what_needs_neither_model_nor_text_does_without(
+    folder: StudyFolder, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have moved, or were purged, since the config was saved."""
+    (tmp_path / "model").rmdir()
+    (tmp_path / "text.txt").rename(tmp_path / "texts.txt")
+    mine = written(tmp_path / "mine.yaml", {"layers.0.q_proj": 3})
+    places = {"STUDY": folder.path, "FILE": mine}
+    assert run(monkeypatch, *(places.get(word, word) for word in command.split())) == 0
+    if command.startswith("export"):
+        [ranks] = (folder.path / "exports").rglob("ranks.yaml")
+        assert yaml.safe_load(ranks.read_text())["text"]["source"] == str(tmp_path / "text.txt")
+
+
 def test_a_study_without_a_dense_trial_has_a_report(
     folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,13 @@ def test_the_saved_config_is_the_config(raw: dict[str, Any]) -> None:
     assert set(saved) == set(Config.model_fields), "defaults are saved too: they may change"
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("gpus", ["auto", 0.5, 2])
+def test_saving_says_nothing(raw: dict[str, Any], gpus: Any) -> None:
+    """No value is of a type that its key is not declared with."""
+    assert yaml.safe_load(parse_config(put(raw, "replicas.gpus", gpus)).to_yaml())["replicas"]["gpus"] == gpus
+
+
 def test_local_sources_are_saved_as_absolute_paths(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -144,6 +144,11 @@ def test_what_a_study_was_begun_with_is_found_from_any_machine(database: str) ->
         assert stored_identity(storage, "made-up") is None
         write_identity(storage, config, prepared)
         assert stored_identity(storage, "made-up") is None, "no trial yet: nothing binds the config"
+        other = config.model_copy(update={"objectives": ("nll", "budget.linear", "budget.bytes")})
+        for told in (other, config):
+            write_identity(storage, told, prepared)
+            [begun] = storage.get_all_studies()
+            assert len(begun.directions) == len(told.objectives)
         propose_and_complete(study_of(storage), 1)
     storage = open_database(database)
     found = stored_identity(storage, "made-up")

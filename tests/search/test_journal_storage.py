@@ -12,7 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from search.journal import JOURNAL, open_journal, repair
+from search.journal import JOURNAL, journal_has_trial, open_journal, repair
 from search.study import TakenError
 
 
@@ -33,6 +33,45 @@ def test_it_reads_what_optuna_reads(tmp_path: Path, sampler: str) -> None:
     study.propose(sampler)
     plain(tmp_path).enqueue_trial({"q_proj": 1})
     assert open_journal(tmp_path).get_all_trials(0) == as_optuna_reads(tmp_path)
+
+
+def test_whether_a_study_has_a_trial_is_what_optuna_says(tmp_path: Path) -> None:
+    """Of several studies in one journal, of one that was deleted, and of one of its name made after it."""
+    assert not journal_has_trial(tmp_path, "a")
+    assert not (tmp_path / JOURNAL).exists(), "a look makes no journal"
+    storage = open_journal(tmp_path)
+    at = {name: optuna.create_study(storage=storage, study_name=name) for name in ("a", "b", "c")}
+
+    def hold(*filled: str) -> None:
+        known = {study.study_name: study._study_id for study in open_journal(tmp_path).get_all_studies()}
+        for name in at:
+            told = name in known and open_journal(tmp_path).get_n_trials(known[name]) > 0
+            assert journal_has_trial(tmp_path, name) == told == (name in filled)
+
+    hold()
+    at["b"].enqueue_trial({"x": 1})
+    hold("b")
+    storage.delete_study(at["b"]._study_id)
+    hold()
+    optuna.create_study(storage=storage, study_name="b")
+    hold()
+    at["c"].enqueue_trial({"x": 1})
+    hold("c")
+    optuna.load_study(study_name="b", storage=storage).enqueue_trial({"x": 1})
+    hold("b", "c")
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code":4,"stu', b"\0\0\0\n\0\0\n", b"[]\n"])
+def test_a_torn_record_is_no_trial(tmp_path: Path, torn: bytes) -> None:
+    """Nor does it stop one who asks before the journal is repaired."""
+    storage = open_journal(tmp_path)
+    study = optuna.create_study(storage=storage, study_name="a")
+    for filled in (False, True):
+        whole = (tmp_path / JOURNAL).read_bytes()
+        (tmp_path / JOURNAL).write_bytes(whole + torn)
+        assert journal_has_trial(tmp_path, "a") == filled
+        (tmp_path / JOURNAL).write_bytes(whole)
+        study.enqueue_trial({"x": 1})
 
 
 def test_the_end_of_a_trial_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

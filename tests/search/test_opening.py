@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
-from fakes import TARGETS
+from fakes import MODEL_PARAMETERS, TARGETS, score_of
 from rich.console import Console
 
 import search.opening
@@ -17,12 +19,14 @@ import search.replicas
 from actors.types import Prepared, RankfrontError
 from search.cluster import Need, Room
 from search.config import Config, parse_config
+from search.database import open_database
 from search.events import silent
 from search.folder import CONFIG, StudyFolder
 from search.identity import FIXED_FINGERPRINTS
-from search.journal import JOURNAL
+from search.journal import JOURNAL, LOCK, open_journal
 from search.pool import Machine
 from search.replicas import elastic_of, replica_plan, tenure_of
+from search.study import IDENTITY
 
 PREPARED = Prepared("", "", (), 10**9, {}, {}, {}, {}, reused=True)
 
@@ -51,6 +55,90 @@ def test_all_that_the_preparation_says_is_shown_as_it_is(
         pass
     assert [line.partition(" s  ")[2] for line in shown.getvalue().splitlines()] == lines
     assert not config.folder.exists()
+
+
+@pytest.mark.parametrize("database", [None, "${STUDIES}"], ids=["journal", "database"])
+def test_what_was_begun_without_a_trial_follows_the_config(
+    database: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a search leaves it that was stopped at once: neither directions nor their number stay."""
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+    prints = iter(f"f{number}" for number in range(9))
+
+    def prepare(spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any) -> Prepared:
+        found = dict.fromkeys(FIXED_FINGERPRINTS, next(prints))
+        check(found)
+        return replace(
+            PREPARED, targets=TARGETS, model_parameters=MODEL_PARAMETERS, fingerprints=found, reused=False
+        )
+
+    def opening(*objectives: str) -> contextlib.AbstractContextManager[search.opening.Session]:
+        scoring = {"tasks": ["boolq"]}
+        config = config_of(tmp_path, database=database, objectives=objectives, scoring=scoring)
+        return search.opening.opened(config, Console(file=io.StringIO()))
+
+    monkeypatch.setattr(search.opening, "prepare", prepare)
+    for objectives in (("budget.model", "nll"), ("nll", "budget.linear", "reasoning.acc")):
+        with opening(*objectives) as session:
+            assert session.folder.open_study().rows() == ()
+    with opening("budget.model", "reasoning.acc") as session:
+        study = session.folder.open_study()
+        planned = study.propose("random")
+        study.complete(planned, score_of(planned.allocation))
+        plain = optuna.load_study(study_name="s", storage=session.folder._storage())
+        assert [direction.name for direction in plain.directions] == ["MINIMIZE", "MAXIMIZE"]
+        assert study.signs.tolist() == [1.0, -1.0]
+        assert [trial.number for trial in plain.best_trials] == [row.number for row in study.front] == [0]
+        if database is not None:
+            assert plain.user_attrs[IDENTITY]["config"]["objectives"] == ["budget.model", "reasoning.acc"]
+    before = content(tmp_path)
+    with pytest.raises(RankfrontError, match="objectives: was"), opening("budget.model", "nll"):
+        pass
+    assert content(tmp_path) == before
+
+
+def test_trials_that_another_program_added_are_not_taken_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study in a database that no driver prepared: its trials bind all the same."""
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
+    monkeypatch.setattr(search.opening, "prepare", lambda *_: PREPARED)
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+    storage = open_database("${STUDIES}")
+    optuna.create_study(study_name="s", storage=storage, directions=["maximize"]).enqueue_trial({"x": 1})
+    config = config_of(tmp_path, database="${STUDIES}")
+    with (
+        pytest.raises(RankfrontError, match=r"'s': its objectives are unnamed \(maximize\); those of this"),
+        search.opening.opened(config, Console(file=io.StringIO())),
+    ):
+        pass
+    assert not config.folder.exists()
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["reached", "out of reach"])
+def test_a_study_leaves_a_database_that_is_known_to_have_no_trial_of_it(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
+    monkeypatch.setattr(search.opening, "prepare", lambda *_: replace(PREPARED, targets=TARGETS))
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+    with search.opening.opened(config_of(tmp_path, database="${STUDIES}"), Console(file=io.StringIO())):
+        pass
+    if not asked:
+        monkeypatch.delenv("STUDIES")
+    refusal = pytest.raises(RankfrontError, match=r"database: was '\${STUDIES}', now None")
+    with (
+        contextlib.nullcontext() if asked else refusal,
+        search.opening.opened(config_of(tmp_path), Console(file=io.StringIO())) as session,
+    ):
+        assert session.folder.open_study().propose("random").number == 0
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file but the locks, which say when they were taken."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != LOCK)
+    return {str(file): file.read_bytes() for file in files}
 
 
 def test_a_study_in_a_database_is_the_same_from_another_folder(
@@ -82,8 +170,9 @@ def test_a_study_in_a_database_is_the_same_from_another_folder(
     with pytest.raises(RankfrontError, match=r"database: was '\${STUDIES}', now None"):
         drive("there", database=None)
     (tmp_path / "journal" / "s").mkdir(parents=True)
-    (tmp_path / "journal" / "s" / JOURNAL).touch()
     (tmp_path / "journal" / "s" / CONFIG).write_text(config_of(tmp_path).to_yaml())
+    journal = open_journal(tmp_path / "journal" / "s")
+    optuna.create_study(study_name="s", storage=journal).enqueue_trial({"x": 1})
     monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'others.db'}")
     with pytest.raises(RankfrontError, match="database: was None, now"):
         drive("journal")

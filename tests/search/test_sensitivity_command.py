@@ -196,6 +196,10 @@ def test_before_its_first_trial_a_study_may_still_change(config: Config, machine
     with search.opening.opened(other, Console(file=io.StringIO())) as session:
         assert session.folder.open_study().rows() == ()
     assert "budget.linear" in (config.folder / "config.yaml").read_text()
+    with search.opening.opened(config, Console(file=io.StringIO())):
+        pass
+    with search.opening.opened(other, Console(file=io.StringIO())) as session:
+        session.folder.open_study().enqueue([(DENSE, "dense")])
     with (
         pytest.raises(RankfrontError, match="objectives: was"),
         search.opening.opened(config, Console(file=io.StringIO())),
