@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -152,9 +152,14 @@ def set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 
 def _digest(args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
-    """Of every tensor a model is called with, by its place, type, shape and content."""
+    """Of every tensor a model is called with, by its place, type, shape and content; of a mapping (masks by
+    type of layer) those in it."""
     found = hashlib.blake2b(digest_size=16)
-    for place, value in [*enumerate(args), *sorted(keywords.items())]:
+    given: dict[str, Any] = {str(place): value for place, value in enumerate(args)} | keywords
+    for name, value in list(given.items()):
+        if isinstance(value, Mapping):
+            given |= {f"{name}.{key}": each for key, each in value.items()}
+    for place, value in sorted(given.items()):
         if isinstance(value, Tensor):
             found.update(f"{place} {value.dtype} {tuple(value.shape)} ".encode())
             found.update(value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
