@@ -101,6 +101,9 @@ class Builder:
         family = family_of(self._model)
         if family.note is not None:
             yield f"model: {family.note}"
+        shared = family.shared(self._model)
+        if shared:
+            yield f"model: {len(shared)} linear layers share their weight and stay dense, such as {shared[0]}"
         limit = getattr(self._model.config, "max_position_embeddings", None)
         self._splits = {name: load_split(self._spec, name, self._tokenizer, limit) for name in SPLITS}
         choice = load_choice(self._spec, self._tokenizer)

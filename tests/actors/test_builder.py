@@ -113,6 +113,17 @@ def test_it_is_said_that_a_model_has_no_family_of_its_own(root: Path, tmp_path: 
         assert len([line for line in said if "model: no family of its own for 'gpt_neox'" in line]) == notes
 
 
+def test_it_is_said_that_layers_share_their_weight(root: Path, tmp_path: Path) -> None:
+    builder = Builder(spec_of(root, tmp_path / "runs"))
+    layers = builder._model.model.layers
+    layers[2].mlp = layers[1].mlp
+    said = [item for item in builder.inspect() if isinstance(item, str)]
+    builder.close()
+    assert said[1] == (
+        "model: 6 linear layers share their weight and stay dense, such as model.layers.1.mlp.gate_proj"
+    )
+
+
 def test_patterns_that_decide_nothing_are_refused_before_anything_is_measured(
     root: Path, tmp_path: Path
 ) -> None:
