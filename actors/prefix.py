@@ -35,7 +35,8 @@ class PrefixCache:
     Invariants: a state is used only by a trial that agrees with `base` in every target below its block, and
     only for the very input it came from (ids, positions, mask, by digest); only finite states are kept;
     `bytes` never exceeds the memory. A block that hands on more than a hidden state ends what can be
-    skipped, and a model that runs one block twice skips none.
+    skipped. A model that runs a block again, or an earlier one after it, skips none: of a block's inputs one
+    is kept, and what enters a block a second time depends on blocks behind it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class PrefixCache:
             batch = self._states.setdefault(_digest(args, keywords), {})
             self._pass.batch = batch
             self._pass.restart = max((block for block in batch if block <= changed), default=0)
+            self._pass.last = -1
 
         return hook
 
@@ -101,6 +103,10 @@ class PrefixCache:
 
         def run(hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
             restart = self._pass.restart
+            if index <= self._pass.last:  # seen in the first pass there is, which starts at block 0
+                self._boundaries = ()
+                self._states.clear()
+            self._pass.last = index
             if index < restart:
                 form = self._forms[index]
                 return hidden_states if form == BARE else (hidden_states, *[None] * (form - 1))
