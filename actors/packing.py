@@ -21,8 +21,8 @@ Tensor = torch.Tensor
 # What rounding may come to, nats a token: passes of other shapes add up in another order. In float32 it is
 # below 1e-5; at 16 bits logits of some twenty are rounded to an eighth and to a hundredth.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.125, torch.float16: 0.02}
-# Choices of a batch that are scored alone as well: those that reach deepest into it.
-CHOICES = 4
+# Choices of a batch that are scored alone as well: so many of the longest, and of those at the lanes' ends.
+CHOICES = 2
 # The made-up trees: tokens that the two choices of each share, and tokens of a choice of its own.
 SHARED, OWN = 6, (4, 5)
 # What the code of a model raises that takes no such mask or position ids.
@@ -34,8 +34,8 @@ _CAUSES = (
 
 
 def check_packing(model: nn.Module, tasks: Sequence[Packed]) -> None:
-    """Hold a small made-up batch, two trees in a lane, and the batch with the longest choice of `tasks`,
-    where a window shows, against plain passes; nothing where there are no tasks.
+    """Hold a small made-up batch, two trees in a lane, and those batches of `tasks` with the longest choice
+    and the longest lanes, where a window shows, against plain passes; nothing where there are no tasks.
 
     What is not finite is left to calibration and to scoring, which name the layer.
 
@@ -46,11 +46,13 @@ def check_packing(model: nn.Module, tasks: Sequence[Packed]) -> None:
     batches = [batch for task in tasks for batch in task.batches]
     if not batches:
         return
-    small, longest = _made_up(model), max(batches, key=lambda batch: int(batch.positions.max()))
+    small = _made_up(model)
+    longest = max(batches, key=lambda batch: int(batch.positions.max()))
+    widest = max(batches, key=lambda batch: batch.ids.shape[1])
     if _leaks(model, small):
         raise _refusal(model, f"tokens of one choice change the scores of another: {_CAUSES}")
     rounding = ROUNDING[next(model.parameters()).dtype]
-    for batch in (small, longest):
+    for batch in (small, longest, *([] if widest is longest else [widest])):
         difference = _difference(model, batch)
         if difference > rounding:
             found = f"{difference:.2g} nats a token off those of a choice alone, where rounding is below"
@@ -110,8 +112,12 @@ def _difference(model: nn.Module, batch: PackedBatch) -> float:
     """Between the log-probabilities of choices, packed and alone: the largest mean over the tokens of one, in
     nats. 0 where a choice alone is not finite."""
     scores, device = _scores(model, batch), next(model.parameters()).device
-    largest = 0.0
-    for choice in _choices(batch)[:CHOICES]:
+    choices, largest = _choices(batch), 0.0
+    chosen = [
+        *sorted(choices, key=lambda choice: int(choice.places.max()))[-CHOICES:],
+        *sorted(choices, key=lambda choice: int(choice.sees.nonzero().max()))[-CHOICES:],
+    ]
+    for choice in {id(choice): choice for choice in chosen}.values():
         ids = batch.ids[choice.lane][choice.sees]
         logits = model(ids[None].to(device), use_cache=False).logits[0].cpu()
         plain = logits[choice.places].float().log_softmax(-1)
@@ -134,7 +140,7 @@ class _Choice:
 
 
 def _choices(batch: PackedBatch) -> list[_Choice]:
-    """Those of a batch, the longest first, and of equal ones the last in its lane."""
+    """Those of a batch, by their slots."""
     width = batch.ids.shape[1]
     lane, at = batch.keep[batch.index] // width, batch.keep[batch.index] % width
     depth = batch.positions[lane, at]
@@ -143,6 +149,5 @@ def _choices(batch: PackedBatch) -> list[_Choice]:
         wanted = (batch.slot == slot).nonzero()[:, 0]
         last = wanted[depth[wanted].argmax()]
         row, end = int(lane[last]), int(at[last])
-        made = _Choice(wanted, row, batch.mask[row, end], depth[wanted])
-        found.append((int(depth[last]), end, made))
-    return [made for *_, made in sorted(found, key=lambda each: each[:2], reverse=True)]
+        found.append(_Choice(wanted, row, batch.mask[row, end], depth[wanted]))
+    return found

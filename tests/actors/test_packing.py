@@ -134,6 +134,20 @@ def test_a_window_that_the_config_does_not_tell_is_found_by_the_longest_question
         check_packing(model, [packed(2), packed(3 * WINDOW)])
 
 
+def test_a_window_over_places_in_the_lane_is_found_by_the_longest_lane(made: Made) -> None:
+    """GPT-Neo's local layers count so: no choice is longer than the window, but the last begin far behind."""
+    kinds = [[["global", "local", "global"], 1]]
+    model = made("gpt_neo", {"attention_types": kinds, "window_size": 32})
+    short, wide = (
+        [([*range(6), *range(first, first + 8)], 6) for first in range(9, 9 * count + 9, 9)]
+        for count in (2, 8)
+    )
+    task = Packed("made up", 10, pack_trees([short, wide]))
+    with pytest.raises(RankfrontError, match="nats a token off"):
+        check_packing(model, [packed(2), task])
+    check_packing(model, [Packed("made up", 2, pack_trees([short]))])
+
+
 def test_what_is_no_number_is_left_to_those_who_name_the_layer(made: Made) -> None:
     model = made("llama", {})
     model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = torch.nan
