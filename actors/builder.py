@@ -35,6 +35,7 @@ from actors.models import (
 from actors.moments import Moments, merge
 from actors.node_cache import is_published, is_url, local_store, node_folder, publish, store_folder
 from actors.operations import operations
+from actors.packing import check_packing
 from actors.planning import plan
 from actors.resident import local_source
 from actors.scoring import SplitData, load_choice, load_split
@@ -92,11 +93,17 @@ class Builder:
 
         The fingerprints come before the long work: who expects others can stop there. From the plan on
         this process alone may finish the store.
+
+        Raises:
+            RankfrontError: text or tasks cannot be used, or the model cannot score tasks packed.
         """
         yield f"model: {self._spec.model.source}"
         family = family_of(self._model)
         if family.note is not None:
             yield f"model: {family.note}"
+        shared = family.shared(self._model)
+        if shared:
+            yield f"model: {len(shared)} linear layers share their weight and stay dense, such as {shared[0]}"
         limit = getattr(self._model.config, "max_position_embeddings", None)
         window = self._spec.calibration.window
         if limit is not None and window > limit:
@@ -108,6 +115,8 @@ class Builder:
         self.fingerprints |= {name: data.fingerprint for name, data in self._splits.items()}
         self._lap("text")
         yield self.fingerprints
+        splits = self._splits.values()
+        check_packing(self._model, [each for data in splits for each in (*data.tasks, *data.bias)])
         tokens = self._windows.numel()
         yield f"text: {tokens:,} calibration tokens, {self._splits['search'].tokens:,} search tokens a trial"
         if is_url(self._place) and self._problem() is not None and is_published(self._place):

@@ -2,7 +2,7 @@
 
 The targets are cut into groups whose moments fit; each group takes one pass over the text. Where a method
 needs gradients a pass goes forward through the whole model and back down to the group's first block;
-otherwise it ends at the group's last target.
+otherwise it ends at the group's last target. Of a target that runs several times in a pass every call counts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Sums:
         spreads: Collection[str],
     ) -> None:
         self._targets, self._leaders = {target.name: target for target in targets}, made.leaders
-        self._checkpointed = made.checkpointed
+        self._checkpointed, self._repeated = made.checkpointed, made.repeated
         spread = [target for target in targets if target.name in spreads]
         full = full_inputs(spread, made.leaders)
         self._inputs = {made.leaders[t.name]: Scatter(full=made.leaders[t.name] in full) for t in targets}
@@ -111,7 +111,7 @@ class _Sums:
             if name in self._outputs:
                 self._outputs[name].add(_without_bias(module, output))
             self._unseen.discard(name)
-            if not self._gradients and not self._unseen:
+            if not self._gradients and not self._unseen and not self._repeated:
                 raise _Enough
 
         return hook

@@ -176,7 +176,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def list_targets(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> tuple[TargetSpec, ...]:
-    """The linear layers that the model's family declares, in the model's order, chosen by shell patterns.
+    """The linear layers that the model's family declares, in the model's order, chosen by shell patterns; not
+    those that share their weight (`Family.linears`).
 
     Raises:
         RankfrontError: there is none, a block lacks one the family declares, or the model mixes experts.
@@ -194,7 +195,11 @@ def list_targets(
         for block, module, linear in family.linears(model)
     )
     if not targets:
-        raise RankfrontError(f"{type(model).__name__} has no targets: no linear layer inside {family.blocks}")
+        shared = family.shared(model)
+        but = f" but {len(shared)} that share their weight, such as {shared[0]}" if shared else ""
+        raise RankfrontError(
+            f"{type(model).__name__} has no targets: no linear layer inside {family.blocks}{but}"
+        )
     chosen = tuple(
         target
         for target in targets

@@ -1,9 +1,10 @@
-"""How a pass goes through a model: entered at a block, its activations kept or computed again."""
+"""How a pass goes through a model: entered at a block, activations kept or computed again, calls counted."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +31,24 @@ def entered(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
 
 
 @contextlib.contextmanager
+def counted(modules: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
+    """While open, counts how often each of `modules` is called, by name: more than once in a pass of a model
+    that loops over its blocks."""
+    calls: Counter[str] = Counter()
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda module, args: calls.update((name,))
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(hook_of(name)).remove)
+        yield calls
+
+
+@contextlib.contextmanager
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """While open, autograd keeps only the blocks' inputs and computes the rest again on the way back."""
+    blocks = list({id(block): block for block in blocks}.values())  # some models have one in several places
 
     def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from actors.models import decoder_blocks
-from actors.passes import entered
+from actors.passes import counted, entered
 from actors.types import BuildPlan, RankfrontError, TargetSpec
 
 Tensor = torch.Tensor
@@ -40,10 +40,16 @@ def plan(
     Activations are kept where they fit beside the moments, else recomputed block by block (checkpointing).
 
     Raises:
-        RankfrontError: the memory does not hold one window and one target.
+        RankfrontError: the memory does not hold one window and one target, or gradients are asked for of a
+            model that runs a target or its block more than once in a pass.
     """
     window = windows.shape[1]
     probe = _probe(model, targets, gradients)
+    if gradients and probe.again is not None:
+        raise RankfrontError(
+            f"factors.method: curvature needs the gradient of one call, and {type(model).__name__} runs "
+            f"{probe.again} more than once in a pass; use feature for all targets, which averages over calls"
+        )
     wanted = {target.name for target in targets} if spreads is None else set(spreads)
 
     def moments(chosen: Sequence[TargetSpec]) -> int:
@@ -65,7 +71,16 @@ def plan(
             names = tuple(tuple(target.name for target in group) for group in groups)
             largest = max(map(moments, groups))
             found.append(
-                BuildPlan(names, probe.leaders, len(windows), rows, checkpointed, largest, activations)
+                BuildPlan(
+                    groups=names,
+                    leaders=probe.leaders,
+                    windows=len(windows),
+                    rows=rows,
+                    checkpointed=checkpointed,
+                    moments=largest,
+                    activations=activations,
+                    repeated=probe.again is not None,
+                )
             )
     if found:
         return min(found, key=lambda made: len(made.groups))  # on a tie the first: the larger batches
@@ -114,14 +129,16 @@ def _moment_bytes(
 @dataclass(frozen=True)
 class _Probe:
     """What one short forward pass tells: `leaders` names for every target the first target that reads the
-    same input; the rest are bytes a token: what is kept of the blocks until the way back, by autograd or to
-    meet its gradient; one block's input; logits."""
+    same input in every call; `again` names a target, or a block of one, that runs more than once; the rest
+    are bytes a token: what is kept of the blocks until the way back, by autograd or to meet its gradient; one
+    block's input; logits."""
 
     leaders: Mapping[str, str]
     kept: float
     boundary: int
     logits: int
     blocks: int
+    again: str | None
 
     def activations(self, tokens: int, checkpointed: bool, gradients: bool) -> int:
         """Bytes a batch of `tokens` takes beside weights and moments."""
@@ -157,24 +174,30 @@ def _probe(model: nn.Module, targets: Sequence[TargetSpec], gradients: Collectio
         boundary = hidden.nbytes // PROBE_TOKENS
         return hidden.detach().requires_grad_(True)
 
-    _, blocks = decoder_blocks(model)
+    prefix, blocks = decoder_blocks(model)
+    watched = {f"{prefix}.{target.block}": blocks[target.block] for target in targets}
+    watched |= {target.name: model.get_submodule(target.name) for target in targets}
     with contextlib.ExitStack() as stack:
         for target in targets:
             hook = model.get_submodule(target.name).register_forward_hook(hook_of(target))
             stack.callback(hook.remove)
+        calls = stack.enter_context(counted(watched))
         stack.enter_context(entered(blocks[0], start))
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         logits = model(tokens, use_cache=False).logits
         width = logits.shape[-1] * (2 * logits.element_size() + 8)  # logits, their gradient, float32 twice
     each = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
-    return _Probe(tap.leaders, each, boundary, width, len(blocks))
+    leaders = {name: leader if calls[name] == calls[leader] else name for name, leader in tap.leaders.items()}
+    again = next((name for name in watched if calls[name] > 1), None)
+    return _Probe(leaders, each, boundary, width, len(blocks), again)
 
 
 class Tap:
     """Finds which targets read the same tensor (q/k/v, gate/up): the first of a run leads the others.
 
-    The last tensor is held, so its identity cannot be taken over by another meanwhile.
+    One that runs again behind another leader leads itself. The last tensor is held, so its identity cannot be
+    taken over by another meanwhile.
     """
 
     def __init__(self) -> None:
@@ -185,4 +208,4 @@ class Tap:
     def note(self, name: str, inputs: Tensor) -> None:
         if inputs is not self._tensor:
             self._tensor, self._leader = inputs, name
-        self.leaders[name] = self._leader
+        self.leaders[name] = self._leader if self.leaders.get(name, self._leader) == self._leader else name

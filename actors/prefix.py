@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,7 +35,8 @@ class PrefixCache:
     Invariants: a state is used only by a trial that agrees with `base` in every target below its block, and
     only for the very input it came from (ids, positions, mask, by digest); only finite states are kept;
     `bytes` never exceeds the memory. A block that hands on more than a hidden state ends what can be
-    skipped, and a model that runs one block twice skips none.
+    skipped. A model that runs a block again, or an earlier one after it, skips none: of a block's inputs one
+    is kept, and what enters a block a second time depends on blocks behind it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class PrefixCache:
             batch = self._states.setdefault(_digest(args, keywords), {})
             self._pass.batch = batch
             self._pass.restart = max((block for block in batch if block <= changed), default=0)
+            self._pass.last = -1
 
         return hook
 
@@ -101,6 +103,10 @@ class PrefixCache:
 
         def run(hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
             restart = self._pass.restart
+            if index <= self._pass.last:  # seen in the first pass there is, which starts at block 0
+                self._boundaries = ()
+                self._states.clear()
+            self._pass.last = index
             if index < restart:
                 form = self._forms[index]
                 return hidden_states if form == BARE else (hidden_states, *[None] * (form - 1))
@@ -152,9 +158,14 @@ def set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 
 def _digest(args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
-    """Of every tensor a model is called with, by its place, type, shape and content."""
+    """Of every tensor a model is called with, by its place, type, shape and content; of a mapping (masks by
+    type of layer) those in it."""
     found = hashlib.blake2b(digest_size=16)
-    for place, value in [*enumerate(args), *sorted(keywords.items())]:
+    given: dict[str, Any] = {str(place): value for place, value in enumerate(args)} | keywords
+    for name, value in list(given.items()):
+        if isinstance(value, Mapping):
+            given |= {f"{name}.{key}": each for key, each in value.items()}
+    for place, value in sorted(given.items()):
         if isinstance(value, Tensor):
             found.update(f"{place} {value.dtype} {tuple(value.shape)} ".encode())
             found.update(value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())

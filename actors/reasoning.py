@@ -1,8 +1,9 @@
 """Multiple-choice scoring: packed so that no token is encoded twice and next to none is padding.
 
 The choices of an example share their longest common prefix; each is a branch behind it. Such trees
-lie in the lanes of a batch, several in one where they are short, kept apart by the attention mask and
-by position ids that restart. One forward pass over the batch then scores all of its choices.
+lie in the lanes of a batch, several in one where they are short, kept apart by the attention mask
+(`actors.attention`) and by position ids that restart. One forward pass over the batch then scores all of its
+choices. What is no attention, and may run on from tree to tree, is refused beforehand (`actors.packing`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.attention import attention_mask
 from actors.nonfinite import culprit, finite
 from actors.relay import passes, upload
 from actors.samples import pack_bits, pack_floats
@@ -225,7 +227,7 @@ def log_likelihoods(model: nn.Module, task: Packed) -> Tensor:
         ScoringError: a non-finite value, naming the task, the batch (from 0) and the layer it began in.
     """
     sums = torch.zeros(task.slots, dtype=torch.float64)
-    works = (partial(_token_scores, model, batch) for batch in task.batches)
+    works = (partial(token_scores, model, batch) for batch in task.batches)
     with contextlib.closing(passes(model, works)) as found:
         for number, (batch, (scores, sound)) in enumerate(zip(task.batches, found, strict=True)):
             scores = scores.cpu()
@@ -242,18 +244,16 @@ def _forward(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Logits of a batch, at every position unless the head reads fewer."""
     parameter = next(model.parameters())
     there, dtype = partial(upload, device=parameter.device), parameter.dtype
-    mask = torch.zeros(batch.mask.shape, dtype=dtype, device=parameter.device)
-    mask.masked_fill_(~there(batch.mask), torch.finfo(dtype).min)
     output = model(
         there(batch.ids),
-        attention_mask=mask[:, None],
+        attention_mask=attention_mask(model, batch.mask, batch.positions, parameter.device, dtype),
         position_ids=there(batch.positions),
         use_cache=False,
     )
     return output.logits  # type: ignore[no-any-return]
 
 
-def _token_scores(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def token_scores(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """The log-probability of every wanted token (w,) float64, and whether all logits are numbers."""
     with _head_reads(model, batch.keep):
         logits = _forward(model, batch)[0]

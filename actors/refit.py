@@ -57,7 +57,7 @@ class Refit:
             [name for name in ranked if name.startswith(f"{prefix}.{index}.")] for index in range(len(blocks))
         ]
         rows = max(1, batch_tokens // windows.shape[1])
-        self._dense, self._compressed = Stream(model, windows, rows), Stream(model, windows, rows)
+        self._dense, self._compressed = (Stream(model, windows, rows, ranked) for _ in range(2))
 
     @property
     def blocks(self) -> int:

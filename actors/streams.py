@@ -6,7 +6,7 @@ masks, positions and rotary embeddings stay the work of the model's own code, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from actors.models import decoder_blocks
+from actors.passes import counted
+from actors.planning import PROBE_TOKENS
 from actors.prefix import BARE, OPAQUE, form_of, set_forward
 from actors.types import RankfrontError
 
@@ -33,22 +35,34 @@ class Stream:
     were passed may change meanwhile: what they made is held.
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor, rows: int) -> None:
-        """`rows` are the windows of a batch.
+    def __init__(self, model: nn.Module, windows: Tensor, rows: int, layers: Iterable[str] = ()) -> None:
+        """`rows` are the windows of a batch; `layers` are those that the blocks are asked for.
 
         Raises:
-            RankfrontError: the model runs one block in several places.
+            RankfrontError: the model runs a block, or one of the layers, more than once in a pass.
         """
-        self._model, self._blocks = model, decoder_blocks(model)[1]
-        if len({id(block) for block in self._blocks}) < len(self._blocks):
-            raise RankfrontError(
-                f"{type(model).__name__} runs one decoder block in several places, so no text can be taken "
-                "through it block by block; use refine.method: gradient"
-            )
+        prefix, self._blocks = decoder_blocks(model)
+        self._model = model
         self._batches = windows.split(rows)
+        watched = {f"{prefix}.{index}": block for index, block in enumerate(self._blocks)}
+        self._refuse_repeated(watched | {name: model.get_submodule(name) for name in layers})
         # None: block 0 reads what the model gives it.
         self._states: list[Tensor | None] = [None] * len(self._batches)
         self._forms: list[int] = []  # what each passed block handed on
+
+    @torch.no_grad()
+    def _refuse_repeated(self, watched: Mapping[str, nn.Module]) -> None:
+        with counted(watched) as calls:
+            self._model(self._there(self._batches[0][:1, :PROBE_TOKENS]), use_cache=False)
+        again = next((name for name in watched if calls[name] > 1), None)
+        if again is not None:
+            raise RankfrontError(
+                f"{type(self._model).__name__} runs {again} more than once in a pass, so no text can be "
+                "taken through it block by block; use refine.method: gradient"
+            )
+
+    def _there(self, ids: Tensor) -> Tensor:
+        return ids.to(next(self._model.parameters()).device)
 
     @property
     def block(self) -> int:
@@ -62,7 +76,7 @@ class Stream:
     @torch.no_grad()
     def run(self, number: int) -> Any:
         """Send a batch into the block; returns what that hands on. What a hook raises ends it before."""
-        batch = self._batches[number].to(next(self._model.parameters()).device)
+        batch = self._there(self._batches[number])
         with ExitStack() as stack:
             for index, block in enumerate(self._blocks[: self.block + 1]):
                 stack.callback(set_forward, block, vars(block).get("forward"))

@@ -310,7 +310,8 @@ class BuildPlan:
 
     `leaders` names for every target the first target that reads the same input; `windows` are those of
     the text and `rows` those of a batch; `checkpointed` says that activations are computed twice instead
-    of kept. `moments` and `activations` are bytes: of the largest group, and of one batch.
+    of kept. `moments` and `activations` are bytes: of the largest group, and of one batch. `repeated` says
+    that some target runs more than once in a pass, so that none may end at the last target's first call.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -320,6 +321,7 @@ class BuildPlan:
     checkpointed: bool
     moments: int
     activations: int
+    repeated: bool = False
 
 
 @dataclass(frozen=True)

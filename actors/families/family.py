@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,16 +58,34 @@ class Family:
         return blocks
 
     def linears(self, model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
-        """(block, module, linear layer) of every target in the model's order, one that blocks share once.
+        """(block, module, linear layer) of every target in the model's order.
+
+        A layer whose weight is under another name of the model as well, shared or tied, is none: a low rank
+        under one name would leave the dense weight under the other, stored and counted.
 
         Raises:
             RankfrontError: every declared module that a block lacks, or that is no linear layer.
         """
+        holders = _holders(model)
+        declared = self._declared(model)
+        yield from (each for each in declared if holders[id(each[2].weight)] == 1)
+
+    def shared(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the declared layers that stay dense because their weight has other names as well."""
+        holders = _holders(model)
+        declared = self._declared(model)
+        return tuple(
+            f"{self.blocks}.{index}.{module}"
+            for index, module, layer in declared
+            if holders[id(layer.weight)] > 1
+        )
+
+    def _declared(self, model: nn.Module) -> list[tuple[int, str, nn.Module]]:
+        """(block, module, linear layer) of all that is declared; raises as `linears` does."""
         found: list[tuple[int, str, nn.Module]] = []
         mistakes: list[str] = []
-        seen: set[int] = set()
         for index, block in enumerate(self.decoder_blocks(model)):
-            inside = dict(block.named_modules())
+            inside = dict(block.named_modules(remove_duplicate=False))
             for module in self.modules:
                 where = f"{self.blocks}.{index}.{module}"
                 if module not in inside:
@@ -74,11 +93,15 @@ class Family:
                         mistakes.append(f"{where} is missing")
                 elif not is_linear(inside[module]):
                     mistakes.append(f"{where} is a {type(inside[module]).__name__}, no linear layer")
-            wanted = [(name, layer) for name, layer in inside.items() if name in self.modules]
-            found += [(index, name, layer) for name, layer in wanted if id(layer) not in seen]
-            seen |= {id(layer) for _, layer in wanted}
+            found += [(index, name, layer) for name, layer in inside.items() if name in self.modules]
         if mistakes:
             raise RankfrontError(
                 "\n".join(f"family {self.name!r} in {type(model).__name__}: {what}" for what in mistakes)
             )
-        yield from found
+        return found
+
+
+def _holders(model: nn.Module) -> Counter[int]:
+    """How many modules, by name, hold each parameter, by id."""
+    modules = model.named_modules(remove_duplicate=False)
+    return Counter(id(held) for _, module in modules for held in module.parameters(recurse=False))

@@ -20,9 +20,11 @@ import tiny
 import torch
 from safetensors import SafetensorError
 
+import actors.builder
 import actors.factors
 from actors.builder import Builder
 from actors.factors import FactorStore, store_problem
+from actors.models import load_model
 from actors.moments import Moments, merge
 from actors.preparation import prepare
 from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError, TextSource
@@ -111,6 +113,24 @@ def test_it_is_said_that_a_model_has_no_family_of_its_own(root: Path, tmp_path: 
         said = [item for item in Builder(spec).inspect() if isinstance(item, str)]
         assert said[0] == f"model: {folder}"
         assert len([line for line in said if "model: no family of its own for 'gpt_neox'" in line]) == notes
+
+
+def test_it_is_said_that_layers_share_their_weight(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shared(*args: Any) -> Any:
+        model: Any = load_model(*args)
+        model.model.layers[2].mlp = model.model.layers[1].mlp
+        return model
+
+    monkeypatch.setattr(actors.builder, "load_model", shared)
+    builder = Builder(spec_of(root, tmp_path / "runs"))
+    assert len(builder.targets) == 15
+    said = [item for item in builder.inspect() if isinstance(item, str)]
+    builder.close()
+    assert said[1] == (
+        "model: 6 linear layers share their weight and stay dense, such as model.layers.1.mlp.gate_proj"
+    )
 
 
 def test_patterns_that_decide_nothing_are_refused_before_anything_is_measured(

@@ -40,7 +40,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Block(10**number, beside) for number in range(blocks))
         self.config = SimpleNamespace(model_type="made-up")
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None, keyword: bool = False) -> Any:
+    def forward(self, ids: torch.Tensor, mask: Any = None, keyword: bool = False) -> Any:
         hidden = ids[..., None].repeat(*[1] * ids.dim(), WIDTH).float()
         for layer in self.layers:
             out = layer(hidden_states=hidden) if keyword else layer(hidden)
@@ -101,11 +101,12 @@ def test_blocks_before_the_first_changed_one_are_skipped(
 
 
 def test_states_are_those_of_their_input() -> None:
-    """Other ids, another shape of the same ids, or another mask: nothing is known of it."""
+    """Other ids, another shape of them, another mask, also of a type of layer: nothing is known of it."""
     model = Stack()
     cache, allocation = cache_of(model), changing(targets_of(model), 4)
     mask = torch.ones(2, 4, dtype=torch.bool)
-    inputs = [(IDS,), (IDS + 1,), (IDS.view(4, 2),), (IDS, mask), (IDS, ~mask), (IDS, mask.bfloat16())]
+    inputs: list[tuple[Any, ...]] = [(IDS,), (IDS + 1,), (IDS.view(4, 2),), (IDS, mask), (IDS, ~mask)]
+    inputs += [(IDS, mask.bfloat16()), (IDS, {"full": mask}), (IDS, {"full": ~mask}), (IDS, {"near": mask})]
     for arguments in inputs:
         with cache.reused(allocation):
             assert torch.equal(model(*arguments), Stack()(*arguments))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers import (
@@ -20,10 +22,14 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
+from actors.export import low_rank_model
+from actors.families import family_of
 from actors.families.experts import experts_of_config
 from actors.families.family import Family
-from actors.models import list_targets
-from actors.types import RankfrontError
+from actors.low_rank import TrialModel
+from actors.models import count_parameters, list_targets, load_model
+from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError
+from search.cost import CostModel
 
 
 def tiny_llama_model() -> Any:
@@ -97,14 +103,85 @@ def block(**parts: Any) -> nn.Module:
     return made
 
 
-def test_a_layer_that_blocks_share_is_one_target() -> None:
-    shared = nn.Linear(8, 8)
-    model = Body(block(shared=shared), block(shared=shared))
-    assert [target.name for target in list_targets(model)] == [
-        "body.0.attention",
-        "body.0.shared",
-        "body.1.attention",
-    ]
+def test_a_layer_that_blocks_share_is_no_target() -> None:
+    shared, tied = nn.Linear(8, 8), nn.Linear(8, 8)
+    tied.weight = (other := nn.Linear(8, 8)).weight
+    model = Body(block(shared=shared, tied=tied, own=nn.Linear(8, 8)), block(shared=shared, tied=other))
+    names = [target.name for target in list_targets(model)]
+    assert names == ["body.0.attention", "body.0.own", "body.1.attention"]
+    assert family_of(model).shared(model) == (
+        *("body.0.shared", "body.0.tied"),
+        *("body.1.shared", "body.1.tied"),
+    )
+
+
+def test_a_layer_tied_to_something_outside_the_blocks_is_no_target() -> None:
+    model = Body(block(), block())
+    model.embedding = nn.Embedding(8, 8)
+    model.body[1].attention.weight = model.embedding.weight
+    assert [target.name for target in list_targets(model)] == ["body.0.attention"]
+
+
+def test_a_bias_may_be_shared() -> None:
+    model = Body(block(), block())
+    model.body[1].attention.bias = model.body[0].attention.bias
+    assert len(list_targets(model)) == 2
+
+
+def test_one_block_at_every_depth_has_no_targets() -> None:
+    again = block()
+    with pytest.raises(
+        RankfrontError, match=r"no linear layer inside body but 2 that .*, such as body\.0\.att"
+    ):
+        list_targets(Body(again, again))
+
+
+ZAMBA2 = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["hybrid", "mamba", "hybrid", "mamba"],
+    "num_mem_blocks": 1,
+    "mamba_d_state": 4,
+    "mamba_headdim": 16,
+    "n_mamba_heads": 4,
+    "mamba_ngroups": 1,
+    "attention_head_dim": 16,
+    "adapter_rank": 4,
+    "chunk_size": 8,
+}
+
+
+def test_layers_tied_across_blocks_are_dense_where_counted_installed_and_exported(
+    ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Zamba2 has its attention blocks at several depths, as modules of their own with weights in common."""
+    folder = tiny.tiny_model(tmp_path / "model", "zamba2", **ZAMBA2)
+    source = ModelSource(str(folder))
+    model = load_model(folder, source)
+    targets, total = list_targets(model), count_parameters(model)
+    assert {target.module for target in targets} == {
+        *("linear", "mamba.in_proj", "mamba.out_proj"),
+        *("mamba_decoder.mamba.in_proj", "mamba_decoder.mamba.out_proj"),
+    }
+    store = tiny.tiny_store(tmp_path / "store", model, targets, {}, FactorSpec("weight", bias="none"))
+    allocation = Allocation.of({target.name: target.full_rank // 4 for target in targets}, targets)
+    trial = TrialModel(model, targets, store)
+    with torch.inference_mode():
+        dense = model(ids[:2]).logits
+        trial.install(allocation, ids[:2].numel())
+        cut = model(ids[:2]).logits
+    low_rank_model(load_model(folder, source), store, allocation, "factored").save_pretrained(
+        tmp_path / "low"
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "low", dtype="auto").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids[:2]).logits, cut, rtol=1e-4, atol=1e-4)
+    assert (cut - dense).abs().max() > 0.01
+    cost = CostModel(targets, total, "factored", "none")
+    counted = total - cost.linear_parameters + cost.linear(allocation)
+    assert counted == sum(parameter.numel() for parameter in loaded.parameters()) < total
+    first, second = (f"layers.{depth}.shared_transformer.self_attn.q_proj.weight" for depth in (0, 2))
+    inner = loaded.base.model
+    assert inner.get_parameter(first) is inner.get_parameter(second)
 
 
 def test_blocks_of_an_unknown_type_may_differ() -> None:
