@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -58,7 +59,7 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
     stop, machine = Stop(), connect()
     with (
         driver_lock(folder.path),
-        logged(folder, console.print, "refine", stop),
+        logged(folder, partial(console.print, markup=False), "refine", stop),
         refiner(folder, machine, worker_count(folder.config, machine)) as worker,
         stop_on_signals(stop, console),
         mistakes_named(),

@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import resource
+import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +351,51 @@ def test_the_exit_code_says_what_stopped_the_search(
     said = capsys.readouterr().out
     assert f"Stopped: {reason}" in said
     assert ("goes on where it stopped" in said) == (code > 0)
+
+
+def test_the_closing_screen_gives_commands_that_a_shell_reads_as_they_were_given(
+    folder: StudyFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Lists in a `--set` and paths with spaces and brackets: none is markup, each is one word."""
+    place = tmp_path / "my [/b] runs"
+    place.mkdir(parents=True)
+    config = place / "a [bold]config.yaml"
+    config.write_text((folder.path / CONFIG).read_text())
+    summary, moved = summarise(folder, folder.open_study()), replace(folder, path=place)
+    sets = ("--set", "warm_start.sources=[/data/runs/other]", "--set", "objectives=[budget.model,nll]")
+    given = [str(config), *sets]
+    monkeypatch.setattr("search.cli.search", lambda config, console: (moved, summary, "SIGINT"))
+    monkeypatch.setattr("search.cli.surgical", lambda config, console: (moved, summary, "SIGINT"))
+    monkeypatch.setattr("search.cli.sensitivity", lambda config, console: (place, None, "SIGINT"))
+
+    def printed(*arguments: str) -> dict[str, list[str]]:
+        """The commands by their comments, without the program."""
+        assert run(monkeypatch, *arguments) == 130
+        said = capsys.readouterr().out
+        assert f"saved in {place}/" in said
+        lines = [line for line in said.splitlines() if "   # " in line]
+        return {line.split("   # ")[1]: shlex.split(line, comments=True)[1:] for line in lines}
+
+    goes_on, further = "goes on where it stopped", "search further"
+    again = ["search", *given, "--deterministic", "--trials", "7"]
+    found = printed(*again)
+    assert found[goes_on] == again
+    assert found[further][:-1] == again[:-1]
+    assert found["write the report again"] == ["report", str(place)]
+    assert found["write the best model at <= 90%"] == ["export", str(place), "--budget", "0.9"]
+    for command in ("surgical", "sensitivity"):
+        assert printed(command, *given)[goes_on] == [command, *given]
+
+
+def test_a_mistake_is_shown_as_it_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = "no\\[/such] :boom: [red]file.yaml"
+    assert run(monkeypatch, "search", named) == 2
+    assert f"{named}: 1 mistake" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
