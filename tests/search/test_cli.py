@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import resource
 import shlex
 import signal
@@ -16,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
 from fakes import MODEL_PARAMETERS, TARGETS, energy_of, score_of, write_store
 from rich.console import Console
 
-from actors.types import Allocation, Prepared
+from actors.types import Allocation, Prepared, RankfrontError
 from search.cli import app, main
 from search.config import parse_config
+from search.finals import finished_numbers
 from search.folder import CONFIG, PREPARED, StudyFolder, summarise
 from search.journal import JOURNAL, driver_lock, open_journal, repair
 from search.runner import Stop
@@ -332,6 +335,27 @@ def test_a_study_without_a_dense_trial_has_a_report(
     assert run(monkeypatch, "report", folder.path) == 0
     [member] = json.loads((folder.path / "front.json").read_text())["front"]
     assert member["trial"] == 0
+
+
+def test_a_trial_that_another_program_completed_is_shown_as_what_it_is(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without levels of this space, and with values that no score has: by every command that reads."""
+    other = optuna.load_study(study_name="made-up", storage=open_journal(folder.path))
+    other.tell(other.ask(), [0.1, -math.inf])
+    for command in ("report", "status"):
+        assert run(monkeypatch, command, folder.path) == 0
+    front = json.loads((folder.path / "front.json").read_text())["front"]
+    assert {member["trial"] for member in front} <= {0, 1}
+    told = pq.read_table(folder.path / "trials.parquet").to_pylist()[2]
+    assert (told["value.budget.model"], told["value.nll"]) == (0.1, -math.inf)
+    of_ranks = ("budget_linear", "budget_model", "budget_bytes", "macs", "ranks", "methods")
+    assert [told[name] for name in (*of_ranks, "search.nll")] == [None] * 7
+    capsys.readouterr()
+    assert run(monkeypatch, "export", folder.path, "--trial", 2) == 2
+    assert "--trial 2: it is COMPLETE: another program completed it" in capsys.readouterr().err
+    with pytest.raises(RankfrontError, match="--trial 2: no finished trial of this study"):
+        finished_numbers(folder.open_study(), [2])
 
 
 @pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("200 trials", 0)])
