@@ -63,8 +63,11 @@ def score_finished(
 
 
 def reopened(folder: StudyFolder, console: Console) -> contextlib.AbstractContextManager[Session]:
-    """A study held to measure its trials; its folder may have moved since the search."""
-    return opened(folder.config.model_copy(update={"runs": str(folder.path.parent)}), console)
+    """A study held to measure its trials, in the folder it is in now: that may have moved since the search,
+    or be a copy, under any name. What the folder's neighbours hold, such as factors, is looked for there."""
+    path = folder.path
+    runs = path.parent if path.name not in ("", "..") else path.resolve().parent  # `.` has no other parent
+    return opened(folder.config.model_copy(update={"runs": str(runs)}), console, path)
 
 
 def finished_numbers(study: SearchStudy, numbers: Sequence[int]) -> list[int]:

@@ -38,8 +38,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(config: Config, console: Console) -> Iterator[Session]:
+def opened(config: Config, console: Console, path: Path | None = None) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
+
+    All of it in the folder `path`, where the study's is not the one that the config names.
 
     A folder without a journal has no trial yet (its targets may have been scored alone, see
     `search.sensitivity`): nothing binds the config then.
@@ -47,7 +49,7 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
-    path = config.folder
+    path = path or config.folder
     say = _sayer(console)
     patience = Patience(SECONDS, say)
     with _study_folder(path), _storage(config, patience) as storage:

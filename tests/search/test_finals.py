@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import MadeUpPool, open_study, propose_and_complete, score_of, stored
+from rich.console import Console
+from tiny_study import MACHINE, Tiny
 
+import search.finals
+import search.opening
+from actors.types import PreparationSpec
 from search.evaluations import Evaluations
-from search.finals import score_finished, split_cells
+from search.finals import evaluate_study, reopened, score_finished, split_cells
+from search.folder import StudyFolder
+from search.journal import lock_holder
+from search.opening import Session
 from search.pool import Job, Outcome
 from search.records import StudySummary
 from search.runner import Stop
@@ -74,3 +86,56 @@ def test_the_table_shows_the_trials_that_were_asked_for(folder: Any) -> None:
     kept = [float(cells[1].rstrip("%")) for cells in split_cells(summary, []).rows]
     assert len(kept) == 2
     assert kept == sorted(kept, reverse=True)
+
+
+@pytest.fixture
+def prepared_in(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The study is opened without Ray; the list says in which folders its factors were looked for."""
+    looked: list[str] = []
+
+    def prepare(spec: PreparationSpec, *arguments: Any) -> Any:
+        looked.append(spec.cache)
+        return study.folder.prepared
+
+    @contextlib.contextmanager
+    def replicas(session: Session, note: Any) -> Iterator[MadeUpPool]:
+        assert lock_holder(session.folder.path) is not None
+        yield MadeUpPool(lambda job: Outcome(job, replace(score_of(job.allocation, 3.0), split="test")))
+
+    monkeypatch.setattr(search.opening, "connect", lambda: MACHINE)
+    monkeypatch.setattr(search.opening, "prepare", prepare)
+    monkeypatch.setattr(search.finals, "replicas", replicas)
+    return looked
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_copy_under_another_name_is_measured_itself(
+    study: Tiny, prepared_in: list[str], tmp_path: Path
+) -> None:
+    """And the study it is a copy of, whose folder has the study's name, is not touched."""
+    copy = tmp_path / "backup"
+    shutil.copytree(study.folder.path, copy)
+    before = content(study.folder.path)
+    assert study.folder.path.name == study.folder.config.study
+    summary, stopped = evaluate_study(StudyFolder.open(copy), [1], Console(file=io.StringIO()))
+    assert (stopped, len(summary.rows)) == (None, 2)
+    assert [row.trial for row in Evaluations(copy).rows] == [1]
+    assert content(study.folder.path) == before
+    assert prepared_in == [str(tmp_path / "factors")]
+
+
+@pytest.mark.parametrize("named", ["old", "."])
+def test_a_renamed_folder_is_no_new_study(
+    study: Tiny, prepared_in: list[str], tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where it is named from inside."""
+    renamed = study.folder.path.rename(tmp_path / "old")
+    monkeypatch.chdir(renamed if named == "." else tmp_path)
+    with reopened(StudyFolder.open(Path(named)), Console(file=io.StringIO())) as session:
+        assert session.folder.path.resolve() == renamed
+        assert len(session.folder.open_study().rows()) == 2
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["old"]
+    assert prepared_in == [str(tmp_path / "factors")]
