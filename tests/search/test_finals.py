@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,14 +18,18 @@ from tiny_study import MACHINE, Tiny
 
 import search.finals
 import search.opening
+from actors.samples import pack_floats
 from actors.types import PreparationSpec
 from search.evaluations import Evaluations
+from search.finalist_table import finalist_cells
 from search.finals import evaluate_study, reopened, score_finished, split_cells
+from search.findings import front_cells
 from search.folder import StudyFolder
 from search.journal import lock_holder
 from search.opening import Session
 from search.pool import Job, Outcome
 from search.records import StudySummary
+from search.refine import comparison_cells
 from search.runner import Stop
 
 
@@ -86,6 +91,36 @@ def test_the_table_shows_the_trials_that_were_asked_for(folder: Any) -> None:
     kept = [float(cells[1].rstrip("%")) for cells in split_cells(summary, []).rows]
     assert len(kept) == 2
     assert kept == sorted(kept, reverse=True)
+
+
+def test_one_window_has_no_standard_error_to_show(folder: Any) -> None:
+    """In no table of what is measured after a search; nor in that of the front."""
+
+    def of_one_window(job: Job) -> Outcome:
+        score = score_of(job.allocation, 3.0 + job.key)
+        text = replace(score.text, stderr=math.nan, windows=pack_floats([3.0 + job.key]))
+        return Outcome(job, replace(score, split="test", text=text))
+
+    study = open_study(folder.path, "random")
+    for _ in range(2):
+        planned = study.propose("random")
+        score = of_one_window(Job(planned.number, planned.allocation)).score
+        assert score is not None
+        study.complete(planned, replace(score, split="search"))
+    score_finished(folder, study, [0, 1], MadeUpPool(of_one_window), Stop(), print)
+    evaluations, rows = Evaluations(folder.path).rows, study.rows()
+    refined = replace(evaluations[1], variant="refined-1")
+    summary = StudySummary("s", "m", study.objectives, rows, (0, 1), 0.0, (), (*evaluations, refined), {})
+    finalists = finalist_cells(summary, (1,))
+    assert finalists is not None
+    first, second = evaluations[0].score, evaluations[1].score
+    compared = comparison_cells({"test": (first, second)})
+    losses = [row[2] for row in split_cells(summary, [0, 1]).rows]
+    assert sorted(losses) == ["3.000", "4.000"]
+    [row] = finalists.rows
+    assert (row[2], row[3], row[5], row[8]) == ("4.000", "4.000", "", "+0.0000")
+    assert compared.rows[1] == ("test", "nll", "3.0000", "4.0000", "+1.0000")
+    assert front_cells(summary).rows[0][2].lstrip("≈") in losses
 
 
 @pytest.fixture
