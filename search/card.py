@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from actors.node_cache import is_url
 from actors.types import Score
 from search.config import Config
+from search.findings import error_bar
 from search.folder import short_name
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _value(score: Score, name: str) -> str:
     if name not in score.metrics:
         return ""
     error = score.stderrs.get(name, math.nan)
-    return f"{score.metrics[name]:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+    return f"{score.metrics[name]:.4f}{error_bar(error, 4, ' ± ')}"
 
 
 def _score_note(facts: CardFacts) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from actors.types import RankfrontError
 from search.allocations import read_allocations
@@ -28,7 +28,7 @@ from search.sensitivity import sensitivity
 from search.sensitivity_table import Sensitivity, found, module_cells, target_cells
 from search.session import search
 from search.surgical_run import surgical
-from search.terminal import Runs, StudyName, console, exit_if_stopped, override, program
+from search.terminal import Runs, StudyName, console, exit_if_stopped, override, program, quoted, tell
 
 app = typer.Typer(
     help="Search which rank each linear layer of a language model should keep.",
@@ -59,14 +59,15 @@ def search_command(
     if deterministic:
         overrides["run.deterministic"] = True
     folder, summary, reason = search(load_config(config, overrides), console)
-    again = _again(config, set_) + (" --deterministic" if deterministic else "")
-    _print_end(folder, summary, reason, "search", again)
+    given = _given(config, set_) + (" --deterministic" if deterministic else "")
+    again = given if trials is None else f"{given} --trials {trials}"
+    _print_end(folder, summary, reason, f"search {again}", given)
     exit_if_stopped(reason)
 
 
-def _again(config: Path, set_: list[str] | None) -> str:
+def _given(config: Path, set_: list[str] | None) -> str:
     """The config and its overrides, as they were given."""
-    return " ".join([str(config), *(f"--set {shlex.quote(text)}" for text in set_ or [])])
+    return quoted(config, *(word for text in set_ or [] for word in ("--set", text)))
 
 
 def _print_front(summary: StudySummary) -> None:
@@ -77,7 +78,8 @@ def _print_front(summary: StudySummary) -> None:
         console.print(further)
 
 
-def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command: str, config: str) -> None:
+def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, again: str, given: str) -> None:
+    """What was found, and which commands lead on: `again` the same, and others of the `given` config."""
     finished = sum(row.finished for row in summary.rows)
     failed = sum(row.state == "FAIL" for row in summary.rows)
     stopped = sum(row.state == "PRUNED" for row in summary.rows)
@@ -85,7 +87,7 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command:
     console.print()
     _print_front(summary)
     for sentence in headline(summary):
-        console.print(f"  {sentence}", soft_wrap=True)
+        tell(f"  {sentence}")
     console.print()
     counts = f"{finished} trials scored" + (f", {failed} failed" if failed else "")
     infeasible = sum(row.finished and not row.feasible for row in summary.rows)
@@ -95,19 +97,17 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, command:
         counts += f", {stopped} stopped early"
     if running:
         counts += f", {running} in flight (they will be scored again under their numbers)"
-    console.print(f"Stopped: {reason}. {counts}; all saved in [bold]{folder.path}/[/]", soft_wrap=True)
+    tell(f"Stopped: {reason}. {counts}; all saved in ", (f"{folder.path}/", "bold"))
     console.print("  report.html, front.png   the front, to look at")
     console.print("  front.json, trials.parquet, evaluations.parquet   the same, to compute with")
     more = (folder.config.stop.trials or len(summary.rows)) + 40
-    me = program()
+    me, study = program(), quoted(folder.path)
     console.print("\nNext:", style="bold")
     if reason.startswith("SIG"):
-        console.print(f"  {me} {command} {config}   # goes on where it stopped", soft_wrap=True)
-    console.print(f"  {me} search {config} --trials {more}   # search further", soft_wrap=True)
-    console.print(
-        f"  {me} export {folder.path} --budget 0.9   # write the best model at <= 90%", soft_wrap=True
-    )
-    console.print(f"  {me} report {folder.path}   # write the report again")
+        tell(f"  {me} {again}   # goes on where it stopped")
+    tell(f"  {me} search {given} --trials {more}   # search further")
+    tell(f"  {me} export {study} --budget 0.9   # write the best model at <= 90%")
+    tell(f"  {me} report {study}   # write the report again")
 
 
 @app.command("surgical")
@@ -119,7 +119,8 @@ def surgical_command(
 ) -> None:
     """Search target by target, last block to first, as arXiv 2405.13039 does; or continue doing so."""
     folder, summary, reason = surgical(load_config(config, dict(map(override, set_ or []))), console)
-    _print_end(folder, summary, reason, "surgical", _again(config, set_))
+    given = _given(config, set_)
+    _print_end(folder, summary, reason, f"surgical {given}", given)
     exit_if_stopped(reason)
 
 
@@ -133,14 +134,13 @@ def sensitivity_command(
     """Score every target alone, all others dense, and map what each loses; or continue doing so."""
     folder, table, reason = sensitivity(load_config(config, dict(map(override, set_ or []))), console)
     _print_sensitivity(folder, table)
-    console.print(f"\nStopped: {reason}; all saved in [bold]{folder}/[/]", soft_wrap=True)
+    tell(f"\nStopped: {reason}; all saved in ", (f"{folder}/", "bold"))
     if table is not None:
         console.print("  sensitivity.html, sensitivity.png   the maps, to look at")
         console.print("  sensitivity.parquet   the same, to compute with")
     if reason.startswith("SIG"):
         console.print("\nNext:", style="bold")
-        again = f"{program()} sensitivity {_again(config, set_)}"
-        console.print(f"  {again}   # goes on where it stopped", soft_wrap=True)
+        tell(f"  {program()} sensitivity {_given(config, set_)}   # goes on where it stopped")
     exit_if_stopped(reason)
 
 
@@ -155,7 +155,7 @@ def _print_sensitivity(folder: Path, table: Sensitivity | None) -> None:
             console.print(cells_table(target_cells(listed), f"Lose {kind} {share}", left=("target",)))
     console.print(cells_table(module_cells(table), "By module type", left=("module",)))
     for sentence in found(table):
-        console.print(f"  {sentence}", soft_wrap=True)
+        tell(f"  {sentence}")
     missing = [row for row in table.rows if row.score is None]
     if missing:
         console.print(
@@ -170,10 +170,8 @@ def report_command(study: StudyName, runs: Runs = Path("runs")) -> None:
     summary = report(folder, folder.read_study())
     _print_front(summary)
     for sentence in headline(summary):
-        console.print(f"  {sentence}", soft_wrap=True)
-    console.print(
-        f"Written to {folder.path}/: report.html, front.png, front.json, trials.parquet", soft_wrap=True
-    )
+        tell(f"  {sentence}")
+    tell(f"Written to {folder.path}/: report.html, front.png, front.json, trials.parquet")
 
 
 @app.command("enqueue")
@@ -210,22 +208,22 @@ def main() -> None:
     try:
         app()
     except RankfrontError as error:
-        errors.print(f"[bold red]rankfront:[/] {_escaped(str(error))}", soft_wrap=True)
+        errors.print(_mistake(str(error)), soft_wrap=True)
         sys.exit(2)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         full = f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
         hint = "every finished trial is saved; make room, and the same command goes on"
-        errors.print(f"[bold red]rankfront:[/] {_escaped(full)}: {hint}", soft_wrap=True)
+        errors.print(_mistake(f"{full}: {hint}"), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("rankfront: interrupted; every finished trial is saved, the same command goes on")
         sys.exit(130)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+def _mistake(text: str) -> Text:
+    return Text.assemble(("rankfront:", "bold red"), " ", text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from search.folder import StudyFolder, find_study, summarise
 from search.harness_run import evaluate_tasks
 from search.harness_table import LEFT, harness_cells
 from search.records import StudySummary
-from search.terminal import Runs, console, exit_if_stopped
+from search.terminal import Runs, console, exit_if_stopped, tell
 
 
 def evaluate_command(
@@ -77,7 +77,7 @@ def evaluate_command(
         console.print(listed)
     if output is not None:
         evaluated.write(output)
-        console.print(f"Written to [bold]{output}[/]", soft_wrap=True)
+        tell("Written to ", (str(output), "bold"))
 
 
 def _evaluate_study(
@@ -103,7 +103,7 @@ def _evaluate_study(
     else:
         summary, reason = evaluate_tasks(folder, trials, variants, harness, console)
         _print_tasks(summary, trials)
-    console.print(f"Saved in [bold]{folder.path}/[/]: evaluations.parquet, report.html", soft_wrap=True)
+    tell("Saved in ", (f"{folder.path}/", "bold"), ": evaluations.parquet, report.html")
     exit_if_stopped(reason or "")
 
 

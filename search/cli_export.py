@@ -14,7 +14,7 @@ from search.choosing import chosen
 from search.exporting import check_folder, destinations, export_trial, write_configuration
 from search.folder import find_study, summarise
 from search.records import FACTORS
-from search.terminal import Runs, console, note_untold, override, warn_infeasible
+from search.terminal import Runs, note_untold, override, tell, warn_infeasible
 
 
 class Form(StrEnum):
@@ -84,13 +84,11 @@ def export_command(
     for row, place in zip(rows, places, strict=True):
         if config_only:
             write_configuration(folder, summary, row, place)
-            console.print(f"Trial {row.number}: ranks.yaml, ranks.json in [bold]{place}/[/]", soft_wrap=True)
+            tell(f"Trial {row.number}: ranks.yaml, ranks.json in ", (f"{place}/", "bold"))
             continue
         lines = export_trial(folder, summary, row, place, format_, variant or FACTORS)
-        console.print(
-            f"Trial {row.number} ({row.budget_model:.1%} of all parameters) written to [bold]{place}/[/]",
-            soft_wrap=True,
-        )
+        kept = f"{row.budget_model:.1%} of all parameters"
+        tell(f"Trial {row.number} ({kept}) written to ", (f"{place}/", "bold"))
         _print_written(lines, place, format_)
 
 
@@ -98,8 +96,8 @@ def _check(folder: Path, study: str | None, settings: list[str]) -> None:
     if study is not None:
         raise RankfrontError(f"export: give a study or --check FOLDER, not both ({study}, {folder})")
     for line in check_folder(folder, dict(map(override, settings))):
-        console.print(f"  {line}", soft_wrap=True)
-    console.print(f"[bold]{folder}/[/] is the model that was written", soft_wrap=True)
+        tell(f"  {line}")
+    tell((f"{folder}/", "bold"), " is the model that was written")
 
 
 def apply_command(
@@ -112,28 +110,23 @@ def apply_command(
 ) -> None:
     """Decompose a model as a configuration says that someone else found, and write it as a folder."""
     overrides = dict(map(override, set_ or []))
-    lines = apply_configuration(config, model, overrides, to, format_, runs, _say)
-    console.print(f"{config} applied to {model}, written to [bold]{to}/[/]", soft_wrap=True)
+    lines = apply_configuration(config, model, overrides, to, format_, runs, tell)
+    tell(f"{config} applied to {model}, written to ", (f"{to}/", "bold"))
     _print_written(lines, to, format_)
-
-
-def _say(line: str) -> None:
-    console.print(line, soft_wrap=True)
 
 
 def _print_written(lines: list[str], folder: Path, form: Form) -> None:
     for line in lines:
-        console.print(f"  {line}", soft_wrap=True)
+        tell(f"  {line}")
     if form == Form.dense:
-        console.print("  not smaller than the base model: its weights are dense products of the factors")
+        tell("  not smaller than the base model: its weights are dense products of the factors")
     first = (
         ""
         if form == Form.dense
         else "import actors.modeling_rankfront  # or trust_remote_code=True without it\n"
     )
-    console.print(
+    tell(
         f"\nLoad it:\n  {first}".rstrip() + "\n"
         "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'  model = AutoModelForCausalLM.from_pretrained("{folder}")',
-        soft_wrap=True,
+        f'  model = AutoModelForCausalLM.from_pretrained("{folder}")'
     )

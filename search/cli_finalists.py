@@ -12,7 +12,7 @@ from search.finalist_table import finalist_cells
 from search.finalists import run_finalists
 from search.findings import cells_table
 from search.folder import find_study
-from search.terminal import Runs, StudyName, console, exit_if_stopped, program
+from search.terminal import Runs, StudyName, console, exit_if_stopped, program, quoted, tell
 
 
 def finalists_command(
@@ -39,9 +39,7 @@ def finalists_command(
     cells = finalist_cells(summary, tuple(row.number for row in rows))
     if cells is not None:
         console.print(cells_table(cells, f"{summary.study}: finalists", left=("variant",)))
-    console.print(f"Saved in [bold]{folder.path}/[/]: evaluations.parquet, report.html", soft_wrap=True)
+    tell("Saved in ", (f"{folder.path}/", "bold"), ": evaluations.parquet, report.html")
     if cells is not None and any(row[-1] for row in cells.rows):
-        console.print(
-            f"\nNext:\n  {program()} export {folder.path} --trial N --variant VARIANT", soft_wrap=True
-        )
+        tell(f"\nNext:\n  {program()} export {quoted(folder.path)} --trial N --variant VARIANT")
     exit_if_stopped(reason or "")

@@ -15,7 +15,17 @@ from search.config import parse_config
 from search.findings import cells_table
 from search.folder import find_study, report
 from search.refine import comparison_cells, refine
-from search.terminal import Runs, StudyName, console, exit_if_stopped, note_untold, program, warn_infeasible
+from search.terminal import (
+    Runs,
+    StudyName,
+    console,
+    exit_if_stopped,
+    note_untold,
+    program,
+    quoted,
+    tell,
+    warn_infeasible,
+)
 
 
 def refine_command(
@@ -47,11 +57,11 @@ def refine_command(
     note_untold(folder, summary, budget)
     warn_infeasible(summary, [row])
     found = refine(folder, row, console)
-    console.print(f"Stopped: {found.ended}", soft_wrap=True)
+    tell(f"Stopped: {found.ended}")
     if found.scores:
         title = f"Trial {row.number}, {row.budget_model:.1%} of all parameters: {found.variant}"
         console.print(cells_table(comparison_cells(found.scores), title, left=("split", "metric")))
         report(folder, folder.read_study())
-        again = f"{program()} export {folder.path} --trial {row.number} --variant {found.variant}"
-        console.print(f"\nNext:\n  {again}", soft_wrap=True)
+        again = quoted("export", folder.path, "--trial", row.number, "--variant", found.variant)
+        tell(f"\nNext:\n  {program()} {again}")
     exit_if_stopped(found.ended)

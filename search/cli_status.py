@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from search.findings import Cells, cells_table, percent, perplexity
 from search.health import ReplicaHealth
 from search.screen import clock
 from search.status import Status, read_status
-from search.terminal import Runs, console
+from search.terminal import Runs, console, tell
 
 # What a row has room for; --json names them all.
 SHOWN_TRIALS = 5
@@ -38,7 +37,7 @@ def status_command(
         print(json.dumps(status.to_dict(), indent=1))
         return
     for line in _sentences(status):
-        console.print(f"  {escape(line)}", soft_wrap=True)
+        tell(f"  {line}")
     for table in _tables(status):
         console.print(table)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from actors.node_cache import is_url
@@ -67,11 +67,19 @@ class ConfigError(RankfrontError):
         super().__init__("\n".join([f"{where}: {count}, nothing was started", *(f"  {m}" for m in mistakes)]))
 
 
+def _from_home(folder: str) -> str:
+    """A folder, its `~` a user's home; raises ValueError where there is no such user."""
+    try:
+        return str(Path(folder).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{folder!r}: there is no such home; ~/... or another folder") from error
+
+
 class Config(Section):
     """One study. See the sections for what each key means."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-    runs: str = "runs"
+    runs: Annotated[str, AfterValidator(_from_home)] = "runs"
     database: Annotated[str | None, PlainValidator(check_url)] = None
     model: ModelSection
     text: TextSection

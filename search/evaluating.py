@@ -13,7 +13,7 @@ from rich.table import Table
 from actors.harness_results import HarnessMetric, HarnessSpec, metrics_of
 from actors.types import RankfrontError, TextScore, TextSource
 from search.files import write_atomic
-from search.findings import Cells, cells_table, perplexity
+from search.findings import Cells, cells_table, error_bar, perplexity
 from search.folder import PREPARED
 from search.harness_table import metric_examples, metric_value
 
@@ -34,7 +34,7 @@ class FolderEvaluation:
         """For the terminal; ± is one standard error."""
         if self.text is not None:
             score = self.text
-            row = (score.name, f"{score.tokens:,}", f"{score.nll:.4f}±{score.stderr:.4f}")
+            row = (score.name, f"{score.tokens:,}", f"{score.nll:.4f}{error_bar(score.stderr, 4)}")
             cells = Cells(("text", "tokens", "nats/token", "ppl"), ((*row, perplexity(score.nll)),), "")
             yield cells_table(cells, f"{self.folder}: perplexity", left=("text",))
         if self.metrics:

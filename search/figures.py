@@ -52,7 +52,7 @@ def panel_figure(panel: Panel) -> go.Figure:
 
 def hypervolume_figure(summary: StudySummary) -> go.Figure | None:
     """Hypervolume after each finished trial, by trial number; None where there is nothing to draw."""
-    rows = [row for row in summary.rows if row.finished and row.values is not None]
+    rows = [row for row in summary.rows if row.finished]
     if not rows or len(summary.reference) != len(summary.objectives):
         return None
     signs = np.array([1.0 if objective.minimize else -1.0 for objective in summary.objectives])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.types import Score
-from search.findings import Cells, paired, percent, perplexity
+from search.findings import Cells, loss_cell, paired, percent, perplexity
 from search.panels import dense_row
 from search.records import FACTORS, StudySummary, TrialRow
 
@@ -36,7 +36,7 @@ def finalist_cells(summary: StudySummary, numbers: tuple[int, ...] = ()) -> Cell
 
 def _row(summary: StudySummary, row: TrialRow, variant: str) -> tuple[str, ...]:
     test = summary.test_score(row.number)
-    cells = [str(row.number), percent(row.budget_model), _loss(row.score), *_losses(test)]
+    cells = [str(row.number), percent(row.budget_model), loss_cell(row.score), *_losses(test)]
     if not variant:
         return (*cells, "", "", "", "", "")
     own = [
@@ -46,12 +46,8 @@ def _row(summary: StudySummary, row: TrialRow, variant: str) -> tuple[str, ...]:
     ]
     after = summary.test_score(row.number, variant)
     change = "" if test is None or after is None else paired(test, after, "nll")
-    return (*cells, _loss(own[-1] if own else None), *_losses(after), change, variant)
-
-
-def _loss(score: Score | None) -> str:
-    return "" if score is None else f"{score.text.nll:.3f}±{score.text.stderr:.3f}"
+    return (*cells, loss_cell(own[-1] if own else None), *_losses(after), change, variant)
 
 
 def _losses(score: Score | None) -> tuple[str, str]:
-    return _loss(score), "" if score is None else perplexity(score.text.nll)
+    return loss_cell(score), "" if score is None else perplexity(score.text.nll)

@@ -10,7 +10,7 @@ from rich.console import Console
 from actors.types import RankfrontError
 from search.driving import logged
 from search.evaluations import Evaluations
-from search.findings import Cells, perplexity
+from search.findings import Cells, error_bar, loss_cell, perplexity
 from search.folder import StudyFolder, report
 from search.opening import Session, opened
 from search.pool import Job, Pool
@@ -63,8 +63,11 @@ def score_finished(
 
 
 def reopened(folder: StudyFolder, console: Console) -> contextlib.AbstractContextManager[Session]:
-    """A study held to measure its trials; its folder may have moved since the search."""
-    return opened(folder.config.model_copy(update={"runs": str(folder.path.parent)}), console)
+    """A study held to measure its trials, in the folder it is in now: that may have moved since the search,
+    or be a copy, under any name. What the folder's neighbours hold, such as factors, is looked for there."""
+    path = folder.path
+    runs = path.parent if path.name not in ("", "..") else path.resolve().parent  # `.` has no other parent
+    return opened(folder.config.model_copy(update={"runs": str(runs)}), console, path)
 
 
 def finished_numbers(study: SearchStudy, numbers: Sequence[int]) -> list[int]:
@@ -114,11 +117,10 @@ def split_cells(summary: StudySummary, numbers: Sequence[int]) -> Cells:
         if score is None:
             continue
         metrics, errors = score.metrics, score.stderrs
-        shown = f"{score.text.nll:.3f}±{score.text.stderr:.3f}"
         tasks = [
-            f"{100 * metrics[name]:.1f}±{100 * errors[name]:.1f}" if name in metrics else ""
+            f"{100 * metrics[name]:.1f}{error_bar(100 * errors[name], 1)}" if name in metrics else ""
             for name in ("reasoning.acc", "reasoning.acc_norm")
         ]
         kept = f"{100 * row.budget_model:.1f}%"
-        cells.append((str(row.number), kept, shown, perplexity(score.text.nll), *tasks))
+        cells.append((str(row.number), kept, loss_cell(score), perplexity(score.text.nll), *tasks))
     return Cells(("trial", "kept", "nll", "ppl", "acc", "acc_norm"), tuple(cells), "± is one standard error")

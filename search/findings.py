@@ -136,13 +136,24 @@ def perplexity(nll: float) -> str:
     )
 
 
+def error_bar(error: float, digits: int, sign: str = "±") -> str:
+    """A standard error, to stand behind its value; empty where it is none: one window or example has no
+    spread."""
+    return f"{sign}{error:.{digits}f}" if math.isfinite(error) else ""
+
+
+def loss_cell(score: Score | None) -> str:
+    """The loss with its standard error; empty where there is no score."""
+    return f"{score.text.nll:.3f}{error_bar(score.text.stderr, 3)}" if score else ""
+
+
 def paired(before: Score, after: Score, metric: str) -> str:
     """What a metric changed by, of the same windows or examples, with its standard error."""
     try:
         gap = after.minus(before, metric)
     except RankfrontError:  # a score from before single values were kept
         return "not kept"
-    return f"{gap.mean:+.4f} ± {gap.stderr:.4f}"
+    return f"{gap.mean:+.4f}{error_bar(gap.stderr, 4, ' ± ')}"
 
 
 def _sentence(row: TrialRow, reference: TrialRow | None, summary: StudySummary) -> str:
@@ -181,11 +192,11 @@ def _cells(
     return (
         str(row.number) if row.feasible else f"{INFEASIBLE}{row.number}",
         f"{100 * row.budget_model:.1f}%",
-        same + _loss(score),
+        same + loss_cell(score),
         perplexity(score.text.nll),
         f"{difference:+.3f}" if math.isfinite(difference) else "",
         _accuracy(score),
-        _loss(test),
+        loss_cell(test),
         perplexity(test.text.nll) if test else "",
         _accuracy(test),
         row.origin,
@@ -201,15 +212,7 @@ def _indistinct(one: Score, other: Score) -> bool:
         return abs(one.text.nll - other.text.nll) < 2 * error
 
 
-def _loss(score: Score | None) -> str:
-    return f"{score.text.nll:.3f}{_error(score.text.stderr, 3)}" if score else ""
-
-
 def _accuracy(score: Score | None) -> str:
     if score is None or not score.tasks:
         return ""
-    return f"{100 * score.metrics['reasoning.acc']:.1f}{_error(100 * score.reasoning_stderr, 1)}"
-
-
-def _error(value: float, digits: int) -> str:
-    return f"±{value:.{digits}f}" if math.isfinite(value) else ""
+    return f"{100 * score.metrics['reasoning.acc']:.1f}{error_bar(100 * score.reasoning_stderr, 1)}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
 from rich.table import Table
 
 from actors.types import Score
-from search.findings import Cells, cells_table
+from search.findings import Cells, cells_table, error_bar
 from search.panels import dense_row, front_rows
 from search.records import StudySummary
 
@@ -69,4 +68,4 @@ def _cell(score: Score | None, name: str) -> str:
     value, error, digits = score.metrics[name], score.stderrs[name], 3
     if name.startswith("bias.") and not name.endswith("_diff"):
         value, error, digits = 100 * value, 100 * error, 1
-    return f"{value:.{digits}f}" + (f"±{error:.{digits}f}" if math.isfinite(error) else "")
+    return f"{value:.{digits}f}{error_bar(error, digits)}"

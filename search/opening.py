@@ -39,8 +39,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(config: Config, console: Console) -> Iterator[Session]:
+def opened(config: Config, console: Console, path: Path | None = None) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
+
+    All of it in the folder `path`, where the study's is not the one that the config names.
 
     Only a trial binds a config. Before the first one a study may have been prepared, and its targets scored
     alone (`search.sensitivity`); what is in its storage then follows the config.
@@ -49,7 +51,7 @@ def opened(config: Config, console: Console) -> Iterator[Session]:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
     check_names(config)
-    path = config.folder
+    path = path or config.folder
     say = _sayer(console)
     patience = Patience(SECONDS, say)
     with _study_folder(path), _storage(config, patience) as storage:
@@ -93,15 +95,15 @@ def _identity(study: str, path: Path, storage: BaseStorage | None) -> Identity |
 
 @contextlib.contextmanager
 def _study_folder(path: Path) -> Iterator[None]:
-    """The folder, locked; a folder that nothing came of is taken away again."""
+    """The folder, locked; a folder that nothing came of is taken away again, while it is locked."""
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        with driver_lock(path):
+    with driver_lock(path):
+        try:
             yield
-    finally:
-        if new and {file.name for file in path.iterdir()} <= {LOCK}:
-            shutil.rmtree(path)
+        finally:
+            if new and {file.name for file in path.iterdir()} <= {LOCK}:
+                shutil.rmtree(path)
 
 
 def _fingerprint_check(study: str, identity: Identity | None) -> Callable[[Mapping[str, str]], None]:

@@ -17,6 +17,7 @@ from search.space import Space
 
 # Our one attribute at a trial's creation, and our one packed result written before its final state.
 PLAN, RESULT = "rankfront.plan", "rankfront.result"
+UNSCORED = "another program completed it, without a score"
 
 
 def origin_of(trial: FrozenTrial) -> str:
@@ -36,6 +37,11 @@ def score_in(trial: FrozenTrial) -> Score | None:
     """The score that a trial's result holds, if it holds one."""
     result = trial.user_attrs.get(RESULT, {})
     return Score.from_dict(result["score"]) if "score" in result else None
+
+
+def scored(trial: FrozenTrial) -> bool:
+    """Whether a trial completed with a whole score of ours; what another program told of one is none."""
+    return trial.state == TrialState.COMPLETE and "score" in trial.user_attrs.get(RESULT, {})
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,9 @@ class Packing:
     def row(self, trial: FrozenTrial) -> TrialRow:
         """A trial as the reports see it."""
         result = trial.user_attrs.get(RESULT, {})
-        allocation = Allocation.dense(self.cost.targets)
+        allocation, ranked = Allocation.dense(self.cost.targets), False
         with contextlib.suppress(RankfrontError):  # another program's trial may have no ranks of this space
-            allocation = self.allocation(trial)
+            allocation, ranked = self.allocation(trial), True
         budgets = self.cost.budgets(allocation)
         score = score_in(trial)
         return TrialRow(
@@ -102,8 +108,9 @@ class Packing:
             score=score,
             seconds=score.seconds if score else None,
             replica=score.replica if score else None,
-            reason=result.get("reason"),
+            reason=UNSCORED if trial.state == TrialState.COMPLETE and score is None else result.get("reason"),
             copied_from=result.get("copied_from"),
             macs=self.cost.macs(allocation),
             constraints=trial.constraints,
+            ranked=ranked,
         )

@@ -25,10 +25,12 @@ class TrialRow:
     """One trial of the study as the reports see it.
 
     `origin` says who proposed it: `dense`, `uniform`, `seed`, `warm`, `surgical`, `enqueued` or the sampler's
-    name. `values` follow the study's objectives and are None unless the state is COMPLETE; the `score` of a
-    PRUNED trial is partial. `copied_from` is the trial whose score answered this one, where its allocation
-    was known. `macs` are the multiply-accumulates of a token, None where they are not known. `constraints`
-    has what was recorded of each: a violation, where it is above 0.
+    name. `values` follow the study's objectives and are None unless the state is COMPLETE; another program
+    may have told them, and then there is no score. The `score` of a PRUNED trial is partial. `copied_from` is
+    the trial whose score answered this one, where its allocation was known. `macs` are the
+    multiply-accumulates of a token, None where they are not known. `constraints` has what was recorded of
+    each: a violation, where it is above 0. Where a trial is not `ranked` another program gave it no levels of
+    this space: its allocation, budgets and MACs are the dense model's, and say nothing of it.
     """
 
     number: int
@@ -46,6 +48,7 @@ class TrialRow:
     copied_from: int | None
     macs: int | None = None
     constraints: Mapping[str, float] = field(default_factory=dict)
+    ranked: bool = True
 
     @property
     def feasible(self) -> bool:
@@ -67,7 +70,8 @@ class TrialRow:
 
     @property
     def finished(self) -> bool:
-        return self.state == "COMPLETE"
+        """Whether it completed with a whole score; values that another program told are none."""
+        return self.state == "COMPLETE" and self.score is not None
 
 
 @dataclass(frozen=True)

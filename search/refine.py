@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from actors.refinement import (
 from actors.types import SPLITS, RankfrontError, Score
 from search.driving import logged
 from search.evaluations import Evaluations
-from search.findings import Cells, paired
+from search.findings import Cells, error_bar, paired
 from search.folder import StudyFolder
 from search.journal import driver_lock
 from search.pool import connect
@@ -58,7 +59,7 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
     stop, machine = Stop(), connect()
     with (
         driver_lock(folder.path),
-        logged(folder, console.print, "refine", stop),
+        logged(folder, partial(console.print, markup=False), "refine", stop),
         refiner(folder, machine, worker_count(folder.config, machine)) as worker,
         stop_on_signals(stop, console),
         mistakes_named(),
@@ -183,7 +184,8 @@ def comparison_cells(scores: dict[str, Pair]) -> Cells:
         wanted = ("nll", "kl", "reasoning.acc", "reasoning.margin")
         for metric in (name for name in wanted if name in before.metrics and name in after.metrics):
             values = (
-                f"{score.metrics[metric]:.4f} ± {score.stderrs[metric]:.4f}" for score in (before, after)
+                f"{score.metrics[metric]:.4f}{error_bar(score.stderrs[metric], 4, ' ± ')}"
+                for score in (before, after)
             )
             rows.append((split, metric, *values, paired(before, after, metric)))
     return Cells(("split", "metric", "before", "after", "difference, paired"), tuple(rows), "")

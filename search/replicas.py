@@ -12,6 +12,7 @@ from search.config import Config
 from search.database import resolve, shown
 from search.elastic import Elastic
 from search.events import Note, silent
+from search.folder import StudyFolder
 from search.gpus import gpu_shortage, gpus_each, places_by_gpu
 from search.opening import Session
 from search.pool import DEPTH, Machine, Pool
@@ -27,16 +28,15 @@ WEIGHT_COPIES = 2.5
 @contextlib.contextmanager
 def replicas(session: Session, note: Note = silent) -> Iterator[Pool]:
     """The replicas of a study, gone at the end."""
-    pool = _start_pool(session.folder.config, session.folder.prepared, session.machine, session.say, note)
+    pool = _start_pool(session.folder, session.machine, session.say, note)
     try:
         yield pool
     finally:
         pool.close()
 
 
-def _start_pool(
-    config: Config, prepared: Prepared, machine: Machine, say: Callable[[str], None], note: Note
-) -> Pool:
+def _start_pool(folder: StudyFolder, machine: Machine, say: Callable[[str], None], note: Note) -> Pool:
+    config, prepared = folder.config, folder.prepared
     waits = gpu_shortage(config.replicas, machine)
     count, threads = replica_plan(config, prepared, machine)
     elastic = elastic_of(config, prepared, machine, threads)
@@ -53,16 +53,17 @@ def _start_pool(
         ReplicaSpec(f"replica-{index}", config.preparation(), prepared, threads, gpus=asked)
         for index in range(count)
     ]
-    tenure = tenure_of(config, machine)
+    tenure = tenure_of(folder, machine)
     return Pool(specs, gpus, section.attempts, section.trial_seconds, note, elastic, tenure, say)
 
 
-def tenure_of(config: Config, machine: Machine) -> Tenure | None:
+def tenure_of(folder: StudyFolder, machine: Machine) -> Tenure | None:
     """How replicas outlive this driver; None where the cluster ends with it, or nothing is to wait."""
+    config = folder.config
     alone = config.replicas.alone_seconds
     if not machine.grows or not alone:
         return None
-    place = str(config.folder.resolve()) if config.database is None else shown(resolve(config.database))
+    place = str(folder.path.resolve()) if config.database is None else shown(resolve(config.database))
     return Tenure(study_key(place, config.study), alone)
 
 

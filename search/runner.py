@@ -84,9 +84,7 @@ def reference_point(study: SearchStudy) -> tuple[float, ...] | None:
 def minimised(study: SearchStudy, below: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(values (n, d) with every objective minimised, trial numbers (n,)) of the finished, feasible trials;
     only of those `below` a number where it is given."""
-    rows = [
-        (row.number, row.values) for row in study.rows()[:below] if row.values is not None and row.feasible
-    ]
+    rows = [(row.number, row.values) for row in study.rows()[:below] if row.finished and row.feasible]
     values = np.array([values for _, values in rows], dtype=float).reshape(len(rows), len(study.signs))
     return values * study.signs, np.array([number for number, _ in rows], dtype=int)
 
@@ -99,7 +97,7 @@ def hypervolumes(study: SearchStudy) -> np.ndarray:
     reference = reference_point(study)
     if reference is None:
         return np.empty(0)
-    points = [row.point(study.objectives) for row in study.rows() if row.values is not None]
+    points = [row.point(study.objectives) for row in study.rows() if row.finished]
     return hypervolume_history(points, study.signs * reference)
 
 

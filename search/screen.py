@@ -49,7 +49,7 @@ class Line:
             self._live.update(Text(line(now), no_wrap=True, overflow="ellipsis"))
         elif now - self._last >= PLAIN_SECONDS:
             self._last = now
-            self._console.print(line(now), highlight=False, soft_wrap=True)
+            self._console.print(Text(line(now)), soft_wrap=True)
 
 
 class ProgressBar(Line):

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from search.files import write_atomic
-from search.findings import Cells
+from search.findings import Cells, error_bar
 from search.page import chart, facts_section, page, table
 from search.sensitivity_table import (
     Sensitivity,
@@ -53,7 +53,8 @@ def _sections(sensitivity: Sensitivity) -> Iterator[str]:
     yield _section(f"Lose most per parameter saved, {share}", target_cells(sensitivity.most))
     yield _missing(sensitivity)
     text = sensitivity.dense.text
-    dense = f"{text.nll:.4f} ± {text.stderr:.4f} nats/token ({text.name}, {text.tokens:,} tokens)"
+    loss = f"{text.nll:.4f}{error_bar(text.stderr, 4, ' ± ')}"
+    dense = f"{loss} nats/token ({text.name}, {text.tokens:,} tokens)"
     yield facts_section({"dense model": dense, **sensitivity.facts}.items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections import Counter
@@ -184,8 +185,8 @@ def _rates(
     if study is None or not known:
         return 0.0, 0.0
     until = now or max(known.values())
-    begun = min(start for trial in trials if (start := _unix(trial.datetime_start)) is not None)
-    since = max(begun, until - RATE_SECONDS)
+    starts = [start for trial in trials if (start := _unix(trial.datetime_start)) is not None]
+    since = max(min(starts, default=-math.inf), until - RATE_SECONDS)  # what fails unstarted has none
     rows = [study.row(number) for number, end in known.items() if end >= since]
     scored = [row.score.forward_tokens for row in rows if row.score and row.copied_from is None]
     seconds = max(until - since, 1e-9)

@@ -23,7 +23,7 @@ from search.constraints import ATTRIBUTE, Constraint, violations
 from search.cost import CostModel
 from search.database_storage import grouped
 from search.lagged import DECIMALS, Lagged, bound, join_generation
-from search.packing import PLAN, RESULT, result_of
+from search.packing import PLAN, RESULT, result_of, scored
 from search.records import Objective
 from search.samplers import reseed
 from search.space import Space
@@ -71,15 +71,15 @@ class SearchStudy(StudyView):
     def enqueue(self, allocations: Iterable[tuple[Allocation, str]]) -> list[int]:
         """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out.
 
-        What was scored in part is not in it yet. A dense model that failed is added anew: all is measured
-        from it.
+        What was scored in part is not in it yet. A dense model that ended without a score is added anew: all
+        is measured from it.
         """
         planned = [trial for trial in self.frozen() if PLAN in trial.user_attrs]
         known = {
             allocation.key
             for trial, allocation in ((trial, self._packing.allocation(trial)) for trial in planned)
             if trial.state != TrialState.PRUNED
-            and not (trial.state == TrialState.FAIL and allocation.is_dense)
+            and not (trial.state.is_finished() and not scored(trial) and allocation.is_dense)
         }
         numbers = []
         for allocation, origin in allocations:

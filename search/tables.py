@@ -36,6 +36,8 @@ TRIAL_FIELDS = (
     ("ranks", pa.list_(pa.int32())),
     ("methods", pa.list_(pa.string())),
 )
+OF_RANKS = ("budget_linear", "budget_model", "budget_bytes", "macs", "ranks", "methods")
+"""Those that follow from a trial's ranks."""
 EVALUATION_FIELDS = (
     ("trial", pa.int64()),
     ("variant", pa.string()),
@@ -64,6 +66,7 @@ def trials_parquet(summary: StudySummary) -> bytes:
 
     `ranks` and `methods` follow the targets named in the schema metadata (`targets`, JSON). A null rank is
     dense; a null method is the configured one. `macs` are those of a token at the metadata's `macs_length`.
+    Ranks, and what follows from them, are null for a trial that another program gave none of this space.
     """
     targets = target_names(summary.rows)
     rows = [_trial(row, summary) for row in summary.rows]
@@ -139,6 +142,8 @@ def _trial(row: TrialRow, summary: StudySummary) -> dict[str, Any]:
     allocated = {"ranks": _ranks(row.allocation), "methods": method_list(row.allocation)}
     record: dict[str, Any] = {name: getattr(row, name) for name, _ in TRIAL_FIELDS if name not in allocated}
     record.update(allocated)
+    if not row.ranked:
+        record.update(dict.fromkeys(OF_RANKS))
     if row.values is not None:
         named = zip(summary.objectives, row.values, strict=True)
         record.update({f"value.{objective.name}": value for objective, value in named})

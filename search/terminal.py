@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from actors.types import CHOICE, RankfrontError
 from search.choosing import untold
@@ -21,10 +22,23 @@ from search.folder import StudyFolder
 from search.records import StudySummary, TrialRow
 
 # A pipe or a log has no width of its own: give it room for the front.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's folder, or its name in --runs.")]
 Runs = Annotated[Path, typer.Option(help="Folder that holds the studies.")]
+
+
+def tell(*parts: str | tuple[str, str]) -> None:
+    """Print parts, each a text or (text, style), as one line however wide: a command is copied whole.
+
+    Nothing in them is read as markup: a path or a value in brackets is what its user wrote.
+    """
+    console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def quoted(*words: object) -> str:
+    """Words of a command, as a shell reads them back."""
+    return shlex.join(map(str, words))
 
 
 def override(text: str) -> tuple[str, Any]:
@@ -46,8 +60,8 @@ def warn_infeasible(summary: StudySummary, rows: Iterable[TrialRow]) -> None:
     """Say of each chosen trial what constraints it violates: only one named by its number can."""
     for row in rows:
         if not row.feasible:
-            passed = escape(broken(summary.constraints, row))
-            console.print(f"[bold]Warning:[/] trial {row.number} violates {passed}", soft_wrap=True)
+            passed = broken(summary.constraints, row)
+            tell(("Warning:", "bold"), f" trial {row.number} violates {passed}")
 
 
 def note_untold(folder: StudyFolder, summary: StudySummary, budget: float | None) -> None:
@@ -55,9 +69,9 @@ def note_untold(folder: StudyFolder, summary: StudySummary, budget: float | None
     near = untold(summary, budget) if budget is not None and CHOICE in folder.prepared.fingerprints else []
     if near:
         first, others = near[0], ", ".join(map(str, near[1:]))
-        command = f"{program()} finalists {folder.path} --budget {budget:g} --no-refine"
+        command = f"{program()} finalists {quoted(folder.path)} --budget {budget:g} --no-refine"
         told = f"the search text cannot tell trial {first} from {others}; a larger one can:"
-        console.print(f"Note: {told}\n  {command}", soft_wrap=True)
+        tell(f"Note: {told}\n  {command}")
 
 
 def exit_if_stopped(reason: str) -> None:
@@ -71,4 +85,4 @@ def program() -> str:
     found = shutil.which("rankfront")
     if found is not None and Path(found).resolve() == Path(sys.argv[0]).resolve():
         return "rankfront"
-    return os.path.relpath(sys.argv[0])
+    return quoted(os.path.relpath(sys.argv[0]))

@@ -21,7 +21,7 @@ from actors.types import Allocation, RankfrontError, Score
 from search.constraints import feasible
 from search.cost import CostModel
 from search.memory import Memory
-from search.packing import RESULT, Packing, origin_of
+from search.packing import RESULT, Packing, origin_of, scored
 from search.parents import Parents
 from search.pareto import Front
 from search.records import Objective, TrialRow
@@ -82,15 +82,15 @@ class StudyView:
             # Past `Study.add_trial`, which refuses levels outside the space: others may have enqueued some.
             self._memory.create_new_trial(self._mirror._study_id, trial)
             self._note_front(trial)
-            if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
+            if scored(trial):
                 self._scored.setdefault(self._packing.allocation(trial).key, trial.number)
             elif trial.state == TrialState.PRUNED and "score" in trial.user_attrs.get(RESULT, {}):
                 self._stopped.setdefault(self._packing.allocation(trial).key, trial.number)
         return len(trials) - known
 
     def _note_front(self, trial: FrozenTrial) -> None:
-        """Take a trial that completed and violates no constraint into the front, if none beats it."""
-        if trial.state == TrialState.COMPLETE and feasible(trial.constraints):
+        """Take a trial that was scored and violates no constraint into the front, if none beats it."""
+        if scored(trial) and feasible(trial.constraints):
             self._front.add(trial.number, self.signs * trial.values)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:

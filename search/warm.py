@@ -24,10 +24,11 @@ from actors.types import Allocation, FactorSpec, Prepared, RankfrontError, Targe
 from search.allocations import read_items
 from search.begun import stored_preparation
 from search.config import Config
+from search.constraints import feasible
 from search.database import open_database
 from search.folder import CONFIG, PREPARED
 from search.journal import JOURNAL, open_journal
-from search.packing import PLAN
+from search.packing import PLAN, scored
 from search.pareto import contributions, front
 from search.policy import WarmStartSection
 
@@ -164,14 +165,15 @@ def _members(source: _Study, section: WarmStartSection, targets: Sequence[Target
     """The front of a study, at most `limit` of it: those that add most hypervolume, the most first.
 
     Measured from a tenth of the front's range beyond its worst values, so that its ends count too. Trials
-    that other programs proposed by levels alone have no ranks, and are left out.
+    that other programs proposed by levels alone have no ranks, those that they completed no score: both are
+    left out.
     """
     _refuse_other_targets(source.targets, targets)
     signs = [1.0 if each == StudyDirection.MINIMIZE else -1.0 for each in source.study.directions]
     trials = [
         trial
         for trial in source.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if "ranks" in trial.user_attrs.get(PLAN, {}) and all(v <= 0 for v in trial.constraints.values())
+        if "ranks" in trial.user_attrs.get(PLAN, {}) and scored(trial) and feasible(trial.constraints)
     ]
     if not trials:
         return []

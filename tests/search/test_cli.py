@@ -5,24 +5,29 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import resource
+import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
 from fakes import MODEL_PARAMETERS, TARGETS, energy_of, score_of, write_store
 from rich.console import Console
 
-from actors.types import Allocation, Prepared
+from actors.types import Allocation, Prepared, RankfrontError
 from search.cli import app, main
 from search.config import parse_config
+from search.finals import finished_numbers
 from search.folder import CONFIG, PREPARED, StudyFolder, summarise
 from search.journal import JOURNAL, driver_lock, open_journal, repair
 from search.runner import Stop
@@ -366,6 +371,27 @@ def test_a_study_without_a_dense_trial_has_a_report(
     assert member["trial"] == 0
 
 
+def test_a_trial_that_another_program_completed_is_shown_as_what_it_is(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without levels of this space, and with values that no score has: by every command that reads."""
+    other = optuna.load_study(study_name="made-up", storage=open_journal(folder.path))
+    other.tell(other.ask(), [0.1, -math.inf])
+    for command in ("report", "status"):
+        assert run(monkeypatch, command, folder.path) == 0
+    front = json.loads((folder.path / "front.json").read_text())["front"]
+    assert {member["trial"] for member in front} <= {0, 1}
+    told = pq.read_table(folder.path / "trials.parquet").to_pylist()[2]
+    assert (told["value.budget.model"], told["value.nll"]) == (0.1, -math.inf)
+    of_ranks = ("budget_linear", "budget_model", "budget_bytes", "macs", "ranks", "methods")
+    assert [told[name] for name in (*of_ranks, "search.nll")] == [None] * 7
+    capsys.readouterr()
+    assert run(monkeypatch, "export", folder.path, "--trial", 2) == 2
+    assert "--trial 2: it is COMPLETE: another program completed it" in capsys.readouterr().err
+    with pytest.raises(RankfrontError, match="--trial 2: no finished trial of this study"):
+        finished_numbers(folder.open_study(), [2])
+
+
 @pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("200 trials", 0)])
 def test_the_exit_code_says_what_stopped_the_search(
     folder: StudyFolder,
@@ -383,6 +409,51 @@ def test_the_exit_code_says_what_stopped_the_search(
     said = capsys.readouterr().out
     assert f"Stopped: {reason}" in said
     assert ("goes on where it stopped" in said) == (code > 0)
+
+
+def test_the_closing_screen_gives_commands_that_a_shell_reads_as_they_were_given(
+    folder: StudyFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Lists in a `--set` and paths with spaces and brackets: none is markup, each is one word."""
+    place = tmp_path / "my [/b] runs"
+    place.mkdir(parents=True)
+    config = place / "a [bold]config.yaml"
+    config.write_text((folder.path / CONFIG).read_text())
+    summary, moved = summarise(folder, folder.open_study()), replace(folder, path=place)
+    sets = ("--set", "warm_start.sources=[/data/runs/other]", "--set", "objectives=[budget.model,nll]")
+    given = [str(config), *sets]
+    monkeypatch.setattr("search.cli.search", lambda config, console: (moved, summary, "SIGINT"))
+    monkeypatch.setattr("search.cli.surgical", lambda config, console: (moved, summary, "SIGINT"))
+    monkeypatch.setattr("search.cli.sensitivity", lambda config, console: (place, None, "SIGINT"))
+
+    def printed(*arguments: str) -> dict[str, list[str]]:
+        """The commands by their comments, without the program."""
+        assert run(monkeypatch, *arguments) == 130
+        said = capsys.readouterr().out
+        assert f"saved in {place}/" in said
+        lines = [line for line in said.splitlines() if "   # " in line]
+        return {line.split("   # ")[1]: shlex.split(line, comments=True)[1:] for line in lines}
+
+    goes_on, further = "goes on where it stopped", "search further"
+    again = ["search", *given, "--deterministic", "--trials", "7"]
+    found = printed(*again)
+    assert found[goes_on] == again
+    assert found[further][:-1] == again[:-1]
+    assert found["write the report again"] == ["report", str(place)]
+    assert found["write the best model at <= 90%"] == ["export", str(place), "--budget", "0.9"]
+    for command in ("surgical", "sensitivity"):
+        assert printed(command, *given)[goes_on] == [command, *given]
+
+
+def test_a_mistake_is_shown_as_it_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = "no\\[/such] :boom: [red]file.yaml"
+    assert run(monkeypatch, "search", named) == 2
+    assert f"{named}: 1 mistake" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -92,6 +92,17 @@ def test_local_sources_are_saved_as_absolute_paths(
     assert config.model.source == str(tmp_path / "model")
 
 
+def test_the_home_in_runs_is_the_users(raw: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """No folder of that name is made in the one where the search is started."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = parse_config(put(raw, "runs", "~/runs"))
+    assert config.folder == tmp_path / "home" / "runs" / "made-up"
+    assert parse_config(yaml.safe_load(config.to_yaml())).runs == str(tmp_path / "home" / "runs")
+    assert parse_config(put(raw, "runs", "some/~/runs")).runs == "some/~/runs"
+    with pytest.raises(ConfigError, match="runs: '~nobody-is-called-so/runs': there is no such home"):
+        parse_config(put(raw, "runs", "~nobody-is-called-so/runs"))
+
+
 def test_overrides_change_nested_keys_and_create_sections(raw: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw))

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import MadeUpPool, open_study, propose_and_complete, score_of, stored
+from rich.console import Console
+from tiny_study import MACHINE, Tiny
 
+import search.finals
+import search.opening
+from actors.samples import pack_floats
+from actors.types import PreparationSpec
 from search.evaluations import Evaluations
-from search.finals import score_finished, split_cells
+from search.finalist_table import finalist_cells
+from search.finals import evaluate_study, reopened, score_finished, split_cells
+from search.findings import front_cells
+from search.folder import StudyFolder
+from search.journal import lock_holder
+from search.opening import Session
 from search.pool import Job, Outcome
 from search.records import StudySummary
+from search.refine import comparison_cells
 from search.runner import Stop
 
 
@@ -74,3 +91,86 @@ def test_the_table_shows_the_trials_that_were_asked_for(folder: Any) -> None:
     kept = [float(cells[1].rstrip("%")) for cells in split_cells(summary, []).rows]
     assert len(kept) == 2
     assert kept == sorted(kept, reverse=True)
+
+
+def test_one_window_has_no_standard_error_to_show(folder: Any) -> None:
+    """In no table of what is measured after a search; nor in that of the front."""
+
+    def of_one_window(job: Job) -> Outcome:
+        score = score_of(job.allocation, 3.0 + job.key)
+        text = replace(score.text, stderr=math.nan, windows=pack_floats([3.0 + job.key]))
+        return Outcome(job, replace(score, split="test", text=text))
+
+    study = open_study(folder.path, "random")
+    for _ in range(2):
+        planned = study.propose("random")
+        score = of_one_window(Job(planned.number, planned.allocation)).score
+        assert score is not None
+        study.complete(planned, replace(score, split="search"))
+    score_finished(folder, study, [0, 1], MadeUpPool(of_one_window), Stop(), print)
+    evaluations, rows = Evaluations(folder.path).rows, study.rows()
+    refined = replace(evaluations[1], variant="refined-1")
+    summary = StudySummary("s", "m", study.objectives, rows, (0, 1), 0.0, (), (*evaluations, refined), {})
+    finalists = finalist_cells(summary, (1,))
+    assert finalists is not None
+    first, second = evaluations[0].score, evaluations[1].score
+    compared = comparison_cells({"test": (first, second)})
+    losses = [row[2] for row in split_cells(summary, [0, 1]).rows]
+    assert sorted(losses) == ["3.000", "4.000"]
+    [row] = finalists.rows
+    assert (row[2], row[3], row[5], row[8]) == ("4.000", "4.000", "", "+0.0000")
+    assert compared.rows[1] == ("test", "nll", "3.0000", "4.0000", "+1.0000")
+    assert front_cells(summary).rows[0][2].lstrip("≈") in losses
+
+
+@pytest.fixture
+def prepared_in(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The study is opened without Ray; the list says in which folders its factors were looked for."""
+    looked: list[str] = []
+
+    def prepare(spec: PreparationSpec, *arguments: Any) -> Any:
+        looked.append(spec.cache)
+        return study.folder.prepared
+
+    @contextlib.contextmanager
+    def replicas(session: Session, note: Any) -> Iterator[MadeUpPool]:
+        assert lock_holder(session.folder.path) is not None
+        yield MadeUpPool(lambda job: Outcome(job, replace(score_of(job.allocation, 3.0), split="test")))
+
+    monkeypatch.setattr(search.opening, "connect", lambda: MACHINE)
+    monkeypatch.setattr(search.opening, "prepare", prepare)
+    monkeypatch.setattr(search.finals, "replicas", replicas)
+    return looked
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_copy_under_another_name_is_measured_itself(
+    study: Tiny, prepared_in: list[str], tmp_path: Path
+) -> None:
+    """And the study it is a copy of, whose folder has the study's name, is not touched."""
+    copy = tmp_path / "backup"
+    shutil.copytree(study.folder.path, copy)
+    before = content(study.folder.path)
+    assert study.folder.path.name == study.folder.config.study
+    summary, stopped = evaluate_study(StudyFolder.open(copy), [1], Console(file=io.StringIO()))
+    assert (stopped, len(summary.rows)) == (None, 2)
+    assert [row.trial for row in Evaluations(copy).rows] == [1]
+    assert content(study.folder.path) == before
+    assert prepared_in == [str(tmp_path / "factors")]
+
+
+@pytest.mark.parametrize("named", ["old", "."])
+def test_a_renamed_folder_is_no_new_study(
+    study: Tiny, prepared_in: list[str], tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where it is named from inside."""
+    renamed = study.folder.path.rename(tmp_path / "old")
+    monkeypatch.chdir(renamed if named == "." else tmp_path)
+    with reopened(StudyFolder.open(Path(named)), Console(file=io.StringIO())) as session:
+        assert session.folder.path.resolve() == renamed
+        assert len(session.folder.open_study().rows()) == 2
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["old"]
+    assert prepared_in == [str(tmp_path / "factors")]

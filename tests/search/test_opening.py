@@ -36,6 +36,10 @@ def config_of(tmp_path: Path, **sections: Any) -> Config:
     return parse_config({"study": "s", "runs": str(tmp_path), **hub, **sections})
 
 
+def folder_of(config: Config) -> StudyFolder:
+    return StudyFolder(config.folder, config, PREPARED)
+
+
 def test_all_that_the_preparation_says_is_shown_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +216,7 @@ def test_a_lag_that_leaves_replicas_waiting_is_said(tmp_path: Path, monkeypatch:
     said: list[str] = []
     for count in (2, 3):
         config = config_of(tmp_path, replicas={"count": count}, run={"deterministic": True, "lag": 3})
-        search.replicas._start_pool(config, PREPARED, Machine(8, 0, 2**40), said.append, silent)
+        search.replicas._start_pool(folder_of(config), Machine(8, 0, 2**40), said.append, silent)
     assert [line for line in said if line.startswith("run.lag")] == [
         "run.lag: 3 lets 4 trials be under way, the replicas could take 6"
     ]
@@ -270,7 +274,7 @@ def test_gpus_that_no_node_has_are_refused_before_anything_is_prepared(
         pass
     assert not config.folder.exists()
     with pytest.raises(RankfrontError, match=re.escape(words)):
-        search.replicas._start_pool(config, PREPARED, machine, print, silent)
+        search.replicas._start_pool(folder_of(config), machine, print, silent)
 
 
 def test_replicas_whose_number_is_named_wait_for_a_node_that_has_their_gpus(
@@ -280,13 +284,13 @@ def test_replicas_whose_number_is_named_wait_for_a_node_that_has_their_gpus(
     monkeypatch.setattr(search.replicas, "Pool", lambda *arguments: pools.append(arguments))
     machine, said = Machine(24, 5, 1, True, TWO_NODES), list[str]()
     config = config_of(tmp_path, replicas={"gpus": 8, "max": 2})
-    search.replicas._start_pool(config, PREPARED, machine, said.append, silent)
+    search.replicas._start_pool(folder_of(config), machine, said.append, silent)
     assert said[0] == "replicas: 2, 16 threads and 8 GPUs each"
     assert said[1].endswith("and nodes have 4, 1: waiting for a node that has")
     [(specs, gpus, *_)] = pools
     assert ([spec.gpus for spec in specs], gpus) == ([8, 8], 8)
     config = config_of(tmp_path)
-    search.replicas._start_pool(config, PREPARED, machine, said.append, silent)
+    search.replicas._start_pool(folder_of(config), machine, said.append, silent)
     assert said[2] == "replicas: 5, 4 threads and a GPU each"
     assert {spec.gpus for spec in pools[1][0]} == {None}
 
@@ -331,13 +335,13 @@ def test_a_minimum_that_no_node_can_join_for_is_refused(tmp_path: Path) -> None:
 def test_replicas_outlive_their_driver_where_the_cluster_does(tmp_path: Path) -> None:
     joined, own = Machine(8, 0, 2**40, grows=True), Machine(8, 0, 2**40)
     config = config_of(tmp_path)
-    tenure, again = tenure_of(config, joined), tenure_of(config, joined)
+    tenure, again = tenure_of(folder_of(config), joined), tenure_of(folder_of(config), joined)
     assert tenure is not None
     assert again is not None
     assert (tenure.study, tenure.alone_seconds) == (again.study, 600.0)
     assert tenure.token != again.token
-    assert tenure_of(config, own) is None
-    assert tenure_of(config_of(tmp_path, replicas={"alone_seconds": 0}), joined) is None
-    other = tenure_of(config_of(tmp_path / "elsewhere"), joined)
+    assert tenure_of(folder_of(config), own) is None
+    assert tenure_of(folder_of(config_of(tmp_path, replicas={"alone_seconds": 0})), joined) is None
+    other = tenure_of(replace(folder_of(config), path=tmp_path / "a copy"), joined)
     assert other is not None
     assert other.study != tenure.study

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from fakes import MODEL_PARAMETERS, TARGETS, MadeUpPool, score_of
@@ -23,10 +26,11 @@ from search.config import parse_config
 from search.database import open_database
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.health import STATUS, ReplicaHealth, here, write_health
-from search.journal import driver_lock
+from search.journal import driver_lock, open_journal
 from search.metrics import RayMetrics
 from search.runner import hypervolumes
 from search.status import read_status
+from search.study import ForeignError
 
 HUB = {"model": {"source": "org/model"}, "text": {"source": "org/text"}, "space": {"group": "module"}}
 BUSY = ReplicaHealth(
@@ -208,6 +212,52 @@ def test_times_are_unix_times(folder: StudyFolder) -> None:
     [first, _] = [t for t in folder.open_study().frozen() if t.state == TrialState.RUNNING]
     assert isinstance(first.datetime_start, datetime)
     assert status.running[0].since == first.datetime_start.timestamp()
+
+
+@pytest.fixture
+def in_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts this process into a time zone."""
+
+    def change(zone: str) -> None:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    yield change
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize("kept", ["journal", "database"])
+@pytest.mark.parametrize("zone", ["UTC+10", "UTC-14"])
+def test_a_driver_in_another_time_zone_is_as_fast(
+    folder: StudyFolder, tmp_path: Path, in_zone: Callable[[str], None], zone: str, kept: str
+) -> None:
+    """Optuna's times name no zone once they are read: they must be those of who reads them."""
+    url = f"sqlite:///{tmp_path / 'studies.db'}" if kept == "database" else None
+    config = parse_config({**yaml.safe_load(folder.config.to_yaml()), "database": url})
+    (folder.path / CONFIG).write_text(config.to_yaml())
+    in_zone("UTC-1")
+    searched(StudyFolder.open(folder.path))
+    trials = StudyFolder.open(folder.path).open_study().frozen()
+    first = min(start.timestamp() for trial in trials if (start := trial.datetime_start) is not None)
+    here = read_status(str(folder.path), tmp_path)
+    in_zone(zone)
+    away = read_status(str(folder.path), tmp_path)
+    assert (away.running, away.trials_per_hour) == (here.running, here.trials_per_hour)
+    with driver_lock(folder.path):
+        driven = read_status(str(folder.path), tmp_path)
+    assert driven.trials_per_hour == pytest.approx(2 * 3600 / (driven.seen - first), rel=0.1)
+
+
+def test_trials_that_never_began_have_no_rate(folder: StudyFolder) -> None:
+    """As those whose levels are not of the space: they fail before they start."""
+    study = folder.open_study()
+    other = optuna.load_study(study_name="made-up", storage=open_journal(folder.path))
+    other.enqueue_trial(dict.fromkeys(folder.space.distributions, 999))
+    with pytest.raises(ForeignError):
+        study.propose("random")
+    status = read_status(str(folder.path), Path("runs"))
+    assert (status.trials, status.trials_per_hour) == ({"FAIL": 1}, 0.0)
 
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from fakes import (
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import Allocation, RankfrontError
-from search.packing import RESULT
+from search.packing import RESULT, UNSCORED
+from search.runner import current_hypervolume, hypervolumes, minimised
 from search.study import TakenError
 from search.view import Planned
 
@@ -196,3 +198,42 @@ def test_a_running_trial_without_levels_is_another_programs(tmp_path: Path) -> N
     assert study.in_flight() == []
     assert [row.state for row in study.rows()] == ["RUNNING", "COMPLETE"]
     assert study.propose("random").number == 2
+
+
+@pytest.mark.parametrize("nll", [1.0, -math.inf])
+def test_values_that_another_program_told_are_no_score(tmp_path: Path, nll: float) -> None:
+    """Better than all of ours, or infinitely better: on no front, in no volume, and not the dense model."""
+    study = open_study(tmp_path)
+    study.enqueue([(Allocation.dense(TARGETS), "dense")])
+    propose_and_complete(study, 3)
+    before = study.front, hypervolumes(study).tolist(), current_hypervolume(study)
+    other = plain(tmp_path)
+    other.tell(other.ask(), [0.5, nll])
+    other.enqueue_trial({"q_proj": 1, "up_proj": 10, "down_proj": 4})
+    planned = study.propose("random")
+    other.tell(planned.number, [0.5, nll])
+    with pytest.raises(TakenError):
+        study.complete(planned, score_of(planned.allocation))
+    for driver in (study, open_study(tmp_path)):
+        assert driver.sync() == 0
+        assert (driver.front, hypervolumes(driver).tolist(), current_hypervolume(driver)) == before
+        assert minimised(driver)[1].tolist() == [0, 1, 2]
+        rows = driver.rows()
+        assert [row.finished for row in rows] == [True, True, True, False, False]
+        assert [row.ranked for row in rows] == [True, True, True, False, True]
+        assert {(row.values, row.score, row.reason) for row in rows[3:]} == {((0.5, nll), None, UNSCORED)}
+    propose_and_complete(driver, 1)
+
+
+def test_a_dense_model_that_another_program_ended_is_scored_anew(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    dense = (Allocation.dense(TARGETS), "dense")
+    study.enqueue([dense])
+    planned = study.propose("random")
+    plain(tmp_path).tell(planned.number, [1.0, 2.0])
+    with pytest.raises(TakenError):
+        study.complete(planned, score_of(planned.allocation))
+    assert study.dense_score is None
+    assert study.enqueue([dense]) == [1]
+    propose_and_complete(study, 1)
+    assert study.scored_as(study.dense) == 1

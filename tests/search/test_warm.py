@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from search.begun import write_identity
 from search.config import Config, parse_config
 from search.constraints import Constraint
 from search.folder import CONFIG, PREPARED
+from search.packing import PLAN, RESULT, result_of
 from search.pareto import front, hypervolume
 from search.study import SearchStudy
 from search.warm import ORIGIN, check_sources, warm_allocations
@@ -161,8 +163,10 @@ def test_a_study_of_the_same_database_is_found_by_its_name(tmp_path: Path) -> No
     write_identity(storage, theirs, prepared())
     other = optuna.load_study(study_name="theirs", storage=storage)
     score, ranks = score_of(COST.uniform(0.8)), [rank for _, rank in COST.uniform(0.8)]
-    plan = {"rankfront.plan": {"origin": "tpe", "ranks": ranks}}
-    other.add_trial(optuna.trial.create_trial(values=[0.8, score.text.nll], user_attrs=plan))
+    plan = {PLAN: {"origin": "tpe", "ranks": ranks}}
+    other.add_trial(optuna.trial.create_trial(values=[0.1, -math.inf], user_attrs=plan))  # no score of ours
+    kept = {**plan, RESULT: result_of(score)}
+    other.add_trial(optuna.trial.create_trial(values=[0.8, score.text.nll], user_attrs=kept))
     config = config_of(tmp_path, "theirs", "nobody's", database=url)
     check_sources(config)
     with pytest.raises(
