@@ -38,7 +38,7 @@ from actors.operations import operations
 from actors.packing import check_packing
 from actors.planning import plan
 from actors.resident import local_source
-from actors.scoring import SplitData, load_choice, load_split
+from actors.splits import SplitData, load_choice, load_split
 from actors.text import calibration_windows, fingerprint_windows
 from actors.types import CHOICE, SPLITS, BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
 

@@ -20,7 +20,8 @@ from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
 from actors.models import load_model, load_tokenizer
 from actors.refined import RefinedFactors
-from actors.scoring import load_split, score_split
+from actors.scoring import score_split
+from actors.splits import load_split
 from actors.storage import FORMS, ITEMSIZE, stored_target
 from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, Score
 

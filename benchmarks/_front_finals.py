@@ -11,7 +11,7 @@ from actors.refine import refine
 from actors.refined import RefinedFactors
 from actors.refinement import FOLDER, REFIT, RefinementSpec, file_of, refinement_fingerprint
 from actors.refit import refit
-from actors.scoring import load_split
+from actors.splits import load_split
 from actors.text import calibration_windows
 from actors.types import Allocation, digest
 

@@ -17,7 +17,8 @@ from actors.models import load_tokenizer
 from actors.perplexity import window_losses
 from actors.preparation import prepare
 from actors.samples import pack_floats, unpack_floats
-from actors.scoring import Scorer, load_split, score_split
+from actors.scoring import Scorer, score_split
+from actors.splits import load_split
 from actors.types import (
     CHOICE,
     SPLITS,

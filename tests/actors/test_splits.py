@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from actors.models import load_tokenizer
-from actors.scoring import load_choice, load_split
+from actors.splits import load_choice, load_split
 from actors.text import text_parts
 from actors.types import CorpusSource, PreparationSpec, RankfrontError, TextSource
 from search.config import parse_config

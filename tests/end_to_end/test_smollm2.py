@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from actors.scoring import load_split
+from actors.splits import load_split
 from actors.types import PreparationSpec
 from search.folder import StudyFolder
 
