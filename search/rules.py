@@ -7,20 +7,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from actors.refinement import GRADIENT, REFIT, windows_of
-from actors.sources import Source
 from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
-from actors.text import corpus_part, text_parts
-from actors.types import METHOD_NAMES, SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
+from actors.types import METHOD_NAMES, SPLITS, ScoringSpec, TextSource
 from search.constraints import constraint_mistakes
 from search.places import builder_mistakes
 from search.sections import KNOTS
 from search.surgical import CHUNKS
+from search.text_rules import cap_mistakes, corpus_mistakes, stride_mistakes, text_mistakes
 
 if TYPE_CHECKING:
     from search.sections import (
         CalibrationSection,
-        CorpusSection,
         FactorSection,
         FinalistSection,
         ModelSection,
@@ -139,53 +137,6 @@ def _stage_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) -> lis
     ]
 
 
-def _stride_mistakes(scoring: ScoringSection) -> list[str]:
-    if scoring.stride is None or scoring.stride <= scoring.window:
-        return []
-    return [
-        f"scoring.stride: {scoring.stride} is beyond scoring.window, {scoring.window}: it leaves tokens out"
-    ]
-
-
-def _corpus_mistakes(
-    text: TextSection, calibration: CalibrationSection, scoring: ScoringSection
-) -> list[str]:
-    """Names that repeat, texts that are read already, and texts that are certainly too short."""
-    found = []
-    read = {_place(text): "text"}
-    if calibration.text is not None:
-        read.setdefault(_place(calibration.text), "calibration.text")
-    for index, corpus in enumerate(scoring.corpora):
-        where = f"scoring.corpora[{index}]"
-        if corpus.name in [other.name for other in scoring.corpora[:index]]:
-            found.append(f"{where}.name: {corpus.name!r} is there twice")
-        if _place(corpus) in read:
-            found.append(
-                f"{where}: is the text of {read[_place(corpus)]}; name another source, split or column"
-            )
-        elif Source.parse(corpus.source).path is not None:
-            found += [f"{where}: {line}" for line in _too_short(corpus, scoring)]
-        read.setdefault(_place(corpus), where)
-    return found
-
-
-def _place(text: TextSection) -> tuple[str | None, ...]:
-    return text.source, text.subset, text.split, text.column
-
-
-def _too_short(corpus: CorpusSection, scoring: ScoringSection) -> list[str]:
-    text = TextSource(**corpus.model_dump(exclude={"name", "tokens"}))
-    try:
-        sizes = {split: sum(map(len, corpus_part(text, scoring.search_fraction, split))) for split in SPLITS}
-    except (RankfrontError, OSError, ValueError) as error:
-        return [str(error)]
-    return [
-        f"text too short: its {split} part has {size} characters, scoring.window is {scoring.window} tokens"
-        for split, size in sizes.items()
-        if size < scoring.window
-    ]
-
-
 def _stop_mistakes(stop: StopSection) -> list[str]:
     if all(rule is None for rule in (stop.trials, stop.tokens, stop.hours, stop.plateau)):
         return ["stop: set at least one of trials, tokens, hours, plateau"]
@@ -259,58 +210,6 @@ def _no_method(name: str) -> str:
     return f"{name!r} is no method; one of {', '.join(METHOD_NAMES)}"
 
 
-def _text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
-    """Texts that are certainly too short: a token is at least one character long.
-
-    Texts on the hub are not fetched to check a config; the workers check every text in tokens.
-    """
-    sources = [text, calibration.text or text]
-    if any(Source.parse(section.source).path is None for section in sources):
-        return []
-    own = TextSource(**(calibration.text or text).model_dump())
-    try:
-        parts = text_parts(
-            CalibrationSpec(own, calibration.tokens, calibration.window),
-            ScoringSpec(
-                TextSource(**text.model_dump()),
-                scoring.window,
-                scoring.tokens.model_dump(),
-                search_fraction=scoring.search_fraction,
-            ),
-            calibration.fraction,
-        )
-    except (RankfrontError, OSError, ValueError) as error:
-        return [f"text: {error}"]
-    needed = {"calibration": calibration.window, "search": scoring.window, "test": scoring.window}
-    return [
-        f"{'calibration.window' if part == 'calibration' else 'scoring.window'}: text too short: the {part} "
-        f"part has {sum(map(len, documents))} characters, a window of {needed[part]} tokens needs more"
-        for part, documents in parts.items()
-        if sum(map(len, documents)) < needed[part]
-    ]
-
-
-def _cap_mistakes(calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
-    """Texts that are cut to less than a window."""
-    caps = [("calibration.tokens", calibration.tokens, "calibration.window", calibration.window)]
-    named = [
-        ("scoring.tokens", scoring.tokens),
-        *(
-            (f"scoring.corpora[{place}].tokens", corpus.tokens)
-            for place, corpus in enumerate(scoring.corpora)
-            if corpus.tokens is not None
-        ),
-    ]
-    for key, tokens in named:
-        for split in SPLITS:
-            caps.append((f"{key}.{split}", getattr(tokens, split), "scoring.window", scoring.window))
-    return [
-        f"{key}: {tokens} is less than one window; {window} is {size}"
-        for key, tokens, window, size in caps
-        if tokens < size
-    ]
-
-
 def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> list[str]:
     tasks = [task.name for task in scoring.tasks]
     found = []
@@ -363,7 +262,7 @@ RULES: Rules = (
     (("objectives", "scoring"), _objective_mistakes),
     (("constraints", "scoring"), constraint_mistakes),
     (("scoring",), _task_mistakes),
-    (("scoring",), _stride_mistakes),
+    (("scoring",), stride_mistakes),
     (("scoring", "text"), _kl_mistakes),
     (("objectives", "scoring"), _stage_mistakes),
     (("stop",), _stop_mistakes),
@@ -376,7 +275,7 @@ RULES: Rules = (
     (("refine", "calibration"), _refine_mistakes),
     (("model", "refine", "finalists"), _finalist_mistakes),
     (("calibration", "cache"), builder_mistakes),
-    (("calibration", "scoring"), _cap_mistakes),
-    (("text", "calibration", "scoring"), _text_mistakes),
-    (("text", "calibration", "scoring"), _corpus_mistakes),
+    (("calibration", "scoring"), cap_mistakes),
+    (("text", "calibration", "scoring"), text_mistakes),
+    (("text", "calibration", "scoring"), corpus_mistakes),
 )
