@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from _common import table
 from _front_book import Asked, Book
-from _front_runs import IMPROVED, LADDER, OURS, PAPER, Run, asked_runs, every_run, refined_name
+from _front_runs import DENSE, IMPROVED, LADDER, OURS, PAPER, Run, asked_runs, every_run, refined_name
 from _front_setup import SEARCH_SHARE, Setup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from actors.refinement import RefinementSpec
 from search.choosing import APART
 from search.pareto import front, hypervolume_history
 
@@ -71,11 +72,21 @@ class Reading:
             return None
         return pick.budget, self._book.scores[pick.score].nll - self._book.scores[dense.score].nll
 
+    def refined(self, run: Run, spec: RefinementSpec, under: float) -> tuple[float, float] | None:
+        """The same of the pick's refined factors; None where they are those of an earlier pick."""
+        found, bare = self.test(refined_name(run, spec), under), self.test(run.name, under)
+        return found if found is not None and bare is not None and found[0] == bare[0] else None
+
     def asked(self) -> dict[str, Asked]:
-        """By the name of whose pick it is, in the order of a table."""
-        refined = self.setup.refinement
-        names = [name for run in asked_runs(self.setup) for name in (run.name, refined_name(run, refined))]
-        return {name: self._book.asked[name] for name in names if name in self._book.asked}
+        """By the name of whose pick it is, in the order of a table; not those of an earlier pick."""
+        spec, known, found = self.setup.refinement, self._book.asked, {}
+        for run in asked_runs(self.setup):
+            under = 1.0 if run == DENSE else self.setup.task_budget
+            for name in (run.name, refined_name(run, spec)):
+                pick = self._book.picks.get(name, {}).get(under)
+                if name in known and pick is not None and known[name].score == pick.score:
+                    found[name] = known[name]
+        return found
 
     def complete(self, run: Run) -> bool:
         return self._book.reached(run.name, self.setup.trials if run.counted else 1)
@@ -94,8 +105,8 @@ def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]
         "cheapest form, but for `surgical/paper` (feature, factored). What a strategy gives at a budget is "
         f"its point at or under it of the least search loss; where that is within {APART:g} paired standard "
         f"errors of others, {setup.choice_tokens:,} further tokens of the validation file choose among "
-        f"{setup.candidates} at most. `refined`: the factors of these picks after "
-        f"at most {setup.refinement.steps} steps of KL to the dense model on the first "
+        f"{setup.candidates} at most. `refined`: the factors of these picks, of seeds as of ours, "
+        f"after at most {setup.refinement.steps} steps of KL to the dense model on the first "
         f"{setup.refine_windows} windows of the calibration text, ranks as they were, at a rate of at most "
         f"{setup.refinement.learning_rate:g}; {min(setup.refinement.held_out, setup.choice_tokens):,} tokens "
         "of the text that chooses tell which step is kept. `refit`: the same picks in closed form."
@@ -133,13 +144,14 @@ def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]
 
 
 def _budgets(reading: Reading) -> Iterator[list[str]]:
-    budgets, ours = reading.setup.budgets, reading.of(OURS)[0]
+    budgets, ours, seeds = reading.setup.budgets, reading.of(OURS)[0], Run("seeds")
     if reading.setup.model is None:
         yield ["required of ours", *(f"{REQUIRED[budget]:g}" for budget in budgets)]
         yield ["required of ours, refined", *(f"{REQUIRED_REFINED[budget]:g}" for budget in budgets)]
-    for spec in (reading.setup.refinement, reading.setup.refit):
-        found = [reading.test(refined_name(ours, spec), budget) for budget in budgets]
-        yield [refined_name(ours, spec), *(_spread([pair[1]] if pair else [], 1) for pair in found)]
+    setup = reading.setup
+    for run, spec in ((ours, setup.refinement), (ours, setup.refit), (seeds, setup.refinement)):
+        found = [reading.refined(run, spec, budget) for budget in budgets]
+        yield [refined_name(run, spec), *(_spread([pair[1]] if pair else [], 1) for pair in found)]
     for label in reading.labels:
         cells = []
         for budget in budgets:

@@ -93,7 +93,8 @@ DENSE = Run("dense")
 
 def asked_runs(setup: Setup) -> list[Run]:
     """Whose picks are asked the tasks."""
-    return [DENSE, Run("uniform"), Run(OURS, setup.seeds[0], warm=True), Run(IMPROVED), Run(PAPER)]
+    ours = Run(OURS, setup.seeds[0], warm=True)
+    return [DENSE, Run("uniform"), Run("seeds"), ours, Run(IMPROVED), Run(PAPER)]
 
 
 def refined_name(run: Run, spec: RefinementSpec) -> str:

@@ -8,8 +8,9 @@ What is compared is in `_front_runs.py`, on what in `_front_setup.py`; both are 
 scored once and shared: its score is in a file under benchmarks/results (`_front_book.py`), committed.
 An invocation ends when `--minutes` are over, or whenever it is stopped, and the next one goes on, here or on
 another machine; factors are built where they are missing, in runs/benchmarks. What is asked of our front is
-measured first: its seeds, our search, its picks refined, and the six tasks (`_front_finals.py`). `--table`
-writes the table and the picture of what is known, without a model; so does every invocation at its end.
+measured first: its seeds, our search, the picks of both refined, and the six tasks (`_front_finals.py`).
+`--table` writes the table and the picture of what is known, without a model; so does every invocation at its
+end.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def play(bench: Bench) -> None:
     seeds, ours, uniform, *others = every_run(bench.setup)
     for run in (seeds, ours, uniform):
         played(bench, run)
-    finals.refine(ours, bench.setup.refinement)
+    for run in (ours, seeds):
+        finals.refine(run, bench.setup.refinement)
     for trials in bench.setup.checkpoints[-2:]:
         for run in others:
             walked(bench, run, trials)

@@ -148,15 +148,19 @@ def test_our_picks_are_refined_and_asked_as_a_replica_would_be(bench: Any) -> No
     assert asked["dense"].acc == {"arc_easy": dense.acc}
     assert asked["dense"].stderr == {"arc_easy": dense.stderr}
     assert asked["dense"].examples == bench.setup.examples == dense.examples
-    assert set(asked) == {"dense", "uniform", "exchange/0", "exchange/0 refined", *SURGICAL}
+    ours = {"exchange/0", "exchange/0 refined"}
+    assert set(asked) == {"dense", "uniform", "seeds", "seeds refined", *ours, *SURGICAL}
     bare = bench.book.picks["exchange/0"]
     for way in ("refined", "refit"):
         found = bench.book.picks[f"exchange/0 {way}"]
         assert {under: pick.budget for under, pick in found.items()} == {
             under: pick.budget for under, pick in bare.items()
         }
+    seeds = bench.book.picks["seeds"]
+    assert bench.book.picks["seeds refined"].keys() == seeds.keys()
     files = [*(bench.folder / "refined").glob("*.safetensors")]
-    assert len(files) == 2 * len({pick.score for pick in bare.values()})
+    mine = {pick.score for pick in bare.values()}
+    assert len(files) == len(mine) + len(mine | {pick.score for pick in seeds.values()})
 
 
 @pytest.mark.parametrize("share", [0.4, 0.8, 0.95])
