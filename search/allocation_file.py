@@ -16,17 +16,10 @@ from pydantic import Field, ValidationError
 
 from search.config import Config, ConfigError, adapter_of, parse_config, set_key
 from search.folder import StudyFolder
+from search.inputs import ModelSection, ScoringSection, TextSection
 from search.records import FACTORS, StudySummary, TrialRow
-from search.sections import (
-    CalibrationSection,
-    FactorSection,
-    ModelSection,
-    Positive,
-    ScoringSection,
-    Section,
-    TargetSection,
-    TextSection,
-)
+from search.section import Positive, Section
+from search.sections import CalibrationSection, FactorSection, TargetSection
 from search.tables import finite
 
 FORMAT = "rankfront-allocation-1"

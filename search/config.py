@@ -30,31 +30,27 @@ from actors.types import (
 )
 from search.constraints import Constraint, flat
 from search.database import check_url
+from search.inputs import ModelSection, ScoringSection, TextSection
 from search.places import CacheSection
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, Rules, smaller_is_better
+from search.section import SAVED, Bound, Section
 from search.sections import (
-    SAVED,
-    Bound,
     CalibrationSection,
     CostSection,
     FactorSection,
     FinalistSection,
-    ModelSection,
     ReferenceSection,
     RefineSection,
     ReplicaSection,
     SamplerSection,
-    ScoringSection,
-    Section,
     SeedSection,
     SensitivitySection,
     SpaceSection,
     StopSection,
     SurgicalSection,
     TargetSection,
-    TextSection,
 )
 
 

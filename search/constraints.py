@@ -17,8 +17,8 @@ from actors.bias import BIAS_SETS
 from actors.tasks import task_of
 
 if TYPE_CHECKING:
+    from search.inputs import ScoringSection
     from search.records import TrialRow
-    from search.sections import ScoringSection
 
 ATTRIBUTE = "constraints:"
 """Beginning of the system attributes; Optuna's, which has no public name for it."""

@@ -8,7 +8,7 @@ from pydantic import field_validator
 
 from actors.node_cache import is_url
 from actors.types import NODE_CACHE
-from search.sections import Section, readable_url
+from search.section import Section, readable_url
 
 if TYPE_CHECKING:
     from search.sections import CalibrationSection

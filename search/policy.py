@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from search.sections import Positive, Section, is_saved
+from search.section import Positive, Section, is_saved
 
 
 class RunSection(Section):

@@ -17,19 +17,17 @@ from search.surgical import CHUNKS
 from search.text_rules import cap_mistakes, corpus_mistakes, stride_mistakes, text_mistakes
 
 if TYPE_CHECKING:
+    from search.inputs import ModelSection, ScoringSection, TextSection
     from search.sections import (
         CalibrationSection,
         FactorSection,
         FinalistSection,
-        ModelSection,
         RefineSection,
         ReplicaSection,
         SamplerSection,
-        ScoringSection,
         SpaceSection,
         StopSection,
         SurgicalSection,
-        TextSection,
     )
 
 # Metrics that can be objectives, and whether less is better. Tasks add `reasoning.<task>.<kind>`, corpora

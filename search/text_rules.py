@@ -9,7 +9,8 @@ from actors.text import corpus_part, text_parts
 from actors.types import SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
-    from search.sections import CalibrationSection, CorpusSection, ScoringSection, TextSection
+    from search.inputs import CorpusSection, ScoringSection, TextSection
+    from search.sections import CalibrationSection
 
 
 def stride_mistakes(scoring: ScoringSection) -> list[str]:

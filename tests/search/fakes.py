@@ -199,6 +199,12 @@ def plain(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name="made-up", storage=open_journal(folder))
 
 
+def score_two(study: SearchStudy) -> None:
+    """Dense and another trial, scored."""
+    study.enqueue([(Allocation.dense(TARGETS), "dense")])
+    propose_and_complete(study, 2)
+
+
 def propose_and_complete(study: SearchStudy, count: int) -> list[Planned]:
     done = []
     for _ in range(count):

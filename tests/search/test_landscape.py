@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from fakes import CHOOSING, OBJECTIVES, TARGETS, cost_model, landscape, space_of
 
+from search.constraints import Constraint
 from search.landscape import landscape_of
 from search.records import Objective
 from search.space import Space
@@ -68,3 +69,26 @@ def test_objectives_and_methods_are_named() -> None:
     assert found.names == ("q_proj", "up_proj", "down_proj")
     assert list(found.methods) == ["method/q_proj", "method/up_proj", "method/down_proj"]
     assert set(found.methods.values()) == {CHOOSING.choices}
+
+
+def test_bounds_on_costs_are_the_size_they_leave_to_the_targets() -> None:
+    """The tightest of them; bounds on what is measured are none."""
+    rest = COST.model_parameters - COST.linear_parameters
+    size = COST.model_parameters * COST.itemsize
+    bounds = {
+        "budget.linear": (0.5, 0.5 * COST.linear_parameters),
+        "budget.model": (0.6, 0.6 * COST.model_parameters - rest),
+        "budget.bytes": (0.7, 0.7 * COST.model_parameters - rest),
+        "bytes": (0.8 * size, 0.8 * COST.model_parameters - rest),
+        "perplexity": (30.0, COST.linear_parameters),
+    }
+    space = space_of(COST)
+
+    def most(*metrics: str) -> int:
+        constraints = [Constraint(metric, bounds[metric][0]) for metric in metrics]
+        return landscape_of(space, COST, OBJECTIVES, (np.inf, np.inf), None, (), constraints).most
+
+    for metric, (_, expected) in bounds.items():
+        assert most(metric) == pytest.approx(expected, abs=1)
+    assert most(*bounds) == min(most(metric) for metric in bounds)
+    assert most() == COST.linear_parameters

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from fakes import MODEL_PARAMETERS, TARGETS, score_of
+from fakes import MODEL_PARAMETERS, TARGETS, score_two
 from raw_config import put
 from rich.console import Console
 
 import search.opening
-from actors.types import Allocation, Prepared, RankfrontError
+from actors.types import Prepared, RankfrontError
 from search.begun import write_identity
 from search.config import Config, ConfigError, load_config, parse_config, parse_saved
 from search.database import open_database
@@ -137,17 +137,9 @@ def folder(everywhere: dict[str, Any], tmp_path: Path) -> StudyFolder:
     (path / CONFIG).write_text(config.to_yaml())
     (path / PREPARED).write_text(json.dumps(DONE.to_dict()))
     made = StudyFolder.open(path)
-    score_two(made)
+    score_two(made.open_study())
     move(tmp_path)
     return made
-
-
-def score_two(folder: StudyFolder) -> None:
-    study = folder.open_study()
-    study.enqueue([(Allocation.dense(TARGETS), "dense")])
-    for _ in range(2):
-        planned = study.propose("random")
-        study.complete(planned, score_of(planned.allocation))
 
 
 def test_status_does_without(folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +149,7 @@ def test_status_does_without(folder: StudyFolder, tmp_path: Path, monkeypatch: p
     config = folder.config.model_copy(update={"database": "${STUDIES}"})
     storage = open_database("${STUDIES}")
     write_identity(storage, config, folder.prepared)
-    score_two(replace(folder, config=config, leased=storage))
+    score_two(replace(folder, config=config, leased=storage).open_study())
     assert read_status("${STUDIES}", tmp_path / "elsewhere").trials == {"COMPLETE": 2}
 
 

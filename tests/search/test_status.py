@@ -14,11 +14,11 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from fakes import MODEL_PARAMETERS, TARGETS, MadeUpPool, score_of
+from fakes import MODEL_PARAMETERS, TARGETS, MadeUpPool, score_two
 from optuna.trial import TrialState
 
 import search.health
-from actors.types import Allocation, Prepared, RankfrontError
+from actors.types import Prepared, RankfrontError
 from search.beacon import Beacon
 from search.begun import write_identity
 from search.cli_status import status_command
@@ -54,10 +54,7 @@ def folder(tmp_path: Path) -> StudyFolder:
 def searched(folder: StudyFolder) -> None:
     """Dense and another scored, one failed for each of two reasons and one of them twice, two in flight."""
     study = folder.open_study()
-    study.enqueue([(Allocation.dense(TARGETS), "dense")])
-    for _ in range(2):
-        planned = study.propose("random")
-        study.complete(planned, score_of(planned.allocation))
+    score_two(study)
     for reason in ("nll is nan (attempt 2 of 2)", "replica died", "nll is nan (attempt 1 of 2)"):
         study.fail(study.propose("random").number, reason)
     study.propose("random")

@@ -1,0 +1,162 @@
+"""The sections that name what is read and how it is scored: model, texts, tasks, sets of sentences."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from actors.bias import BIAS_SETS
+from actors.node_cache import is_url
+from actors.sources import Source
+from actors.tasks import TASKS
+from actors.types import RankfrontError, TaskSource
+from search.section import Positive, Section, is_saved, readable_url
+
+
+def _known_source(name: str, info: ValidationInfo) -> str:
+    if is_saved(info):
+        return name
+    try:
+        return Source.parse(name).name
+    except RankfrontError as error:
+        raise ValueError(str(error)) from error
+
+
+def _known_model(name: str, info: ValidationInfo) -> str:
+    return name if is_url(readable_url(name, info)) else _known_source(name, info)
+
+
+class ModelSection(Section):
+    """The pretrained model; its source may be a URL too (`actors.node_cache`).
+
+    `trust_remote_code` runs code that comes with it: only for models you trust.
+    """
+
+    source: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    _source = field_validator("source")(_known_model)
+
+
+class TextSection(Section):
+    """Documents: a column of a data set, joined into one text."""
+
+    source: str
+    subset: str | None = None
+    split: str | None = None
+    column: str = "text"
+    join: str = "\n\n"
+    deduplicate: bool = False
+
+    _source = field_validator("source")(_known_source)
+
+
+class TaskSection(Section):
+    """A reasoning task by its lm-evaluation-harness name; without a source, from the hub.
+
+    With a `format` it is one's own, of any other name, and needs a source (see `actors.tasks`).
+    """
+
+    format: Literal["choices"] | None = None  # first, as what a name may be depends on it
+    name: str
+    source: str | None = None
+    subset: str | None = None
+    split: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        if info.data.get("format") is None:
+            if name not in TASKS:
+                own = "; your own needs format: choices"
+                raise ValueError(f"{name!r} is no task; one of {', '.join(TASKS)}{own}")
+        elif name in TASKS:
+            raise ValueError(f"{name!r} is lm-evaluation-harness's; give your own another name")
+        elif not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise ValueError(f"{name!r}: a name is letters, digits and _, and begins with a letter")
+        return name
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, name: str | None, info: ValidationInfo) -> str | None:
+        return None if name is None else _known_source(name, info)
+
+    def resolved(self) -> TaskSource:
+        if self.format is not None:
+            assert self.source is not None, "see search.rules"
+            return TaskSource(self.name, self.source, self.subset, self.split, self.format)
+        task = TASKS[self.name]
+        if self.source is None:
+            return TaskSource(self.name, task.hub, task.subset, self.split or "validation")
+        return TaskSource(self.name, self.source, self.subset, self.split)
+
+
+class BiasSection(Section):
+    """A set of sentences by its name (see `actors.bias`); without a source, from the hub."""
+
+    name: Literal["crows_pairs", "stereoset"]
+    source: str | None = None
+    subset: str | None = None
+    split: str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, name: str | None, info: ValidationInfo) -> str | None:
+        return None if name is None else _known_source(name, info)
+
+    def resolved(self) -> TaskSource:
+        if self.source is not None:
+            return TaskSource(self.name, self.source, self.subset, self.split)
+        chosen = BIAS_SETS[self.name]
+        return TaskSource(self.name, chosen.hub, chosen.subset, self.split or chosen.split)
+
+
+class PerSplit(Section):
+    """A cap for each split."""
+
+    search: Positive
+    test: Positive
+
+
+class TextTokens(PerSplit):
+    """Caps for the text. `choice` is for what is behind the search split's in its part of the text, and
+    chooses among trials that the search split cannot tell apart: see `search.choosing`."""
+
+    choice: Positive = 16_384
+
+
+class CorpusSection(TextSection):
+    """A text scored beside the main one, as `nll.<name>`; `tokens` are its caps where they are others."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
+    tokens: PerSplit | None = None
+
+
+class ScoringSection(Section):
+    """What a score is made of. `stride`, `kl_...`, `prefix_...` and `stages` are those of `ScoringSpec`."""
+
+    window: Annotated[int, Field(ge=2)] = 512
+    stride: Positive | None = None
+    tokens: TextTokens = TextTokens(search=8_192, test=32_768)
+    corpora: tuple[CorpusSection, ...] = ()
+    tasks: tuple[TaskSection, ...] = ()
+    bias: tuple[BiasSection, ...] = ()
+    examples: PerSplit = PerSplit(search=100, test=400)
+    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+    batch_tokens: Positive = 1_024
+    kl_top_k: Positive | None = None
+    kl_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
+    prefix_memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    prefix_stride: Positive = 1
+    stages: tuple[Positive, ...] = ()
+
+    @field_validator("tasks", "bias", mode="before")
+    @classmethod
+    def _names(cls, tasks: Any) -> Any:
+        if isinstance(tasks, list | tuple):
+            return [{"name": task} if isinstance(task, str) else task for task in tasks]
+        return tasks

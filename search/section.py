@@ -1,0 +1,46 @@
+"""What every section of a config is, and what its values are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo
+
+from actors.node_cache import is_url, url_problem
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1)]
+Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+SAVED = "saved"
+"""The validation context of a config that was saved with a study: what it names was found when it was given,
+and may be gone by now, or be on another machine. Names stay as they are."""
+
+
+def is_saved(info: ValidationInfo) -> bool:
+    return info.context == SAVED
+
+
+def readable_url(place: str | None, info: ValidationInfo) -> str | None:
+    """A place as it is; raises ValueError where it is a URL that this machine has no driver for."""
+    if place is not None and is_url(place) and not is_saved(info):
+        problem = url_problem(place)
+        if problem is not None:
+            raise ValueError(problem)
+    return place
+
+
+class Section(BaseModel):
+    """Unknown keys are mistakes; values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{value!r}: input should be 'auto' or an integer greater than or equal to 1")
+
+
+# One validator for both: a union would list a mistake once for each of its members.
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
