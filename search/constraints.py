@@ -120,6 +120,11 @@ def violations(constraints: Iterable[Constraint], metrics: Mapping[str, float]) 
     return {each.metric: each.violation(metrics) for each in constraints}
 
 
+def total(violations: Mapping[str, float]) -> float:
+    """The sum of those above 0, by which samplers rank trials that are not feasible."""
+    return sum(value for value in violations.values() if value > 0)
+
+
 def feasible(violations: Mapping[str, float]) -> bool:
     """Whether none is above 0; as Optuna sees it, a trial without any recorded is feasible."""
     return all(value <= 0 for value in violations.values())

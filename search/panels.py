@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.types import Score
+from search.constraints import total
 from search.pareto import front
 from search.records import StudySummary, TrialRow
 
@@ -87,7 +88,7 @@ def front_rows(summary: StudySummary) -> list[TrialRow]:
 def infeasible_rows(summary: StudySummary) -> list[TrialRow]:
     """The finished trials that violate a constraint, least sum of violations first, as samplers rank them."""
     found = [row for row in summary.rows if row.finished and not row.feasible]
-    return sorted(found, key=lambda row: sum(value for value in row.constraints.values() if value > 0))
+    return sorted(found, key=lambda row: total(row.constraints))
 
 
 def panels(summary: StudySummary) -> tuple[Panel, ...]:

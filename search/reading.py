@@ -11,6 +11,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from search.constraints import total
 from search.landscape import Landscape
 from search.packing import PLAN
 
@@ -107,6 +108,5 @@ class Reader:
         land, ranks = self._landscape, trial.user_attrs.get(PLAN, {}).get("ranks", ())
         of_ranks = len(ranks) == len(land.owner)
         predicted, size = land.of_ranks(ranks) if of_ranks else land.of_levels(place.levels)
-        violation = sum(max(value, 0.0) for value in trial.constraints.values())
-        total = float(predicted.sum())
-        return Finding(place, predicted, total, size, values, violation, trial.system_attrs.get(MOVE))
+        violation, move = total(trial.constraints), trial.system_attrs.get(MOVE)
+        return Finding(place, predicted, float(predicted.sum()), size, values, violation, move)

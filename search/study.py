@@ -74,14 +74,14 @@ class SearchStudy(StudyView):
         What was scored in part is not in it yet. A dense model that ended without a score is added anew: all
         is measured from it.
         """
-        planned = [trial for trial in self.frozen() if PLAN in trial.user_attrs]
-        known = {
-            allocation.key
-            for trial, allocation in ((trial, self._packing.allocation(trial)) for trial in planned)
-            if trial.state != TrialState.PRUNED
-            and not (trial.state.is_finished() and not scored(trial) and allocation.is_dense)
-        }
-        numbers = []
+        known, numbers = set(), []
+        for trial in self.frozen():
+            if PLAN not in trial.user_attrs or trial.state == TrialState.PRUNED:
+                continue
+            lost = trial.state.is_finished() and not scored(trial)
+            allocation = self._packing.allocation(trial)
+            if not (lost and allocation.is_dense):
+                known.add(allocation.key)
         for allocation, origin in allocations:
             if allocation.key in known:
                 continue

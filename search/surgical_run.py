@@ -69,7 +69,7 @@ def score_open_trials(study: SearchStudy, pool: Pool, stop: Stop, note: Note) ->
     Runner(study, pool, StopSection(trials=1), ORIGIN, stop, note=note).run()
     if not stop.reason and study.dense_score is None:
         dense = (row for row in study.rows() if row.ranked and row.allocation.is_dense)
-        reasons = [row.reason for row in dense if row.reason]
+        reasons = [row.reason for row in dense if row.reason] or ["it has not ended"]
         raise RankfrontError(
             f"surgical search: the dense model has no score on the search split: {reasons[-1]}; "
             "the next run scores it anew"
