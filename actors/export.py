@@ -22,6 +22,7 @@ from actors.linears import bias_of, weight_of
 from actors.low_rank import Ranks
 from actors.modeling_rankfront import RankfrontConfig, RankfrontForCausalLM
 from actors.models import copy_side_files, load_model
+from actors.node_cache import settle
 from actors.pivoting import pivot
 from actors.replica import quieten
 from actors.storage import FACTORED, PIVOTED, stored_layer
@@ -135,6 +136,8 @@ def export(
         checked = check(partial, scored, added)
         (partial / PROBE).write_text(json.dumps(checked.probe), encoding="utf-8")
         (partial / CARD).write_text(card(checked), encoding="utf-8")
+        for file in partial.iterdir():
+            settle(file)
         partial.rename(destination)
     except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"export to {destination}: {error}") from error

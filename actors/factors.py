@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from actors.decompose import Factors, decompose
 from actors.models import DTYPES
 from actors.moments import Moments
-from actors.node_cache import MANIFEST, locked, sha256_of, sync
+from actors.node_cache import MANIFEST, locked, settle, sha256_of
 from actors.types import FactorSpec, RankfrontError, TargetSpec, digest
 
 Tensor = torch.Tensor
@@ -181,7 +181,7 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
-        sync(partial)
+        settle(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from transformers import (
 from actors.families import family_of
 from actors.families.experts import NO_ADAPTER, experts_of_config
 from actors.linears import bias_of, weight_of
-from actors.node_cache import CARD_FILES, MODEL_FILES, locked, sync
+from actors.node_cache import CARD_FILES, MODEL_FILES, locked, settle
 from actors.sources import Source, fingerprint_files
 from actors.types import ModelSource, RankfrontError, TargetSpec, digest
 
@@ -120,7 +120,7 @@ def _convert(source: ModelSource, folder: Path) -> None:
         plain.save_pretrained(partial)
         AutoTokenizer.from_pretrained(name, **keywords).save_pretrained(partial)
         for file in partial.iterdir():  # a folder that is there is never looked into again
-            sync(file)
+            settle(file)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         raise RankfrontError(f"{source.source}: cannot be converted into {folder.parent}: {error}") from error

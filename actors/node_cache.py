@@ -29,6 +29,7 @@ from actors.types import PreparationSpec, RankfrontError, digest
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 CARD_FILES = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 MANIFEST = "manifest.json"  # of a factor store
+READABLE = 0o644  # what a file takes of its folder's mode: nobody else may write to it
 
 # What drivers raise for a storage that refuses or does not answer, and that is no OSError.
 _DRIVER_ERRORS = (
@@ -231,8 +232,13 @@ def _copied(fs: Any, url: str, files: Sequence[_File], folder: Path) -> Path:
     return folder
 
 
-def sync(file: Path) -> None:
-    """What was written to a file is on the disk when this returns."""
+def settle(file: Path) -> None:
+    """A file that was written is on the disk, and may be read by whom its folder may, when this returns.
+
+    safetensors leaves what it writes to its owner alone: colleagues could not read a store or an export.
+    """
+    with contextlib.suppress(PermissionError):  # a file system that knows no modes
+        file.chmod(file.parent.stat().st_mode & READABLE)
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())
 
@@ -259,7 +265,7 @@ def _copy(fs: Any, url: str, file: _File, folder: Path) -> None:
         problem = file.problem(arriving)
         if problem is not None:
             raise RankfrontError(f"{url}: {problem}; remove what is there, and make or upload it again")
-        sync(arriving)
+        settle(arriving)
         arriving.replace(whole)
     finally:
         arriving.unlink(missing_ok=True)

@@ -84,6 +84,16 @@ NAMES = pytest.mark.parametrize("name", ["tied", "biased", "gpt2"])
 
 
 @NAMES
+def test_whoever_may_read_the_folder_may_read_its_files(name: str, cases: dict[str, Case]) -> None:
+    folder = cases[name].folder
+    readable = folder.stat().st_mode & 0o444
+    assert readable & 0o044  # else safetensors' own 0600 would do
+    assert {file.name: file.stat().st_mode & 0o666 for file in folder.iterdir()} == {
+        file.name: readable | 0o200 for file in folder.iterdir()
+    }
+
+
+@NAMES
 def test_a_stranger_gets_the_searched_models_logits(
     name: str, cases: dict[str, Case], stranger: tuple[dict[str, Any], Path]
 ) -> None:

@@ -14,7 +14,16 @@ import pytest
 from counted import Counted
 from fsspec.registry import known_implementations
 
-from actors.node_cache import is_published, is_url, local_store, model_copy, publish, sha256_of, url_problem
+from actors.node_cache import (
+    is_published,
+    is_url,
+    local_store,
+    model_copy,
+    publish,
+    settle,
+    sha256_of,
+    url_problem,
+)
 from actors.types import RankfrontError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,3 +282,13 @@ def test_an_error_of_a_drivers_own_names_the_url(
     monkeypatch.setattr(Counted, "get_file", refuse)
     with pytest.raises(RankfrontError, match=r"^counted:///.*: cut off"):
         model_copy(url_of(remote), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600), (0o777, 0o644)])
+def test_a_settled_file_may_be_read_by_whom_its_folder_may(tmp_path: Path, folder: int, file: int) -> None:
+    written = tmp_path / "weights"
+    written.write_bytes(b"weights")
+    written.chmod(0o600)
+    tmp_path.chmod(folder)
+    settle(written)
+    assert written.stat().st_mode & 0o777 == file
