@@ -29,16 +29,16 @@ class Identity:
     fingerprints: Mapping[str, str] | None
 
 
-def folder_identity(path: Path, in_journal: bool) -> Identity | None:
-    """Of a study in a folder; None where it has no config, or its journal no trial.
+def folder_identity(path: Path, asked: str | None) -> Identity | None:
+    """Of a study in a folder; None where it has no config, or neither its journal nor its database a trial.
 
-    Without `in_journal`, also of a study in a database that left its config in the folder.
+    `asked` is a database that has none, as its caller knows.
     """
     if not (path / CONFIG).exists():
         return None
     config = yaml.safe_load((path / CONFIG).read_text())
     study, database = config["study"], config.get("database")
-    left = not in_journal and database is not None and _may_have_trial(database, study)
+    left = database not in (None, asked) and _may_have_trial(database, study)
     if not left and not journal_has_trial(path, study):
         return None
     fingerprints = None

@@ -55,7 +55,7 @@ def opened(config: Config, console: Console, path: Path | None = None) -> Iterat
     say = _sayer(console)
     patience = Patience(SECONDS, say)
     with _study_folder(path), _storage(config, patience) as storage:
-        identity = _identity(config.study, path, storage)
+        identity = _identity(config, path, storage)
         if identity is not None:
             saved = parse_saved(identity.config, identity.where)
             refuse(config.study, config_differences(saved, config))
@@ -86,11 +86,11 @@ def _storage(config: Config, patience: Patience) -> contextlib.AbstractContextMa
     return leased(config.database, config.study, patience)
 
 
-def _identity(study: str, path: Path, storage: BaseStorage | None) -> Identity | None:
+def _identity(config: Config, path: Path, storage: BaseStorage | None) -> Identity | None:
     """What the study was begun with, None where it has no trial yet."""
-    found = None if storage is None else stored_identity(storage, study)
-    # The folder too: a study that is a journal does not move into a database by a change of its config.
-    return found or folder_identity(path, in_journal=storage is not None)
+    found = None if storage is None else stored_identity(storage, config.study)
+    # The folder too: a study does not move, be it from a journal or a database, by a change of its config.
+    return found or folder_identity(path, config.database)
 
 
 @contextlib.contextmanager

@@ -120,21 +120,27 @@ def test_trials_that_another_program_added_are_not_taken_for_others(
     assert not config.folder.exists()
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["reached", "out of reach"])
+@pytest.mark.parametrize("to", [None, "${OTHERS}"], ids=["journal", "another"])
+@pytest.mark.parametrize("has", ["none", "one", "unknown"])
 def test_a_study_leaves_a_database_that_is_known_to_have_no_trial_of_it(
-    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has: str, to: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
     monkeypatch.setattr(search.opening, "prepare", lambda *_: replace(PREPARED, targets=TARGETS))
     monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
-    with search.opening.opened(config_of(tmp_path, database="${STUDIES}"), Console(file=io.StringIO())):
-        pass
-    if not asked:
+    monkeypatch.setenv("OTHERS", f"sqlite:///{tmp_path / 'others.db'}")
+    config = config_of(tmp_path, database="${STUDIES}")
+    with search.opening.opened(config, Console(file=io.StringIO())) as session:
+        if has == "one":
+            session.folder.open_study().propose("random")
+    if has == "unknown":
         monkeypatch.delenv("STUDIES")
-    refusal = pytest.raises(RankfrontError, match=r"database: was '\${STUDIES}', now None")
+    refusal = pytest.raises(
+        RankfrontError, match=rf"database: was '\${{STUDIES}}', now {re.escape(repr(to))}"
+    )
     with (
-        contextlib.nullcontext() if asked else refusal,
-        search.opening.opened(config_of(tmp_path), Console(file=io.StringIO())) as session,
+        contextlib.nullcontext() if has == "none" else refusal,
+        search.opening.opened(config_of(tmp_path, database=to), Console(file=io.StringIO())) as session,
     ):
         assert session.folder.open_study().propose("random").number == 0
 
