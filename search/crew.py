@@ -53,7 +53,7 @@ class Crew:
         if tenure is not None:
             taken = take_over(tenure, specs, self.launch.gpus, self._say, self._clock, self._pause)
         for each in taken:
-            slot = Slot(replace(specs[0], name=each.name), node=each.node)
+            slot = Slot(replace(specs[0], name=each.name), node=each.node, taken_over=True)
             self.launch.fill(slot, each.actor, now)
             self._note("replica taken over", replica=each.name)
             self.slots.append(slot)

@@ -180,10 +180,12 @@ def _making_tables(url: URL) -> Iterator[None]:
 
 
 def _arguments(url: URL) -> dict[str, Any]:
-    """What a connection tells PostgreSQL of itself."""
+    """What a connection tells PostgreSQL of itself, beside what the URL has it say."""
     if url.get_backend_name() != "postgresql":
         return {}
-    return {"application_name": _application(), "options": _KEEPALIVE, "connect_timeout": CONNECT_SECONDS}
+    options = " ".join((*url.normalized_query.get("options", ()), _KEEPALIVE))
+    said = {"application_name": _application(), "options": options}
+    return said if "connect_timeout" in url.query else {**said, "connect_timeout": CONNECT_SECONDS}
 
 
 def _application() -> str:

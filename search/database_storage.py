@@ -15,10 +15,13 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import sqlalchemy
+from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.orm import Session
 
@@ -68,6 +71,53 @@ class StudyDatabase(RDBStorage):
             return ask(again)
 
         return self.patience.ride_out(attempt, OUTAGES, passing)
+
+    # -- the study itself ---------------------------------------------------------------------
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        read = super().get_all_studies
+        return self._asked(lambda again: read())
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        read = super().get_study_id_from_name
+        return self._asked(lambda again: read(study_name))
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        read = super().get_study_name_from_id
+        return self._asked(lambda again: read(study_id))
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        read = super().get_study_directions
+        return self._asked(lambda again: read(study_id))
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        read = super().get_study_user_attrs
+        return self._asked(lambda again: read(study_id))
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        read = super().get_study_system_attrs
+        return self._asked(lambda again: read(study_id))
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        write = super().set_study_user_attr
+        self._asked(lambda again: write(study_id, key, value))
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        write = super().set_study_system_attr
+        self._asked(lambda again: write(study_id, key, value))
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        create = super().create_new_study
+
+        def ask(again: bool) -> int:
+            try:
+                return create(directions, study_name)
+            except DuplicatedStudyError:
+                if not again or study_name is None:
+                    raise
+                return self.get_study_id_from_name(study_name)  # the commit whose answer was lost
+
+        return self._asked(ask)
 
     # -- writing ------------------------------------------------------------------------------
 

@@ -5,13 +5,15 @@ A Ray task retry would hide how often a trial was tried, so Ray retries nothing;
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.replica import Replica
 from actors.types import RankfrontError, ReplicaSpec
@@ -22,7 +24,7 @@ from search.cluster import thread_environment as thread_environment
 from search.crew import Crew, last_line
 from search.elastic import FIXED, Elastic
 from search.events import Note, silent
-from search.failures import cause_of
+from search.failures import GONE, cause_of
 from search.health import ReplicaHealth
 from search.jobs import Job as Job
 from search.jobs import Outcome as Outcome
@@ -35,6 +37,12 @@ DEPTH = 2
 MOVES = 3
 
 
+# Errors in a row that nobody foresaw, after which a replica is taken for broken.
+STRIKES = 2
+# Every split takes as long as the search split.
+NO_LENGTHS: Mapping[str, float] = {}
+
+
 def _unheard(line: str) -> None:
     """Nobody listens."""
 
@@ -43,8 +51,9 @@ class Pool:
     """Replicas of one preparation. Results come from `wait`, in the order they are ready.
 
     A node that leaves costs its replicas, which start again where there is room, and no trial an attempt.
-    With a `tenure` replicas outlive a driver that dies, and those of an earlier one are taken over. `clock`
-    (seconds) and `pause` are time itself.
+    With a `tenure` replicas outlive a driver that dies, and those of an earlier one are taken over. A score
+    may take `trial_seconds`, or so many times that as `lengths` says of its split. `clock` (seconds) and
+    `pause` are time itself.
     """
 
     def __init__(
@@ -57,10 +66,12 @@ class Pool:
         elastic: Elastic = FIXED,
         tenure: Tenure | None = None,
         say: Callable[[str], None] = _unheard,
+        lengths: Mapping[str, float] = NO_LENGTHS,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._attempts, self._limit, self._least = attempts, trial_seconds, elastic.least
+        self._attempts, self._least = attempts, elastic.least
+        self._limit, self._lengths = trial_seconds, lengths
         self._note, self._clock, self._pause = note, clock, pause
         launch = Launch(Replica, gpus_each, tenure)
         self._crew = Crew(specs, launch, elastic, note, say, clock, pause)
@@ -154,11 +165,11 @@ class Pool:
         except RayTaskError as error:
             self._crew.check_holder(slot, error)
             cause = cause_of(error)
-            text = str(cause) if isinstance(cause, RankfrontError) else last_line(error)
-            self._next(slot)
-            return self._again_or_fail(job, text)
-        except RayActorError as error:
+            foreseen = isinstance(cause, RankfrontError)
+            return self._failed(slot, str(cause) if foreseen else last_line(error), foreseen)
+        except GONE as error:
             return self._lost(slot, error)
+        slot.strikes = 0
         slot.add_work(score.busy)
         self._next(slot)
         return Outcome(job, score)
@@ -170,15 +181,33 @@ class Pool:
         if slot.leaving and not slot.queue:
             self._crew.restart(slot, "its node is drained")
 
-    def _lost(self, slot: Slot, error: RayActorError) -> Outcome | None:
-        """A replica died with its jobs: those queued behind the one that ran were not begun."""
+    def _given_up(self, slot: Slot) -> Job:
+        """The job that a replica had begun; those queued behind it go elsewhere."""
         (_, job), *behind = slot.queue
         self._queue.extendleft(queued for _, queued in reversed(behind))
+        slot.queue.clear()
+        return job
+
+    def _failed(self, slot: Slot, reason: str, foreseen: bool) -> Outcome | None:
+        """A replica could not score its job, and is there. An error that nobody foresaw may be the trial's or
+        the replica's, whose GPU then fails at all that comes, and sooner than others score: two of them in a
+        row end it."""
+        _, job = slot.queue[0]
+        slot.strikes = 0 if foreseen else slot.strikes + 1
+        if slot.strikes < STRIKES:
+            self._next(slot)
+        else:
+            self._given_up(slot)
+            self._crew.restart(slot, reason)
+        return self._again_or_fail(job, reason)
+
+    def _lost(self, slot: Slot, error: RayError) -> Outcome | None:
+        """A replica died with its jobs."""
+        job = self._given_up(slot)
         reason = f"replica {slot.spec.name} died: {last_line(error)}"
         if slot.overdue:
-            reason = f"no score within {self._limit} seconds, replica stopped"
+            reason = f"no score within {self._seconds(job.split)} seconds, replica stopped"
         left = not slot.overdue and self._crew.left(slot, error)
-        slot.queue.clear()
         self._crew.restart(slot, "its node left" if left else reason)
         if left and job.moves < MOVES:
             self._note("retried", trial=job.key, attempt=job.attempt, reason="its node left")
@@ -193,13 +222,26 @@ class Pool:
             return None
         return Outcome(job, None, f"{reason} (attempt {job.attempt} of {self._attempts})")
 
+    def _seconds(self, split: str) -> float:
+        """How long a score of a split may take."""
+        return math.inf if self._limit is None else round(self._limit * self._lengths.get(split, 1.0), 1)
+
     def _stop_overdue(self) -> None:
+        """Stop what takes too long, unless its answer is there: the driver may be what was late."""
         if self._limit is None:
             return
+        longest, now = max(map(self._seconds, ("search", *self._lengths))), self._clock()
         for slot in self._slots:
-            if slot.queue and not slot.overdue and self._clock() - slot.since > self._limit:
-                slot.overdue = True
-                ray.kill(slot.actor)  # its first job now ends in RayActorError, and is tried again
+            if slot.taken_over and slot.starting is not None:
+                # It answers once it is through with what an earlier driver asked it.
+                if now - slot.asked > longest and not _answered(slot.starting):
+                    ray.kill(slot.actor)
+                    self._crew.restart(slot, f"no answer within {longest} seconds of being taken over")
+            elif slot.queue and not slot.overdue:
+                reference, job = slot.queue[0]
+                if now - slot.since > self._seconds(job.split) and not _answered(reference):
+                    slot.overdue = True
+                    ray.kill(slot.actor)  # its first job now ends in RayActorError, and is tried again
 
     def health(self) -> tuple[ReplicaHealth, ...]:
         """How every replica is."""
@@ -208,3 +250,7 @@ class Pool:
     def close(self) -> None:
         """Let go of every replica at once; jobs under way are dropped."""
         self._crew.close()
+
+
+def _answered(reference: Any) -> bool:
+    return bool(ray.wait([reference], timeout=0)[0])

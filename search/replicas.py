@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from actors.storage import ITEMSIZE
 from actors.types import Prepared, RankfrontError, ReplicaSpec
@@ -54,7 +54,16 @@ def _start_pool(folder: StudyFolder, machine: Machine, say: Callable[[str], None
         for index in range(count)
     ]
     tenure = tenure_of(folder, machine)
-    return Pool(specs, gpus, section.attempts, section.trial_seconds, note, elastic, tenure, say)
+    limit, lengths = section.trial_seconds, lengths_of(prepared.tokens)
+    return Pool(specs, gpus, section.attempts, limit, note, elastic, tenure, say, lengths)
+
+
+def lengths_of(tokens: Mapping[str, int]) -> dict[str, float]:
+    """How many times a search score's time a score of each other split may take: by its tokens, and once more
+    for what a replica reads and measures of the dense model before its first one."""
+    searched = tokens["search.forward"]
+    splits = [name.removesuffix(".forward") for name in tokens if name.endswith(".forward")]
+    return {split: 1 + tokens[f"{split}.forward"] / searched for split in splits if split != "search"}
 
 
 def tenure_of(folder: StudyFolder, machine: Machine) -> Tenure | None:

@@ -89,15 +89,16 @@ def minimised(study: SearchStudy, below: int | None = None) -> tuple[np.ndarray,
     return values * study.signs, np.array([number for number, _ in rows], dtype=int)
 
 
-def hypervolumes(study: SearchStudy) -> np.ndarray:
-    """Hypervolume after each finished trial, (n,); empty until there is a reference point.
+def hypervolumes(study: SearchStudy, below: int | None = None) -> np.ndarray:
+    """Hypervolume after each finished trial, (n,), or each `below` a number; empty until there is a reference
+    point.
 
     A trial that violates a constraint adds nothing, and counts.
     """
     reference = reference_point(study)
     if reference is None:
         return np.empty(0)
-    points = [row.point(study.objectives) for row in study.rows() if row.finished]
+    points = [row.point(study.objectives) for row in study.rows()[:below] if row.finished]
     return hypervolume_history(points, study.signs * reference)
 
 
@@ -253,21 +254,25 @@ class Runner:
             return f"{rules.hours} hours"
         if rules.tokens is None and rules.plateau is None:
             return None
-        finished = self._study.count(TrialState.COMPLETE, TrialState.PRUNED)
-        if finished != self._judged[0]:
-            self._judged = (finished, self._record_rule_met())
+        if self._held_back():
+            return None  # trials that decide whether there is a next one have not ended
+        below = self._study.seen_below(self._study.next_number)
+        known = self._study.count(TrialState.COMPLETE, TrialState.PRUNED) if below is None else below
+        if known != self._judged[0]:
+            self._judged = (known, self._record_rule_met(below))
         return self._judged[1]
 
-    def _record_rule_met(self) -> str | None:
-        """The rules that read every scored trial; looked at only when there is a new one."""
+    def _record_rule_met(self, below: int | None) -> str | None:
+        """The rules that read every scored trial, or those `below` a number; looked at only when there is a
+        new one."""
         rules = self._rules
         if rules.tokens is not None:
-            rows = self._study.rows()
+            rows = self._study.rows()[:below]
             scored = sum(r.score.forward_tokens for r in rows if r.score and r.copied_from is None)
             if scored >= rules.tokens:
                 return f"{rules.tokens:,} scored tokens"
         if rules.plateau is not None:
-            history = hypervolumes(self._study)
+            history = hypervolumes(self._study, below)
             if plateaued(history, rules.plateau.trials, rules.plateau.tolerance):
                 return f"hypervolume flat over {rules.plateau.trials} trials"
         return None

@@ -205,8 +205,10 @@ class ReplicaSection(Section):
 
     `gpus` are those of each replica: a share of one GPU, with as much of its memory, or a whole number, over
     which the model's blocks are spread; `auto` is one where there are any. Fewer than `min` that are loaded
-    get no trial; there are never more than `max`. On a cluster that outlives the driver, replicas of one that
-    died wait `alone_seconds` for the next; 0 ends them with it.
+    get no trial; there are never more than `max`. A replica that takes more than `trial_seconds` for a score,
+    or so many times more as its split is longer than the search split, is stopped, and the trial is tried
+    again. On a cluster that outlives the driver, replicas of one that died wait `alone_seconds` for the next;
+    0 ends them with it.
     """
 
     count: CountOrAuto = "auto"

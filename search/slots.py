@@ -31,7 +31,8 @@ class Slot:
     `starts` counts it and those before it in its place, of which the last ended for `failure`. Where `actor`
     is None, the next one starts at `retry_at`. `asked` is when the actor was asked for, `loaded_at` when it
     was loaded, `worked` the seconds that its GPUs worked since. `node` is the id of its node, None until it
-    has one. A slot that is `leaving` gets no more jobs: its node is to be vacated.
+    has one. A slot that is `leaving` gets no more jobs: its node is to be vacated. One that was `taken_over`
+    has a replica that an earlier driver started. `strikes` counts errors in a row that nobody foresaw.
     """
 
     spec: ReplicaSpec
@@ -46,6 +47,8 @@ class Slot:
     node: str | None = None
     overdue: bool = False
     leaving: bool = False
+    taken_over: bool = False
+    strikes: int = 0
     starts: int = 0
     failure: str | None = None
     place: Place | None = None
@@ -133,13 +136,14 @@ class Launch:
         waits = (tenure.alone_seconds, tenure.silent_seconds) if tenure else ()
         actor = actor_class.remote(self.kind, spec, self.token, *waits)
         slot.seat, slot.node, slot.place = prompt(actor.seat).remote(), None, None
+        slot.taken_over = False
         self.fill(slot, actor, now)
 
     def fill(self, slot: Slot, actor: Any, now: float) -> None:
         """Put an actor into a slot and have it load, if it has not."""
         slot.actor, slot.asked, slot.starting = actor, now, actor.ready.remote(self.token)
         slot.queue, slot.overdue, slot.leaving, slot.renewal = deque(), False, False, None
-        slot.worked = ()
+        slot.worked, slot.strikes = (), 0
         slot.starts += 1
 
     def renew(self, slots: Iterable[Slot]) -> None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 from ray.util import list_named_actors
 
 from actors.held import PROMPT
 from actors.lease import SILENT_SECONDS
 from actors.types import ReplicaSpec, digest
+from search.failures import GONE
 
 # Of a digest and of a token: enough that no two of a cluster are alike.
 LETTERS = 16
@@ -114,7 +114,7 @@ def _taken(
             name = asked[reference]
             try:
                 node = ray.get(reference)
-            except RayActorError:
+            except GONE:
                 del actors[name]
                 continue
             if node is not None:

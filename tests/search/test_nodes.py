@@ -196,16 +196,21 @@ def drain(node: str) -> None:
     assert accepted, reason
 
 
-@pytest.mark.usefixtures("kind")
-def test_the_replica_of_a_killed_driver_serves_the_next_one_alone(cluster: Cluster, tmp_path: Path) -> None:
-    """Warm: the same process, loaded once. Then nobody comes, and it ends by itself."""
-    cluster.add_node(num_cpus=1, **STORE)
-    code = DRIVER.format(here=str(Path(__file__).parent), folder=str(tmp_path), address=cluster.address)
+def killed_driver(cluster: Cluster, folder: Path) -> int:
+    """The process of a replica whose driver was killed; it goes on with what that one asked."""
+    code = DRIVER.format(here=str(Path(__file__).parent), folder=str(folder), address=cluster.address)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         pid = int(driver.stdout.readline())
         driver.kill()
+    return pid
 
+
+@pytest.mark.usefixtures("kind")
+def test_the_replica_of_a_killed_driver_serves_the_next_one_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """Warm: the same process, loaded once. Then nobody comes, and it ends by itself."""
+    cluster.add_node(num_cpus=1, **STORE)
+    pid = killed_driver(cluster, tmp_path)
     said: list[str] = []
     (tmp_path / f"go-{HELD_BACK}").touch()
     tenure = Tenure("study", ALONE_SECONDS, token="second", silent_seconds=1.0)
@@ -230,3 +235,18 @@ def test_the_replica_of_a_killed_driver_serves_the_next_one_alone(cluster: Clust
         RayActorError
     ):  # nobody looks after it from here on, though it is in the middle of a trial
         ray.get(alone, timeout=PATIENCE_SECONDS)
+
+
+@pytest.mark.usefixtures("kind")
+def test_a_replica_that_hung_when_its_driver_was_killed_is_replaced(cluster: Cluster, tmp_path: Path) -> None:
+    """It says whom it serves, and is through with nothing."""
+    cluster.add_node(num_cpus=1, **STORE)
+    pid = killed_driver(cluster, tmp_path)
+    tenure = Tenure("study", ALONE_SECONDS, token="second", silent_seconds=1.0)
+    pool = Pool([SPEC], 0, attempts=1, trial_seconds=3.0, tenure=tenure)
+    [outcome] = score_all(pool, [7]).values()
+    assert outcome.score is not None
+    [replica] = pool.health()
+    assert (replica.starts, replica.failure) == (2, "no answer within 3.0 seconds of being taken over")
+    assert replica.pid != pid
+    pool.close()

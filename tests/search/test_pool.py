@@ -42,8 +42,9 @@ def replica_class(
 
     `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`, `kill`
     or `stop` (by a signal, once the driver has heard of the job before: what it answered last, a process may
-    take along), `refuse`, `break`, or `meet`: wait for all jobs that meet, which takes a replica
-    for each. A score after that. `bad_starts` says how often a replica cannot start. A class made here
+    take along), `refuse`, `break`, `ruin`: break at this job and at every other that comes, or `meet`: wait
+    for all jobs that meet, which takes a replica for each. A score after that. `bad_starts` says how often
+    a replica cannot start. A class made here
     travels to the workers by value.
     """
     marks = str(folder)
@@ -55,7 +56,7 @@ def replica_class(
                 raise RuntimeError(start)
             from pathlib import Path
 
-            self.name, self.last = spec.name, None
+            self.name, self.last, self.ruined = spec.name, None, False
             before = len(list(Path(marks).glob(f"{spec.name}-start-*")))
             (Path(marks) / f"{spec.name}-start-{before}").touch()
             if before < (bad_starts or {}).get(spec.name, 0):
@@ -95,7 +96,8 @@ def replica_class(
                 time.sleep(0.01)
             if act == "refuse":
                 raise ScoringError(f"nll is nan on the {split} split")
-            if act == "break":
+            self.ruined |= act == "ruin"
+            if act == "break" or self.ruined:
                 raise ZeroDivisionError("a mistake in the code")
             self.last = rank
             text = TextScore("made-up", nats=float(rank), tokens=1, stderr=0.0)
@@ -134,12 +136,15 @@ def allocation(rank: int) -> Allocation:
     return Allocation((("t", rank),))
 
 
-def drain(pool: Pool, ranks: list[int], heard: Path | None = None) -> dict[int, Outcome]:
-    """Score every rank, refilling as the runner does; one outcome each, of which a file in `heard` tells."""
+def drain(
+    pool: Pool, ranks: list[int], heard: Path | None = None, known: tuple[int, ...] = ()
+) -> dict[int, Outcome]:
+    """Score every rank, refilling as the runner does; one outcome each, of which a file in `heard` tells.
+    The pool has those that are `known` already."""
     queue, found = list(ranks), {}
     deadline = time.monotonic() + PATIENCE_SECONDS
     while queue or pool.outstanding:
-        assert time.monotonic() < deadline, f"no answer for {sorted({*ranks} - {*found})}"
+        assert time.monotonic() < deadline, f"no answer for {sorted({*ranks, *known} - {*found})}"
         while queue and pool.free:
             rank = queue.pop(0)
             pool.submit(Job(rank, allocation(rank)))
@@ -148,7 +153,7 @@ def drain(pool: Pool, ranks: list[int], heard: Path | None = None) -> dict[int, 
             found[outcome.job.key] = outcome
             if heard is not None:
                 (heard / f"heard-{outcome.job.key}").touch()
-    assert set(found) == set(ranks)
+    assert set(found) == {*ranks, *known}
     return found
 
 
@@ -217,16 +222,80 @@ def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: P
 
 def test_a_job_that_raises_is_tried_again_and_then_reported(pool_of: Any, tmp_path: Path) -> None:
     """And the replica stays: a mistake of one trial costs no restart, a model takes minutes to load."""
-    behaviour = {1: ["refuse"], 2: ["refuse"] * 3, 4: ["break"], 5: ["break"] * 3}
+    behaviour = {1: ["refuse"], 2: ["refuse"] * 3, 5: ["break"] * 3}
     pool = pool_of(behaviour, count=1, attempts=3)
     actor = pool._slots[0].actor
-    found = drain(pool, [1, 2, 3, 4, 5])
-    assert [rank for rank, outcome in found.items() if outcome.score is None] == [2, 5]
+    found = drain(pool, [5, 1, 2, 3, 4])
+    assert {rank for rank, outcome in found.items() if outcome.score is None} == {2, 5}
     for rank, says in ((2, "nll is nan on the search"), (5, "a mistake in")):
         assert says in (found[rank].reason or "")
         assert "attempt 3 of 3" in (found[rank].reason or "")
-    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4, 5)] == [2, 3, 1, 2, 3]
+    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4, 5)] == [2, 3, 1, 1, 3]
     assert pool._slots[0].actor is actor
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_replica_that_fails_at_all_that_comes_is_replaced(pool_of: Any, count: int) -> None:
+    """It fails sooner than others score, and would be given nearly every trial."""
+    found = drain(pool_of({3: ["ruin"]}, count=count), list(range(1, 21)))
+    assert [outcome.reason for outcome in found.values() if outcome.score is None] == []
+
+
+def test_what_ray_says_of_a_process_that_it_ended_for_memory_is_no_end(
+    pool_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an actor's error, as Ray has it."""
+    pool = pool_of({}, count=1)
+    drain(pool, [1])
+    fetch, waiting = ray.get, ["once"]
+
+    def get(reference: Any) -> Any:
+        if pool._slots[0].queue and waiting:
+            waiting.clear()
+            raise ray.exceptions.OutOfMemoryError("memory on the node was about to run out")
+        return fetch(reference)
+
+    monkeypatch.setattr(search.pool.ray, "get", get)
+    assert drain(pool, [2])[2].score is not None
+    [replica] = pool.health()
+    assert (replica.starts, replica.failure) == (
+        2,
+        "replica replica-0 died: memory on the node was about to run out",
+    )
+
+
+def test_a_driver_that_was_held_up_blames_no_replica(pool_of: Any) -> None:
+    """As by a storage that was away while both scored."""
+    now = [0.0]
+    pool = pool_of({1: ["meet"], 2: ["meet"]}, trial_seconds=60.0, clock=lambda: now[0])
+    turn_until(pool, lambda: pool.size == 2 and all(slot.loaded for slot in pool._slots))
+    for rank in (1, 2):
+        pool.submit(Job(rank, allocation(rank)))
+    answers = [slot.queue[0][0] for slot in pool._slots]
+    assert ray.wait(answers[:1], timeout=PATIENCE_SECONDS)[0]
+    looks = pool.wait(0.25)
+    found = [next(looks)]
+    assert ray.wait(answers, num_returns=2, timeout=PATIENCE_SECONDS)[1] == []
+    now[0] += 100.0
+    found += [*looks, *pool.wait(0.25)]
+    assert all(outcome.score is not None for outcome in found)
+    assert len(found) == 2
+    assert [replica.starts for replica in pool.health()] == [1, 1]
+
+
+def test_a_longer_split_may_take_longer(pool_of: Any) -> None:
+    now = [0.0]
+    pool = pool_of({1: ["hang"]}, count=1, trial_seconds=10.0, lengths={"test": 3.0}, clock=lambda: now[0])
+    turn_until(pool, lambda: pool._slots[0].loaded)
+    pool.submit(Job(1, allocation(1), "test"))
+    now[0] = 29.0
+    assert [*pool.wait(0.01)] == []
+    assert not pool._slots[0].overdue
+    now[0] = 31.0
+    assert [*pool.wait(0.01)] == []
+    assert pool._slots[0].overdue
+    [outcome] = drain(pool, [], known=(1,)).values()
+    assert outcome.score is not None
 
 
 def test_replicas_that_cannot_start_end_the_search_with_the_first_error(pool_of: Any) -> None:
