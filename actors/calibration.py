@@ -8,6 +8,7 @@ otherwise it ends at the group's last target. Of a target that runs several time
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any, TypeVar
@@ -202,11 +203,12 @@ def collect(
             if made.checkpointed:
                 stack.enter_context(checkpointed(blocks[first:]))
         stack.enter_context(torch.enable_grad() if needed else torch.no_grad())
+        asked = {} if needed or not _may_keep_last(model) else {"logits_to_keep": 1}
         for start in range(0, len(windows), made.rows):
             batch = windows[start : start + made.rows].to(device)
             sums.forward()
             try:
-                logits = model(batch, use_cache=False, **({} if needed else {"logits_to_keep": 1})).logits
+                logits = model(batch, use_cache=False, **asked).logits
             except _Enough:
                 logits = None
             if needed:
@@ -218,6 +220,13 @@ def collect(
                 del logits, gradient
             yield len(batch)
     return sums.moments()
+
+
+def _may_keep_last(model: nn.Module) -> bool:
+    """Whether a model can be asked for its last logits alone; code that came with a model may know nothing of
+    it."""
+    known = inspect.signature(model.forward).parameters
+    return "logits_to_keep" in known or any(each.kind is each.VAR_KEYWORD for each in known.values())
 
 
 def _loss_gradient(logits: Tensor, batch: Tensor, labels: str, first_window: int) -> Tensor:

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from actors.factors import FactorStore
 from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
-from actors.models import load_model, load_tokenizer
+from actors.models import load_model, load_tokenizer, whole_model
 from actors.refined import RefinedFactors
 from actors.scoring import score_split
 from actors.splits import load_split
@@ -203,13 +201,10 @@ def reload(folder: Path) -> Any:
     """The model of an exported folder, as everyone loads it.
 
     Raises:
-        RankfrontError: it cannot be loaded.
+        RankfrontError: it cannot be loaded, or lacks a weight.
     """
     assert RankfrontConfig.model_type == "rankfront", "imported: transformers knows the type from now on"
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise RankfrontError(f"{folder}: cannot be loaded: {error}") from error
+    return whole_model(folder, str(folder), dtype="auto", use_safetensors=True).eval()
 
 
 def hold_loss(nll: float, recorded: float, dtype: str) -> None:

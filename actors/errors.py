@@ -9,3 +9,7 @@ class RankfrontError(Exception):
 
 class ScoringError(RankfrontError):
     """A trial has no valid score (non-finite loss, value out of range); its text is the reason."""
+
+
+class OpaqueModelError(RankfrontError):
+    """A model that no text can be taken through block by block."""

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import actors.modeling_rankfront  # noqa: F401 (registers the model type of an export)
 from actors.harness_results import INSTALL, HarnessSpec
+from actors.models import load_tokenizer, whole_model
 from actors.nonfinite import all_finite
 from actors.perplexity import score_text
 from actors.replica import quieten
 from actors.text import load_documents, windows
-from actors.types import RankfrontError, ScoringError, TextScore, TextSource
+from actors.types import ModelSource, RankfrontError, ScoringError, TextScore, TextSource
 
 
 class Harness:
@@ -86,11 +85,8 @@ class LoadedFolder:
     def __init__(self, folder: Path, device: str = "auto") -> None:
         quieten()
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (ValueError, OSError, SafetensorError) as error:
-            raise RankfrontError(f"{folder}: cannot be loaded as a model: {error}") from error
+        model = whole_model(folder, str(folder), dtype="auto", use_safetensors=True)
+        self.tokenizer: Any = load_tokenizer(folder, ModelSource(str(folder)))
         self.model: Any = model.to(self.device).eval()
         self.model.requires_grad_(False)
 

@@ -43,7 +43,7 @@ class TrialLinear(nn.Module):
 
     `install` picks the cheaper of two equal products for the number of tokens a trial scores: y = W_r x, at
     mn a token plus the making of W_r, or y = A_r (B_r x), at r (m + n) a token. W_r is A_r B_r, or what is
-    left of W without the other k - r ranks where those are fewer: min(r, k - r) mn, once.
+    left of W without the other k - r ranks where those are fewer, in float32: min(r, k - r) mn, once.
     `rank` is None while the dense layer runs, and so is `tokens`, the number that the product was picked for;
     `method` is None where it is the configured one.
     """
@@ -87,7 +87,9 @@ class TrialLinear(nn.Module):
         rows, cols = weight.shape
         self._bias = bias if own is None else own if bias is None else own + bias
         without = min(rows, cols) - rank
-        nested = store if without < rank and isinstance(store, Nested) else None
+        # Rounded factors do not make up W: what they leave out tells nothing of what an export has.
+        exact = left.dtype == weight.dtype == torch.float32
+        nested = store if exact and without < rank and isinstance(store, Nested) else None
         if factored_is_cheaper(rank, rows, cols, tokens, rank if nested is None else without):
             self._left, self._right = left.to(weight.dtype).T, right.to(weight.dtype)
             return

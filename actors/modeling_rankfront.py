@@ -176,6 +176,7 @@ class RankfrontForCausalLM(PreTrainedModel, GenerationMixin):
         for name, layer in config.layers.items():
             module = FORMS[layer["form"]](layer["in"], layer["out"], layer["rank"], layer["bias"])
             self.base.set_submodule(name, module)
+        self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,8 +193,28 @@ class RankfrontForCausalLM(PreTrainedModel, GenerationMixin):
         module: nn.Module = self.base.get_output_embeddings()
         return module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base(*args, **kwargs)
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's; what is common is named, as `Trainer` reads from here what it may pass on."""
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+        }
+        return self.base(**{name: value for name, value in named.items() if value is not None}, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.base.generation_config = self.generation_config

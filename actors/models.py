@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_PROBE = "The quick\n\nbrown fox's 1234 ünïcode test."
 _WEIGHT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 
 
@@ -106,7 +107,7 @@ def materialise(source: ModelSource, cache: Path) -> Path:
 def _convert(source: ModelSource, folder: Path) -> None:
     """Dequantise a GGUF file into a folder, which appears whole or not at all; under its lock."""
     name, keywords = _arguments(source)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[source.dtype], **keywords)
+    model = whole_model(name, source.source, dtype=DTYPES[source.dtype], **keywords)
     check_causal(source, model.config)
     # A dequantised model still says it is quantised, and then refuses to be saved: rebuild it.
     settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
@@ -137,29 +138,53 @@ def download(hub_id: str, revision: str) -> Path:
 
 
 def load_model(folder: str | Path, source: ModelSource, device: str = "cpu") -> PreTrainedModel:
-    """The model of a materialised folder, in evaluation mode, without gradients."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[source.dtype],
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (ValueError, OSError, SafetensorError) as error:
-        raise RankfrontError(f"{source.source}: cannot be loaded from safetensors: {error}") from error
+    """The model of a materialised folder, in evaluation mode, without gradients.
+
+    Raises:
+        RankfrontError: it cannot be loaded from safetensors, or lacks a weight.
+    """
+    keywords = {"dtype": DTYPES[source.dtype], "trust_remote_code": source.trust_remote_code}
+    model = whole_model(folder, source.source, use_safetensors=True, **keywords)
     model.requires_grad_(False)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
+def whole_model(folder: str | Path, named: str, **keywords: Any) -> Any:
+    """What transformers loads from a folder, where it has every weight: one that is missing would be made up,
+    in every process another.
+
+    Raises:
+        RankfrontError: it cannot be loaded, or lacks a weight; says so of the model as it is `named`.
+    """
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise RankfrontError(f"{named}: cannot be loaded as a model: {error}") from error
+    missing = sorted(told["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise RankfrontError(f"{named}: its files lack {missing[0]}{others} of {type(model).__name__}")
+    return model
+
+
 def load_tokenizer(folder: str | Path, source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of a materialised folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    """The tokenizer of a materialised folder.
+
+    Raises:
+        RankfrontError: there is none: it cannot be read, or makes nothing of a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise RankfrontError(f"{source.source}: its tokenizer cannot be read: {error}") from error
+    if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
+        raise RankfrontError(f"{source.source}: its tokenizer makes no token of a text; are its files there?")
     return tokenizer  # type: ignore[no-any-return]
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """Identity of a tokenizer: its vocabulary and what it makes of a probe text."""
-    probe = tokenizer("The quick\n\nbrown fox's 1234 ünïcode test.")["input_ids"]
+    probe = tokenizer(_PROBE)["input_ids"]
     return digest(["tokenizer", sorted(tokenizer.get_vocab().items()), probe])
 
 

@@ -40,11 +40,18 @@ def plan(
     Activations are kept where they fit beside the moments, else recomputed block by block (checkpointing).
 
     Raises:
-        RankfrontError: the memory does not hold one window and one target, or gradients are asked for of a
-            model that runs a target or its block more than once in a pass.
+        RankfrontError: the memory does not hold one window and one target, a target never runs, or gradients
+            are asked for of a model that runs a target or its block more than once in a pass.
     """
     window = windows.shape[1]
     probe = _probe(model, targets, gradients)
+    unused = sorted({target.module for target in targets if target.name not in probe.leaders})
+    if unused:
+        patterns = ", ".join(f"'*.{module}'" for module in unused)
+        raise RankfrontError(
+            f"{type(model).__name__} reads the weights of {', '.join(unused)} without calling the layers, so "
+            f"they cannot be replaced; leave them out by targets: {{exclude: [{patterns}]}}"
+        )
     if gradients and probe.again is not None:
         raise RankfrontError(
             f"factors.method: curvature needs the gradient of one call, and {type(model).__name__} runs "

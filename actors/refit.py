@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from actors.divergence import dense_top
+from actors.errors import OpaqueModelError
 from actors.linears import weight_of
 from actors.low_rank import Ranks
 from actors.models import decoder_blocks
@@ -181,6 +182,8 @@ def refit(
                 run.advance()
                 if step % spec.evaluate_every == 0 or step == steps:
                     points.score(step)
+            except OpaqueModelError:
+                raise
             except RankfrontError as error:  # what compressed targets give is not finite any more
                 ended = str(error)
                 break

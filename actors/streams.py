@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.errors import OpaqueModelError
 from actors.models import decoder_blocks
 from actors.passes import counted
 from actors.planning import PROBE_TOKENS
 from actors.prefix import BARE, OPAQUE, form_of, set_forward
-from actors.types import RankfrontError
 
 Tensor = torch.Tensor
 
@@ -39,7 +39,7 @@ class Stream:
         """`rows` are the windows of a batch; `layers` are those that the blocks are asked for.
 
         Raises:
-            RankfrontError: the model runs a block, or one of the layers, more than once in a pass.
+            OpaqueModelError: the model runs a block, or one of the layers, more than once in a pass.
         """
         prefix, self._blocks = decoder_blocks(model)
         self._model = model
@@ -56,7 +56,7 @@ class Stream:
             self._model(self._there(self._batches[0][:1, :PROBE_TOKENS]), use_cache=False)
         again = next((name for name in watched if calls[name] > 1), None)
         if again is not None:
-            raise RankfrontError(
+            raise OpaqueModelError(
                 f"{type(self._model).__name__} runs {again} more than once in a pass, so no text can be "
                 "taken through it block by block; use refine.method: gradient"
             )
@@ -87,20 +87,20 @@ class Stream:
                 self._model(batch, use_cache=False)
             except _Through as end:
                 return end.output
-        raise RankfrontError(f"{type(self._model).__name__} never ran its decoder block {self.block}")
+        raise OpaqueModelError(f"{type(self._model).__name__} never ran its decoder block {self.block}")
 
     def advance(self) -> None:
         """Take every batch through the block.
 
         Raises:
-            RankfrontError: it hands on more than hidden states.
+            OpaqueModelError: it hands on more than hidden states.
         """
         form = OPAQUE
         for number in range(self.batches):
             output = self.run(number)
             form = form_of(output)
             if form == OPAQUE:
-                raise RankfrontError(
+                raise OpaqueModelError(
                     f"{type(self._model).__name__}: decoder block {self.block} hands on more than hidden "
                     "states, so no text can be taken through block by block; use refine.method: gradient"
                 )

@@ -304,3 +304,21 @@ def test_the_model_and_its_factors_may_differ_in_precision(
     assert found.dtype == getattr(torch, model_dtype)
     # full rank is the dense model but for rounding: 21 layers of a few parts in 2^8
     assert ((found.float() - dense).square().mean() / dense.square().mean()).sqrt() < 0.1
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_rounded_factors_are_what_runs(tokens: int, llama: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+    """As an export has them: the dense weight less what they leave out is more exact, and not what is
+    written."""
+    model = load_model(llama, ModelSource(str(llama)))
+    targets = list_targets(model)
+    spec = FactorSpec("weight", dtype="bfloat16")
+    store = tiny.tiny_store(tmp_path / "store", model, targets, {}, spec)
+    trial = TrialModel(model, targets, store)
+    trial.install(Allocation(tuple((t.name, t.full_rank - 2) for t in targets)), tokens)
+    for target in targets:
+        left, right, _ = store.rank(target.name, target.full_rank - 2)
+        x = torch.randn(3, target.cols)
+        expected = x.double() @ right.double().T @ left.double()
+        found = model.get_submodule(target.name)(x)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from actors.calibration import collect_moments
 from actors.check import tensor_bytes
@@ -219,6 +219,34 @@ def test_lora_trains_on_top_and_comes_back(model: RankfrontForCausalLM, tmp_path
     fresh = AutoModelForCausalLM.from_pretrained(model.name_or_path).eval()
     saved = fresh.with_lora(LoraConfig.from_pretrained(tmp_path))
     torch.testing.assert_close(logits(PeftModel.from_pretrained(fresh, tmp_path, config=saved)), expected)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_trainers_find_what_to_pass_on(
+    adapted: bool, model: RankfrontForCausalLM, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Columns of a data set by the names of the forward pass, a loss, and recomputed activations."""
+    trained: Any = model
+    if adapted:
+        config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+        trained = get_peft_model(model, model.with_lora(config))
+    rows = [{"input_ids": row, "labels": row, "of no use": 1} for row in ids[:4].tolist()]
+    settings = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(trained, settings, train_dataset=rows, eval_dataset=rows)  # type: ignore[arg-type]
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert model.base.is_gradient_checkpointing
+    assert trainer.evaluate()["eval_loss"] < before
 
 
 def test_shards_and_tied_weights_come_back(model: RankfrontForCausalLM, folder: Path, tmp_path: Path) -> None:

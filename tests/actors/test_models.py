@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Lowercase
 from torch import nn
 from transformers import MixtralConfig, PretrainedConfig, T5Config
@@ -176,6 +178,41 @@ def test_pickled_weights_are_refused_and_never_unpickled(llama: Path, tmp_path: 
     assert not trap.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert trap.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    "lost", [["lm_head.weight"], ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"]]
+)
+def test_a_weight_that_is_missing_is_not_made_up(biased_llama: Path, tmp_path: Path, lost: list[str]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(biased_llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if k not in lost}, folder / "model.safetensors", {"format": "pt"}
+    )
+    others = " and 1 more" if len(lost) == 2 else ""
+    says = f"{folder}: its files lack lm_head.weight{others} of LlamaForCausalLM"
+    with pytest.raises(RankfrontError, match=f"^{re.escape(says)}$"):
+        load_model(folder, ModelSource(str(folder)))
+
+
+def test_a_weight_of_another_shape_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RankfrontError, match=f"^{folder}: cannot be loaded as a model: "):
+        load_model(folder, ModelSource(str(folder)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_folder_without_a_tokenizer_says_so(kind: str, llama: Path, tmp_path: Path) -> None:
+    """Of some models transformers then makes an empty one."""
+    settings = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": kind}))
+    with pytest.raises(RankfrontError, match=f"^{tmp_path}: its tokenizer "):
+        load_tokenizer(tmp_path, ModelSource(str(tmp_path)))
 
 
 def test_remote_code_is_refused_and_never_run(tmp_path: Path) -> None:

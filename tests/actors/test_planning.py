@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from captured import Setting, close, setting_of, weight
+from transformers import MambaConfig, MambaForCausalLM
 
 from actors.calibration import collect, collect_moments, finished
+from actors.models import list_targets
 from actors.planning import plan
-from actors.types import RankfrontError
+from actors.types import BuildPlan, RankfrontError, TargetSpec
 
 
 @pytest.fixture
@@ -130,3 +132,18 @@ def test_layers_that_read_one_tensor_share_its_moments(tiny_setting: Setting, id
     moments = collect_moments(tiny_setting.model, tiny_setting.targets, ids[:2])
     for name, leader in expected.items():
         assert moments[name].spread is moments[leader].spread  # kept once, not three times
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_layers_that_are_never_called_are_named(gradients: bool, ids: torch.Tensor) -> None:
+    """Mamba's own code multiplies by the weight of one: nothing that takes its place would run."""
+    model = MambaForCausalLM(MambaConfig(num_hidden_layers=2, hidden_size=32, state_size=4, vocab_size=384))
+
+    def planned(targets: tuple[TargetSpec, ...]) -> BuildPlan:
+        return plan(model, targets, ids, [target.name for target in targets] if gradients else [], 1 << 30)
+
+    says = r"MambaForCausalLM .* mixer.dt_proj .*targets: \{exclude: \['\*.mixer.dt_proj'\]\}"
+    with pytest.raises(RankfrontError, match=says):
+        planned(list_targets(model))
+    others = list_targets(model, exclude=["*.mixer.dt_proj"])
+    assert {name for group in planned(others).groups for name in group} == {t.name for t in others}

@@ -15,11 +15,13 @@ from captured import weight
 from infinite import Infinite
 from regressions import Floats, error, reduced_rank
 from torch import nn
+from transformers import GPTJConfig, GPTJForCausalLM
 
 import actors.refit
 from actors.calibration import collect_moments
 from actors.decompose import damping
 from actors.divergence import dense_top
+from actors.errors import OpaqueModelError
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
@@ -280,3 +282,24 @@ def test_a_dense_allocation_is_refused(setting: Setting, tmp_path: Path) -> None
     nothing = Allocation.dense(setting.targets)
     with pytest.raises(RankfrontError, match="every target is dense"):
         list(refit(model, setting.store, nothing, setting.texts, SPEC, path, {}))
+
+
+def test_a_model_that_no_text_can_be_taken_through_is_refused(ids: torch.Tensor, tmp_path: Path) -> None:
+    """Not ended at a point that is no refit."""
+    settings = {
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 2,
+        "rotary_dim": 8,
+        "n_positions": 64,
+        "vocab_size": 384,
+    }
+    model = GPTJForCausalLM(GPTJConfig(**settings)).eval()
+    targets = list_targets(model)
+    store = tiny.tiny_store(tmp_path / "store", model, targets, {}, FactorSpec("weight"))
+    allocation, path = Allocation.of({targets[0].name: 3}, targets), tmp_path / "f.safetensors"
+    with pytest.raises(
+        OpaqueModelError, match=r"^GPTJForCausalLM: decoder block 0 .* method: gradient"
+    ):
+        list(refit(model, store, allocation, tiny.refinement_texts(ids), SPEC, path, {}))
+    assert not path.exists()

@@ -336,6 +336,17 @@ def test_a_database_that_goes_away_ends_the_run_in_one_line(database: str) -> No
     assert PASSWORD not in str(ended.value)
 
 
+def test_a_schema_that_the_url_names_is_where_the_study_is(database: str) -> None:
+    plain = resolve(database).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(plain) as connection:
+        connection.execute("CREATE SCHEMA lab")
+    joined = "&" if "?" in database else "?"
+    study_of(open_database(f"{database}{joined}options=-csearch_path%3Dlab"))
+    with psycopg.connect(plain) as connection:
+        found = connection.execute("SELECT schemaname FROM pg_tables WHERE tablename = 'studies'").fetchall()
+    assert found == [("lab",)]
+
+
 def test_a_refused_login_does_not_say_the_password(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET, "not-the-password")
     with pytest.raises(RankfrontError, match="password authentication failed") as refused:

@@ -133,10 +133,11 @@ class Outages:
 def searched(
     url: str, outages: tuple[int, bool] | None = None
 ) -> tuple[list[tuple[object, ...]], Outages | None]:
-    """What a driver leaves, and the outages it went through once it had opened its study."""
+    """What a driver leaves, and the outages it went through from before it began its study."""
     storage = ours(url)
-    study = study_of(storage)
     broken = outages and Outages(storage, *outages)
+    study = study_of(storage)
+    storage.set_study_user_attr(1, "begun", "with")
     mine = Allocation.of({TARGETS[4].name: 7}, TARGETS)
     study.enqueue([(Allocation.dense(TARGETS), "dense"), (mine, "seed")])
     Runner(study, MadeUpPool(), StopSection(trials=8), "random", Stop()).run()  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from search.packing import RESULT
 from search.parents import ATTRIBUTE as PARENTS
 from search.pool import Job, Outcome
 from search.runner import Runner, Stop
-from search.sections import StopSection
+from search.sections import PlateauSection, StopSection
 from search.study import SearchStudy
 
 every_sampler = pytest.mark.parametrize("sampler", ["exchange", "tpe", "nsga2", "nsga3"])
@@ -69,8 +69,14 @@ def answer(job: Job) -> Outcome:
     return Outcome(job, score)
 
 
-def run(study: SearchStudy, pool: MadeUpPool, count: int = COUNT, stop: Stop | None = None) -> None:
-    rules = StopSection(trials=count)
+def run(
+    study: SearchStudy,
+    pool: MadeUpPool,
+    count: int = COUNT,
+    stop: Stop | None = None,
+    rules: StopSection | None = None,
+) -> None:
+    rules = rules or StopSection(trials=count)
     Runner(study, pool, rules, "sampler", stop or Stop(), staged=True).run()  # type: ignore[arg-type]
 
 
@@ -114,6 +120,22 @@ def test_the_same_trials_with_any_number_of_replicas_and_through_restarts(
         assert any(trial.state == TrialState.RUNNING for trial in stored(folder)), "some were in flight"
     run(opened(folder, sampler), ShuffledPool(3, answer, 5))
     assert seen(folder) == expected
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [StopSection(trials=COUNT, tokens=2_000), StopSection(plateau=PlateauSection(trials=8, tolerance=0.1))],
+)
+def test_rules_that_read_the_record_end_it_at_the_same_trial(tmp_path: Path, rules: StopSection) -> None:
+    run(opened(tmp_path / "one", "tpe"), MadeUpPool(answer, size=1), rules=rules)
+    expected = seen(tmp_path / "one")
+    assert LAG < len(expected) < COUNT
+    for size in (2, 5):
+        folder = tmp_path / f"shuffled-{size}"
+        run(opened(folder, "tpe"), ShuffledPool(size, answer, size), rules=rules)
+        assert seen(folder) == expected
+        run(opened(folder, "tpe"), ShuffledPool(size, answer, size), rules=rules)
+        assert seen(folder) == expected, "resumed where it had ended"
 
 
 WRITES = (
