@@ -298,8 +298,6 @@ def test_a_model_that_no_text_can_be_taken_through_is_refused(ids: torch.Tensor,
     targets = list_targets(model)
     store = tiny.tiny_store(tmp_path / "store", model, targets, {}, FactorSpec("weight"))
     allocation, path = Allocation.of({targets[0].name: 3}, targets), tmp_path / "f.safetensors"
-    with pytest.raises(
-        OpaqueModelError, match=r"^GPTJForCausalLM: decoder block 0 .* method: gradient"
-    ):
+    with pytest.raises(OpaqueModelError, match=r"^GPTJForCausalLM: decoder block 0 .*method: gradient"):
         list(refit(model, store, allocation, tiny.refinement_texts(ids), SPEC, path, {}))
     assert not path.exists()
