@@ -59,11 +59,11 @@ def _start_pool(folder: StudyFolder, machine: Machine, say: Callable[[str], None
 
 
 def lengths_of(tokens: Mapping[str, int]) -> dict[str, float]:
-    """How many times a search score's time a score of each other split may take: by its tokens, and once more
-    for what a replica reads and measures of the dense model before its first one."""
+    """How many times a search score's time a score of each other split may take: its tokens twice, as the
+    first one on a replica may run the dense model over them too, and once more to read them."""
     searched = tokens["search.forward"]
     splits = [name.removesuffix(".forward") for name in tokens if name.endswith(".forward")]
-    return {split: 1 + tokens[f"{split}.forward"] / searched for split in splits if split != "search"}
+    return {split: 1 + 2 * tokens[f"{split}.forward"] / searched for split in splits if split != "search"}
 
 
 def tenure_of(folder: StudyFolder, machine: Machine) -> Tenure | None:

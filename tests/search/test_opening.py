@@ -25,10 +25,11 @@ from search.folder import CONFIG, StudyFolder
 from search.identity import FIXED_FINGERPRINTS
 from search.journal import JOURNAL, LOCK, open_journal
 from search.pool import Machine
-from search.replicas import elastic_of, replica_plan, tenure_of
+from search.replicas import elastic_of, lengths_of, replica_plan, tenure_of
 from search.study import IDENTITY
 
-PREPARED = Prepared("", "", (), 10**9, {}, {}, {}, {}, reused=True)
+TOKENS = {"search": 90, "search.forward": 100, "choice.forward": 50, "test.forward": 400}
+PREPARED = Prepared("", "", (), 10**9, {}, TOKENS, {}, {}, reused=True)
 
 
 def config_of(tmp_path: Path, **sections: Any) -> Config:
@@ -226,6 +227,11 @@ def test_a_lag_that_leaves_replicas_waiting_is_said(tmp_path: Path, monkeypatch:
     assert [line for line in said if line.startswith("run.lag")] == [
         "run.lag: 3 lets 4 trials be under way, the replicas could take 6"
     ]
+
+
+def test_other_splits_may_take_longer_by_their_tokens() -> None:
+    """Twice, as the first score on a replica may measure the dense model, and once to read them."""
+    assert lengths_of(TOKENS) == {"choice": 2.0, "test": 9.0}
 
 
 TWO_NODES = (Room(cpus=16, gpus=4, memory=2.0**40), Room(cpus=8, gpus=1, memory=2.0**40))
