@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -205,17 +206,21 @@ app.command("finalists")(finalists_command)
 
 def main() -> None:
     """Run the command line; mistakes the user can mend are shown without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an encoding that lacks Δ or ± ends no command
     try:
         app()
     except RankfrontError as error:
         errors.print(_mistake(str(error)), soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.strerror is None:  # no answer of the system: what a library says in its own words
             raise
-        full = f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
-        hint = "every finished trial is saved; make room, and the same command goes on"
-        errors.print(_mistake(f"{full}: {hint}"), soft_wrap=True)
+        said = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        if error.errno in NO_ROOM:
+            said += ": every finished trial is saved; make room, and the same command goes on"
+        errors.print(_mistake(said), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("rankfront: interrupted; every finished trial is saved, the same command goes on")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import optuna
-import yaml
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from actors.node_cache import local_store
@@ -23,6 +21,7 @@ from search.journal import driver_lock, journal_has_trial, open_journal, repair_
 from search.landscape import Landscape, landscape_of
 from search.pareto import front
 from search.patience import Patience, impatient
+from search.plain import read_own
 from search.records import StudySummary
 from search.report import write_report
 from search.runner import hypervolumes, minimised, reference_point, room_of
@@ -53,11 +52,12 @@ class StudyFolder:
 
     @classmethod
     def open(cls, path: Path) -> StudyFolder:
-        """Raises RankfrontError where there is no study, or it never got as far as its first trial."""
+        """Raises RankfrontError where there is no study, it never got as far as its first trial, or a file of
+        it is damaged."""
         if not (path / CONFIG).exists() or not (path / PREPARED).exists():
             raise RankfrontError(f"{path} holds no study: no {CONFIG} and {PREPARED} in it")
-        config = parse_saved(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
-        return cls(path, config, Prepared.from_dict(json.loads((path / PREPARED).read_text())))
+        config = parse_saved(read_own(path / CONFIG, dict), str(path / CONFIG))
+        return cls(path, config, read_own(path / PREPARED, Prepared.from_dict))
 
     def open_study(self, sampler: SamplerSection | None = None) -> SearchStudy:
         """The study behind the folder, ready to be read and written; it is begun if it is not."""

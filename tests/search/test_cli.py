@@ -53,6 +53,40 @@ def test_a_full_disk_is_no_crash(
     assert "No space left on device (front.png): every finished trial is saved" in capsys.readouterr().err
 
 
+def test_what_the_file_system_refuses_is_said_in_one_line(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With no advice to make room; what is no answer of the system keeps its traceback."""
+    error = OSError(errno.EROFS, "Read-only file system", "a/b")
+
+    def refused(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("search.cli.report", refused)
+    assert run(monkeypatch, "report", folder.path) == 2
+    assert capsys.readouterr().err == "rankfront: Read-only file system (a/b)\n"
+    error = OSError("a library's own words")
+    with pytest.raises(OSError, match="own words"):
+        run(monkeypatch, "report", folder.path)
+
+
+def test_a_name_that_no_file_can_have_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "report", "n" * 300) == 2
+    assert capsys.readouterr().err.startswith("rankfront: File name too long (")
+
+
+def test_an_encoding_that_lacks_a_sign_ends_no_command(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run(monkeypatch, "report", folder.path) == 0
+    out.flush()
+    assert "? dense" in out.buffer.getvalue().decode("latin-1")  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
