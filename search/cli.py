@@ -14,13 +14,14 @@ from rich.text import Text
 
 from actors.types import RankfrontError
 from search.allocations import read_allocations
+from search.cells import cells_table
 from search.cli_evaluate import evaluate_command
 from search.cli_export import apply_command, export_command
 from search.cli_finalists import finalists_command
 from search.cli_refine import refine_command
 from search.cli_status import status_command
 from search.config import load_config
-from search.findings import cells_table, front_table, headline
+from search.findings import front_table, headline, percent
 from search.folder import StudyFolder, find_study, repair_if_idle, report
 from search.further import further_table
 from search.records import StudySummary
@@ -150,7 +151,7 @@ def _print_sensitivity(folder: Path, table: Sensitivity | None) -> None:
     if table is None:
         console.print("The dense model is not scored yet: there is nothing to compare with.")
         return
-    share = f"per parameter saved, alone at {table.middle:.0%} of its parameters"
+    share = f"per parameter saved, alone at {percent(table.middle)} of its parameters"
     for kind, listed in (("least", table.least), ("most", table.most)):
         if listed:
             console.print(cells_table(target_cells(listed), f"Lose {kind} {share}", left=("target",)))

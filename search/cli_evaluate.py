@@ -9,10 +9,10 @@ import typer
 
 from actors.harness_results import HarnessSpec
 from actors.types import RankfrontError, TextSource
+from search.cells import cells_table
 from search.choosing import chosen
 from search.evaluating import evaluate_folder, is_model_folder
 from search.finals import evaluate_study, split_cells
-from search.findings import cells_table
 from search.folder import StudyFolder, find_study, summarise
 from search.harness_run import evaluate_tasks
 from search.harness_table import LEFT, harness_cells

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from search.cells import cells_table
 from search.config import parse_config
 from search.finalist_table import finalist_cells
 from search.finalists import run_finalists
-from search.findings import cells_table
 from search.folder import find_study
 from search.terminal import Runs, StudyName, console, exit_if_stopped, program, quoted, tell
 

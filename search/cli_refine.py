@@ -10,9 +10,9 @@ import typer
 
 from actors.refinement import READ_BY_REFIT, REFIT
 from actors.types import RankfrontError
+from search.cells import cells_table
 from search.choosing import chosen
 from search.config import parse_config
-from search.findings import cells_table
 from search.folder import find_study, report
 from search.refine import comparison_cells, refine
 from search.terminal import (
