@@ -17,6 +17,7 @@ from search.config import Config, parse_saved
 from search.cost import CostModel
 from search.database import open_database, open_tables
 from search.evaluations import Evaluations
+from search.findings import percent
 from search.journal import driver_lock, journal_has_trial, open_journal, repair_journal
 from search.landscape import Landscape, landscape_of
 from search.pareto import front
@@ -221,7 +222,7 @@ def factor_fact(factors: FactorSpec) -> str:
 def _space_fact(space: SpaceSection) -> str:
     more = {"curve": f" of {space.knots} knots", "module": f" in {space.segments} segments"}
     cut = "" if space.group == "module" and space.segments == 1 else more.get(space.group, "")
-    return f"{space.group}{cut}, {space.levels} levels above {space.floor:.0%}"
+    return f"{space.group}{cut}, {space.levels} levels above {percent(space.floor)}"
 
 
 def _mac_fact(cost: CostModel) -> str:
