@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from search.cells import cells_table
+from search.choosing import check_budget
 from search.config import parse_config
 from search.finalist_table import finalist_cells
 from search.finalists import run_finalists
@@ -28,6 +29,8 @@ def finalists_command(
     runs: Runs = Path("runs"),
 ) -> None:
     """Score chosen front members on the test split and refine them; or continue doing so."""
+    for each in budget or []:
+        check_budget(each)
     folder = find_study(study, runs)
     raw = folder.config.model_dump(mode="json")
     if budget or count is not None:
