@@ -77,8 +77,8 @@ class CellsTable:
             table.add_column(
                 self.cells.columns[index],
                 justify="left" if left else "right",
-                no_wrap=True,
-                overflow="ellipsis" if left else "crop",
+                no_wrap=left,
+                overflow="ellipsis" if left else "fold",
                 width=width,
             )
         for row in self.cells.rows:
@@ -98,7 +98,8 @@ def cells_table(
 
     Where a terminal is too narrow texts are cut, never numbers: `spare` columns are left out as a whole, the
     first one first (where none are named, columns of numbers from the last one to the third), and the line
-    under the table says `elsewhere` they are. `widths` bounds columns by name.
+    under the table says `elsewhere` they are. What is left is at worst broken into lines. `widths` bounds
+    columns by name.
     """
     names = list(enumerate(cells.columns))
     texts = frozenset(index for index, name in names if name in left)

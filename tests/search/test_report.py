@@ -294,6 +294,16 @@ def test_a_narrow_terminal_shows_numbers_whole_and_says_which_it_has_no_room_for
         assert [row[index] for index in shown] in [line.split() for line in text.splitlines()]
 
 
+def test_no_digit_is_lost_where_not_even_the_loss_has_room() -> None:
+    console = Console(width=20, file=io.StringIO(), color_system=None)
+    console.print(front_table(three()))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= 20 for line in text.splitlines())
+    shown = "".join(cell for row in front_cells(three()).rows for cell in row[:3])
+    title = "3"  # on the front
+    assert sorted(filter(str.isdigit, text)) == sorted(filter(str.isdigit, shown + title))
+
+
 def test_every_objective_has_a_column_with_its_standard_error() -> None:
     """Those that another table shows have none here."""
     names = ("reasoning.margin", "reasoning.boolq.acc", "budget.bytes", "budget.model", "nll", "kl", "nll.c4")
