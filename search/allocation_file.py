@@ -135,7 +135,7 @@ def read_configuration(
     """
     try:
         raw = from_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(str(file), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(file), ["the top level must be a mapping of keys"])

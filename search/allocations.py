@@ -27,7 +27,7 @@ def read_items(file: Path) -> list[Any]:
         if file.suffix == ".jsonl":
             return [_line(line, f"{file}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         data = from_yaml(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RankfrontError(f"{file}: cannot be read: {error}") from error
     return data if isinstance(data, list) else [data]
 

@@ -32,7 +32,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def from_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError where it is no YAML, or a mapping has a key twice."""
+    """Raises yaml.YAMLError where it is no YAML, or a mapping has a key twice; ValueError at a date that is
+    none."""
     return yaml.load(text, _Loader)
 
 

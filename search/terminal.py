@@ -53,7 +53,7 @@ def override(text: str) -> tuple[str, Any]:
         raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
     try:
         return key, from_yaml(value)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 

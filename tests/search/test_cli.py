@@ -107,8 +107,10 @@ def test_an_encoding_that_lacks_a_sign_ends_no_command(
         (["export", "--check", "."], "ranks.yaml"),
         (["export", "made-up", "--trial", "0", "--set", "a=1"], "--set is for --check"),
         (["apply", "none.yaml", "./model", "--to", "new"], "none.yaml"),
+        (["apply", "twice.yaml", "./model", "--to", "new"], "'ranks' is there twice"),
         (["search", "config.yaml", "--set", "stop.trials"], "KEY=VALUE"),
         (["search", "config.yaml", "--set", "stop.trials=[1"], "stop.trials"),
+        (["search", "config.yaml", "--set", "stop={trials: 1, trials: 2}"], "'trials' is there twice"),
         (["search", "config.yaml", "--set", "study.x=1"], "not a section"),
         (["search", "none.yaml"], "none.yaml"),
     ],
@@ -122,6 +124,7 @@ def test_mistakes_are_said_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "config.yaml").write_text((folder.path / CONFIG).read_text())
+    (tmp_path / "twice.yaml").write_text("ranks: {a: 1}\nranks: {a: 2}\n")
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *arguments) == 2
     said = capsys.readouterr()

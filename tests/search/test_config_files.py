@@ -49,7 +49,7 @@ def test_the_command_starts_nothing_with_a_wrong_config(raw: dict[str, Any], tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["study: [", "- a list", "", "\x00"])
+@pytest.mark.parametrize("text", ["study: [", "- a list", "", "\x00", "study: 2026-13-01"])
 def test_a_file_that_is_no_config_is_said(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
