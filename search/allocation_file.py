@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from search.config import Config, ConfigError, adapter_of, parse_config, set_key
 from search.folder import StudyFolder
 from search.inputs import ModelSection, ScoringSection, TextSection
+from search.plain import from_yaml
 from search.records import FACTORS, StudySummary, TrialRow
 from search.section import Positive, Section
 from search.sections import CalibrationSection, FactorSection, TargetSection
@@ -133,8 +134,8 @@ def read_configuration(
         ConfigError: the file cannot be read, or every mistake in it, one line each.
     """
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = from_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(str(file), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(file), ["the top level must be a mapping of keys"])

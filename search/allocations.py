@@ -6,7 +6,6 @@ Members of front.json and the ranks.yaml of an export are of the second kind.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
+from search.plain import from_json, from_yaml
 
 
 def read_items(file: Path) -> list[Any]:
@@ -26,15 +26,15 @@ def read_items(file: Path) -> list[Any]:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
             return [_line(line, f"{file}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        data = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = from_yaml(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RankfrontError(f"{file}: cannot be read: {error}") from error
     return data if isinstance(data, list) else [data]
 
 
 def _line(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return from_json(line)
     except ValueError as error:
         raise RankfrontError(f"{where}: cannot be read: {error}") from error
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from optuna.storages import BaseStorage
 
 from actors.types import Prepared, RankfrontError
@@ -16,6 +15,7 @@ from search.config import Config
 from search.database import open_tables
 from search.folder import CONFIG, PREPARED
 from search.journal import journal_has_trial
+from search.plain import read_own
 from search.stored import begin_storage_study, has_trial
 from search.study import IDENTITY
 
@@ -33,17 +33,20 @@ def folder_identity(path: Path, asked: str | None) -> Identity | None:
     """Of a study in a folder; None where it has no config, or neither its journal nor its database a trial.
 
     `asked` is a database that has none, as its caller knows.
+
+    Raises:
+        RankfrontError: a file of it is damaged.
     """
     if not (path / CONFIG).exists():
         return None
-    config = yaml.safe_load((path / CONFIG).read_text())
-    study, database = config["study"], config.get("database")
+    config, study = read_own(path / CONFIG, lambda found: (found, found["study"]))
+    database = config.get("database")
     left = database not in (None, asked) and _may_have_trial(database, study)
     if not left and not journal_has_trial(path, study):
         return None
     fingerprints = None
     if (path / PREPARED).exists():
-        fingerprints = json.loads((path / PREPARED).read_text())["fingerprints"]
+        fingerprints = read_own(path / PREPARED, lambda found: found["fingerprints"])
     return Identity(str(path / CONFIG), config, fingerprints)
 
 

@@ -7,10 +7,14 @@ them, once they are scored on it: the choice split, which `search.finalists` ask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from actors.types import RankfrontError
 from search.panels import front_rows
 from search.records import StudySummary, TrialRow
 
+OPTIONS = ("--trial N", "--budget B", "--max-nll X", "--all-front")
+"""How a command line names the choices."""
 TEXT_LOSSES = ("nll", "kl")
 # Trials, the best by the search text, among which the larger text may choose.
 CANDIDATES = 4
@@ -24,20 +28,24 @@ def chosen(
     budget: float | None = None,
     max_nll: float | None = None,
     all_front: bool = False,
+    options: Sequence[str] = OPTIONS,
 ) -> list[TrialRow]:
     """The scored trials that one of the choices names; `budget` is of the model's parameters, `max_nll` in
     nats/token on the search split. The whole front is without the dense model, which is there already.
+    `options` are those that the caller's command has.
 
     Raises:
-        RankfrontError: none or several of the choices; no such trial, or no score of it; no such front point.
+        RankfrontError: none or several of the choices; no such trial, or no score of it; a budget that is no
+            share; no such front point.
     """
     choices = (trial is not None, budget is not None, max_nll is not None, all_front)
     if sum(choices) != 1:
-        raise RankfrontError("give one of --trial N, --budget B, --max-nll X and --all-front")
+        raise RankfrontError(f"give one of {', '.join(options[:-1])} and {options[-1]}")
     if trial is not None:
         return [_numbered(summary, trial)]
     rows = front_rows(summary)
     if budget is not None:
+        check_budget(budget)
         return [_best(summary, contenders(summary, budget))]
     if max_nll is not None:
         return [_under_loss(rows, max_nll)]
@@ -45,6 +53,12 @@ def chosen(
     if not members:
         raise RankfrontError("--all-front: the front holds no compressed model")
     return members
+
+
+def check_budget(budget: float) -> None:
+    """Raises RankfrontError where a budget is no share of the model's parameters."""
+    if not 0 < budget <= 1:
+        raise RankfrontError(f"--budget {budget:g}: a share above 0, at most 1; 0.9 is 90% of the parameters")
 
 
 def _numbered(summary: StudySummary, trial: int) -> TrialRow:

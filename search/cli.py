@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +14,14 @@ from rich.text import Text
 
 from actors.types import RankfrontError
 from search.allocations import read_allocations
+from search.cells import cells_table
 from search.cli_evaluate import evaluate_command
 from search.cli_export import apply_command, export_command
 from search.cli_finalists import finalists_command
 from search.cli_refine import refine_command
 from search.cli_status import status_command
 from search.config import load_config
-from search.findings import cells_table, front_table, headline
+from search.findings import front_table, headline, percent
 from search.folder import StudyFolder, find_study, repair_if_idle, report
 from search.further import further_table
 from search.records import StudySummary
@@ -149,7 +151,7 @@ def _print_sensitivity(folder: Path, table: Sensitivity | None) -> None:
     if table is None:
         console.print("The dense model is not scored yet: there is nothing to compare with.")
         return
-    share = f"per parameter saved, alone at {table.middle:.0%} of its parameters"
+    share = f"per parameter saved, alone at {percent(table.middle)} of its parameters"
     for kind, listed in (("least", table.least), ("most", table.most)):
         if listed:
             console.print(cells_table(target_cells(listed), f"Lose {kind} {share}", left=("target",)))
@@ -205,17 +207,21 @@ app.command("finalists")(finalists_command)
 
 def main() -> None:
     """Run the command line; mistakes the user can mend are shown without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an encoding that lacks Δ or ± ends no command
     try:
         app()
     except RankfrontError as error:
         errors.print(_mistake(str(error)), soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.strerror is None:  # no answer of the system: what a library says in its own words
             raise
-        full = f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
-        hint = "every finished trial is saved; make room, and the same command goes on"
-        errors.print(_mistake(f"{full}: {hint}"), soft_wrap=True)
+        said = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        if error.errno in NO_ROOM:
+            said += ": every finished trial is saved; make room, and the same command goes on"
+        errors.print(_mistake(said), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("rankfront: interrupted; every finished trial is saved, the same command goes on")

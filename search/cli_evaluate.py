@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,18 +10,23 @@ import typer
 
 from actors.harness_results import HarnessSpec
 from actors.types import RankfrontError, TextSource
+from search.cells import cells_table
 from search.choosing import chosen
 from search.evaluating import evaluate_folder, is_model_folder
 from search.finals import evaluate_study, split_cells
-from search.findings import cells_table
 from search.folder import StudyFolder, find_study, summarise
 from search.harness_run import evaluate_tasks
 from search.harness_table import LEFT, harness_cells
 from search.records import StudySummary
 from search.terminal import Runs, console, exit_if_stopped, tell
 
+OF_TASKS = ("limit", "batch_size", "include_path")
+OF_TEXT = ("subset", "split", "column", "window", "tokens")
+OF_FOLDER = ("text", *OF_TEXT, "device", "output")
+
 
 def evaluate_command(
+    context: typer.Context,
     target: Annotated[
         str, typer.Argument(metavar="FOLDER|STUDY", help="A model folder, or a study as elsewhere.")
     ],
@@ -55,22 +61,23 @@ def evaluate_command(
 ) -> None:
     """Measure a model folder on tasks and a text, or the trials of a study on its test split or on tasks."""
     harness = None
-    if tasks is not None:
+    if tasks is None:
+        _refuse(context, OF_TASKS, "only with --tasks")
+    else:
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
         own = None if include_path is None else include_path.resolve()
         harness = HarnessSpec(names, limit, batch_size, own)
     if not is_model_folder(Path(target)):
-        if (text, output) != (None, None):
-            raise RankfrontError(
-                f"{target} is no model folder, and --text and --output are for one: write the trial "
-                "with `rankfront export` and evaluate that folder"
-            )
+        only = f"for a model folder, and {target} is none; write the trial with `rankfront export`"
+        _refuse(context, OF_FOLDER, f"{only} and evaluate that folder")
         _evaluate_study(find_study(target, runs), trial or [], budget, harness, variant or [])
         return
     if trial or variant or budget is not None:
         raise RankfrontError(
             f"{target} is a model folder: --trial, --variant and --budget choose from a study"
         )
+    if text is None:
+        _refuse(context, OF_TEXT, "only with --text")
     source = None if text is None else TextSource(text, subset, split, column)
     evaluated = evaluate_folder(Path(target), harness, source, window, tokens, device)
     for listed in evaluated.tables():
@@ -78,6 +85,15 @@ def evaluate_command(
     if output is not None:
         evaluated.write(output)
         tell("Written to ", (str(output), "bold"))
+
+
+def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Raises RankfrontError where options were given that would be passed over."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RankfrontError(f"evaluate: {named}: {reason}")
 
 
 def _evaluate_study(

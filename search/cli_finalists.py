@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from search.cells import cells_table
+from search.choosing import check_budget
 from search.config import parse_config
 from search.finalist_table import finalist_cells
 from search.finalists import run_finalists
-from search.findings import cells_table
 from search.folder import find_study
 from search.terminal import Runs, StudyName, console, exit_if_stopped, program, quoted, tell
 
@@ -28,6 +29,8 @@ def finalists_command(
     runs: Runs = Path("runs"),
 ) -> None:
     """Score chosen front members on the test split and refine them; or continue doing so."""
+    for each in budget or []:
+        check_budget(each)
     folder = find_study(study, runs)
     raw = folder.config.model_dump(mode="json")
     if budget or count is not None:

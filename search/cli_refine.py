@@ -10,9 +10,9 @@ import typer
 
 from actors.refinement import READ_BY_REFIT, REFIT
 from actors.types import RankfrontError
-from search.choosing import chosen
+from search.cells import cells_table
+from search.choosing import OPTIONS, chosen
 from search.config import parse_config
-from search.findings import cells_table
 from search.folder import find_study, report
 from search.refine import comparison_cells, refine
 from search.terminal import (
@@ -53,7 +53,7 @@ def refine_command(
     if folder.config.refine.method == REFIT and idle:
         raise RankfrontError(f"refine: {' and '.join(idle)} for the method gradient; a refit takes no steps")
     summary = report(folder, folder.read_study())
-    [row] = chosen(summary, trial, budget)
+    [row] = chosen(summary, trial, budget, options=OPTIONS[:2])
     note_untold(folder, summary, budget)
     warn_infeasible(summary, [row])
     found = refine(folder, row, console)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from search.findings import Cells, cells_table, percent, perplexity
+from search.cells import Cells, CellsTable, cells_table
+from search.findings import percent, perplexity
 from search.health import ReplicaHealth
 from search.screen import clock
 from search.status import Status, read_status
@@ -69,7 +69,7 @@ def _driver(status: Status) -> str:
     return "no driver"
 
 
-def _tables(status: Status) -> Iterator[Table]:
+def _tables(status: Status) -> Iterator[CellsTable]:
     if status.running:
         running = tuple(
             (

@@ -32,6 +32,7 @@ from search.constraints import Constraint, flat
 from search.database import check_url
 from search.inputs import ModelSection, ScoringSection, TextSection
 from search.places import CacheSection
+from search.plain import from_yaml
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, Rules, smaller_is_better
@@ -200,8 +201,8 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
         ConfigError: every mistake, one line each.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = from_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["the top level must be a mapping of keys"])

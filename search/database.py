@@ -133,8 +133,8 @@ def open_tables(template: str) -> BaseStorage | None:
     url = resolve(template)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         return None  # to connect would make the file
-    engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
     with _said(url), _installed(url):
+        engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
         there = sqlalchemy.inspect(engine).has_table("studies")
     engine.dispose()
     return open_database(template) if there else None
@@ -144,14 +144,15 @@ def lease_holder(template: str, study: str) -> str | None:
     """Who drives a study of a PostgreSQL database, None where nobody does.
 
     Raises:
-        RankfrontError: the database cannot be reached.
+        RankfrontError: as `open_database`.
     """
     url = resolve(template)
     if url.get_backend_name() != "postgresql":
         return None
-    engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
-    with _said(url), engine.connect() as connection:
-        found = _Lease(study).holder(connection.connection.cursor())
+    with _said(url), _installed(url):
+        engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
+        with engine.connect() as connection:
+            found = _Lease(study).holder(connection.connection.cursor())
     engine.dispose()
     return found
 

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from actors.harness_results import HarnessMetric, HarnessSpec, metrics_of
 from actors.types import RankfrontError, TextScore, TextSource
+from search.cells import Cells, CellsTable, cells_table
 from search.files import write_atomic
-from search.findings import Cells, cells_table, error_bar, perplexity
+from search.findings import error_bar, perplexity
 from search.folder import PREPARED
 from search.harness_table import metric_examples, metric_value
 
@@ -30,7 +29,7 @@ class FolderEvaluation:
     results: dict[str, Any] | None
     text: TextScore | None
 
-    def tables(self) -> Iterator[Table]:
+    def tables(self) -> Iterator[CellsTable]:
         """For the terminal; ± is one standard error."""
         if self.text is not None:
             score = self.text

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from actors.types import Score
-from search.findings import Cells, loss_cell, paired, percent, perplexity
+from search.cells import Cells
+from search.findings import loss_cell, paired, percent, perplexity
 from search.panels import dense_row
 from search.records import FACTORS, StudySummary, TrialRow
 

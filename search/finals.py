@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from actors.types import RankfrontError
+from search.cells import Cells
 from search.driving import logged
 from search.evaluations import Evaluations
-from search.findings import Cells, error_bar, loss_cell, perplexity
+from search.findings import error_bar, loss_cell, perplexity
 from search.folder import StudyFolder, report
 from search.opening import Session, opened
 from search.pool import Job, Pool

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Sequence
+from dataclasses import replace
 
 from actors.types import RankfrontError, Score
+from search.cells import Cells, CellsTable, cells_table, in_lines
 from search.constraints import broken
 from search.panels import dense_row, front_rows, infeasible_rows
 from search.records import StudySummary, TrialRow
@@ -21,19 +18,14 @@ LADDER = (0.95, 0.9, 0.8, 0.7, 0.6)
 LARGEST_WRITTEN = math.log(1e5)
 """nats/token from which a perplexity is written as a power of e: digits mean nothing there, exp overflows."""
 
+COLUMNS = ("trial", "kept", "nll", "ppl", "Δ dense", "acc", "test nll", "test ppl", "test acc")
+SPARE = ("test acc", "test ppl", "origin", "Δ dense", "acc", "test nll", "ppl")
+"""What a terminal that is too narrow goes without, least worth first."""
+
 SAME = "≈"
 INFEASIBLE = "✗"
 INFEASIBLE_NOTE = "✗ violates a constraint"
 SAME_NOTE = "≈ within two standard errors of the row above, of the differences window by window where known"
-
-
-@dataclass(frozen=True)
-class Cells:
-    """A table as text: as many cells in each row as there are columns."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
 
 
 def headline(summary: StudySummary) -> list[str]:
@@ -79,49 +71,40 @@ def front_cells(summary: StudySummary) -> Cells:
         "test ppl": bool(tested),
         "test acc": any(t.tasks for t in tested),
     }
-    columns = ["trial", "kept", "nll", "ppl", "Δ dense", "acc", "test nll", "test ppl", "test acc", "origin"]
-    keep = [i for i, name in enumerate(columns) if wanted.get(name, True)]
+    keep = [i for i, name in enumerate(COLUMNS) if wanted.get(name, True)]
+    own = further_objectives(summary)
     cells, above = [], None
     for row in rows:
         full = _cells(row, above, reference, tests[row.number])
-        cells.append(tuple(full[i] for i in keep))
+        cells.append((*(full[i] for i in keep), *(objective_cell(row, name) for name in own), row.origin))
         above = row.score
     found = [
         note
         for sign, note in ((SAME, SAME_NOTE), (INFEASIBLE, INFEASIBLE_NOTE))
         if any(sign in cell for row_cells in cells for cell in row_cells)
     ]
-    return Cells(tuple(columns[i] for i in keep), tuple(cells), "; ".join(found))
+    return Cells((*(COLUMNS[i] for i in keep), *own, "origin"), tuple(cells), "; ".join(found))
 
 
-def front_table(summary: StudySummary) -> Table:
-    """The front for a terminal of 100 columns."""
+def front_table(summary: StudySummary) -> CellsTable:
+    """The front for a terminal: trial, kept and loss at any width, of the rest what there is room for."""
     title = f"{summary.study}: {len(summary.front)} on the front"
-    return cells_table(front_cells(summary), title, left=("origin",), widths={"origin": 12})
-
-
-def cells_table(
-    cells: Cells, title: str, left: Sequence[str] = (), widths: Mapping[str, int] | None = None
-) -> Table:
-    """Cells for a terminal: columns of numbers flush right, those named in `left` flush left."""
-    table = Table(
-        title=Text(title),
-        caption=Text(cells.note) if cells.note else None,
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    own = [in_lines(name) for name in further_objectives(summary)]
+    cells = front_cells(summary)
+    cells = replace(cells, columns=tuple(map(in_lines, cells.columns)))
+    return cells_table(
+        cells, title, ("origin",), {"origin": 12}, (*SPARE, *reversed(own)), "report.html has them"
     )
-    for column in cells.columns:
-        table.add_column(
-            column,
-            justify="left" if column in left else "right",
-            no_wrap=True,
-            overflow="ellipsis",
-            max_width=(widths or {}).get(column),
-        )
-    for row in cells.rows:
-        table.add_row(*map(Text, row))
-    return table
+
+
+def further_objectives(summary: StudySummary) -> tuple[str, ...]:
+    """Objectives that neither a column of the front nor one of the further table shows."""
+    shown = ("budget.model", "nll", "reasoning.acc")
+    return tuple(
+        objective.name
+        for objective in summary.objectives
+        if objective.name not in shown and objective.name.startswith(("budget.", "reasoning."))
+    )
 
 
 def percent(share: float) -> str:
@@ -145,6 +128,23 @@ def error_bar(error: float, digits: int, sign: str = "±") -> str:
 def loss_cell(score: Score | None) -> str:
     """The loss with its standard error; empty where there is no score."""
     return f"{score.text.nll:.3f}{error_bar(score.text.stderr, 3)}" if score else ""
+
+
+def metric_cell(score: Score | None, name: str) -> str:
+    """A metric with its standard error, shares in %; empty where there is none."""
+    if score is None or name not in score.metrics:
+        return ""
+    value, error, digits = score.metrics[name], score.stderrs[name], 3
+    if name.endswith((".acc", ".acc_norm")) or (name.startswith("bias.") and not name.endswith("_diff")):
+        value, error, digits = 100 * value, 100 * error, 1
+    return f"{value:.{digits}f}{error_bar(error, digits)}"
+
+
+def objective_cell(row: TrialRow, name: str) -> str:
+    """A budget in %, or a metric."""
+    if name.startswith("budget."):
+        return f"{100 * getattr(row, name.replace('.', '_')):.1f}%"
+    return metric_cell(row.score, name)
 
 
 def paired(before: Score, after: Score, metric: str) -> str:
@@ -199,7 +199,6 @@ def _cells(
         loss_cell(test),
         perplexity(test.text.nll) if test else "",
         _accuracy(test),
-        row.origin,
     )
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import optuna
-import yaml
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from actors.node_cache import local_store
@@ -19,10 +17,12 @@ from search.config import Config, parse_saved
 from search.cost import CostModel
 from search.database import open_database, open_tables
 from search.evaluations import Evaluations
+from search.findings import percent
 from search.journal import driver_lock, journal_has_trial, open_journal, repair_journal
 from search.landscape import Landscape, landscape_of
 from search.pareto import front
 from search.patience import Patience, impatient
+from search.plain import read_own
 from search.records import StudySummary
 from search.report import write_report
 from search.runner import hypervolumes, minimised, reference_point, room_of
@@ -53,11 +53,12 @@ class StudyFolder:
 
     @classmethod
     def open(cls, path: Path) -> StudyFolder:
-        """Raises RankfrontError where there is no study, or it never got as far as its first trial."""
+        """Raises RankfrontError where there is no study, it never got as far as its first trial, or a file of
+        it is damaged."""
         if not (path / CONFIG).exists() or not (path / PREPARED).exists():
             raise RankfrontError(f"{path} holds no study: no {CONFIG} and {PREPARED} in it")
-        config = parse_saved(yaml.safe_load((path / CONFIG).read_text()), str(path / CONFIG))
-        return cls(path, config, Prepared.from_dict(json.loads((path / PREPARED).read_text())))
+        config = parse_saved(read_own(path / CONFIG, dict), str(path / CONFIG))
+        return cls(path, config, read_own(path / PREPARED, Prepared.from_dict))
 
     def open_study(self, sampler: SamplerSection | None = None) -> SearchStudy:
         """The study behind the folder, ready to be read and written; it is begun if it is not."""
@@ -221,7 +222,7 @@ def factor_fact(factors: FactorSpec) -> str:
 def _space_fact(space: SpaceSection) -> str:
     more = {"curve": f" of {space.knots} knots", "module": f" in {space.segments} segments"}
     cut = "" if space.group == "module" and space.segments == 1 else more.get(space.group, "")
-    return f"{space.group}{cut}, {space.levels} levels above {space.floor:.0%}"
+    return f"{space.group}{cut}, {space.levels} levels above {percent(space.floor)}"
 
 
 def _mac_fact(cost: CostModel) -> str:

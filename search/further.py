@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rich.table import Table
-
 from actors.types import Score
-from search.findings import Cells, cells_table, error_bar
+from search.cells import Cells, CellsTable, cells_table, in_lines
+from search.findings import metric_cell
 from search.panels import dense_row, front_rows
 from search.records import StudySummary
 
@@ -39,7 +38,7 @@ def further_cells(summary: StudySummary, test: bool = True) -> Cells | None:
             str(row.number),
             f"{100 * row.budget_model:.1f}%",
             *([f"{row.macs / 1e6:,.2f} M" if row.macs is not None else ""] if counted else []),
-            *(_cell(tests[row.number] if tested else row.score, name) for name, tested in columns),
+            *(metric_cell(tests[row.number] if tested else row.score, name) for name, tested in columns),
         )
         for row in rows
     ]
@@ -47,25 +46,16 @@ def further_cells(summary: StudySummary, test: bool = True) -> Cells | None:
     return Cells(("trial", "kept", *macs, *titles), tuple(cells), "")
 
 
-def further_table(summary: StudySummary) -> Table | None:
+def further_table(summary: StudySummary) -> CellsTable | None:
     """The same for a terminal, of the search split: names are broken into lines, or few would fit."""
     cells = further_cells(summary, test=False)
     if cells is None:
         return None
-    broken = tuple(column.replace(".", "\n").replace("_", "_\n") for column in cells.columns)
-    return cells_table(replace(cells, columns=broken), "more about the front, search split")
+    broken = replace(cells, columns=tuple(map(in_lines, cells.columns)))
+    return cells_table(broken, "more about the front, search split", elsewhere="report.html has them")
 
 
 def _names(scores: Iterable[Score | None]) -> list[str]:
     """The further metrics that any of the scores has, in the order they are met."""
     met = dict.fromkeys(name for score in scores if score is not None for name in score.metrics)
     return [name for name in met if name.startswith(SHOWN)]
-
-
-def _cell(score: Score | None, name: str) -> str:
-    if score is None or name not in score.metrics:
-        return ""
-    value, error, digits = score.metrics[name], score.stderrs[name], 3
-    if name.startswith("bias.") and not name.endswith("_diff"):
-        value, error, digits = 100 * value, 100 * error, 1
-    return f"{value:.{digits}f}{error_bar(error, digits)}"

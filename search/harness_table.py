@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.harness_results import HarnessMetric
-from search.findings import Cells, percent
+from search.cells import Cells
+from search.findings import percent
 from search.records import HarnessEvaluation, StudySummary
 
 LEFT = ("task", "metric", "variant")

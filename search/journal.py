@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,19 @@ def repair(path: Path) -> str | None:
     if not torn:
         return None
     if any(_is_record(line + b"\n") for line in torn.split(b"\n")[1:] if line):
-        raise RankfrontError(
-            f"{path}: record {good + 1} is damaged, whole records follow it; restore the file from a backup"
-        )
+        raise _damaged(path, good + 1)
     kept = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}")
     kept.write_bytes(torn)
     with path.open("r+b") as stream:
         stream.truncate(whole)
         os.fsync(stream.fileno())
     return f"dropped {len(torn)} bytes of a torn record after {good} whole ones (kept in {kept.name})"
+
+
+def _damaged(path: Path, record: int) -> RankfrontError:
+    return RankfrontError(
+        f"{path}: record {record} is damaged, whole records follow it; restore the file from a backup"
+    )
 
 
 def _is_record(line: bytes) -> bool:
@@ -79,7 +83,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def journal_has_trial(folder: Path, study: str) -> bool:
     """Whether a study of a folder's journal has a trial, in whatever state; False where there is no journal.
 
-    Up to the first record that is torn or damaged: Optuna reads past none, and `repair` says what is wrong.
+    Up to a torn last record: Optuna reads past none.
+
+    Raises:
+        RankfrontError: a broken record that is not at the end.
     """
     path = folder / JOURNAL
     if not path.exists():
@@ -87,9 +94,11 @@ def journal_has_trial(folder: Path, study: str) -> bool:
     known: dict[int, str] = {}  # by their ids, which count those that were deleted too
     made, filled = 0, set[int]()
     with path.open("rb") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, 1):
             record = _record(line)
             if record is None:
+                if any(map(_is_record, stream)):
+                    raise _damaged(path, number)
                 break
             operation = record["op_code"]
             if operation == JournalOperation.CREATE_STUDY and record["study_name"] not in known.values():
@@ -132,6 +141,16 @@ class JournalFile(JournalFileBackend):
     def __init__(self, folder: Path, patience: Patience) -> None:
         super().__init__(str(folder / JOURNAL), _write_lock(folder))
         self._path, self._patience = folder / JOURNAL, patience
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Raises RankfrontError at a broken record that is not at the end."""
+        number = log_number_from
+        try:
+            for record in super().read_logs(log_number_from):
+                number += 1
+                yield record
+        except ValueError as error:
+            raise _damaged(self._path, number + 1) from error
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Durable when this returns; tried again while the file system refuses, as long as there is patience.

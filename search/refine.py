@@ -19,9 +19,10 @@ from actors.refinement import (
     variant_of,
 )
 from actors.types import SPLITS, RankfrontError, Score
+from search.cells import Cells
 from search.driving import logged
 from search.evaluations import Evaluations
-from search.findings import Cells, error_bar, paired
+from search.findings import error_bar, paired
 from search.folder import StudyFolder
 from search.journal import driver_lock
 from search.pool import connect

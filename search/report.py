@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 
 from actors.types import TargetSpec
+from search.cells import Cells
 from search.constraints import broken
 from search.files import write_atomic
 from search.finalist_table import finalist_cells
-from search.findings import Cells, front_cells, front_table, headline, percent
+from search.findings import front_cells, front_table, headline, percent
 from search.further import further_cells
 from search.harness_table import harness_cells
 from search.page import chart, facts_section, page, table
@@ -87,7 +88,10 @@ def _front(summary: StudySummary) -> str:
     cells = front_cells(summary)
     if not cells.rows:
         return ""
-    note = "± is one standard error; nll in nats/token, acc in %, kept in % of the model's parameters."
+    note = (
+        "± is one standard error; nll in nats/token, margins in nats, accuracies and budgets in %, "
+        "kept in % of the model's parameters."
+    )
     note += f" {cells.note}." if cells.note else ""
     shown = table(cells.columns, cells.rows)
     return f'<section><h2>Front</h2>{shown}<p class="note">{escape(note)}</p></section>'

@@ -77,6 +77,8 @@ def _objective_mistakes(objectives: tuple[str, ...], scoring: ScoringSection) ->
             found.append(f"objectives[{index}]: {name!r} is there twice")
     if not any(name.startswith("budget.") for name in objectives):
         found.append("objectives: one of them must be a budget (budget.model, budget.linear or budget.bytes)")
+    if all(name.startswith("budget.") for name in objectives):
+        found.append("objectives: one of them must be measured (nll, kl, reasoning.acc, ...), not a budget")
     return found
 
 

@@ -257,14 +257,15 @@ class Runner:
         if self._held_back():
             return None  # trials that decide whether there is a next one have not ended
         below = self._study.seen_below(self._study.next_number)
-        known = self._study.count(TrialState.COMPLETE, TrialState.PRUNED) if below is None else below
+        ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        known = self._study.count(*ended) if below is None else below
         if known != self._judged[0]:
             self._judged = (known, self._record_rule_met(below))
         return self._judged[1]
 
     def _record_rule_met(self, below: int | None) -> str | None:
-        """The rules that read every scored trial, or those `below` a number; looked at only when there is a
-        new one."""
+        """The rules that read every trial that ended, or those `below` a number; looked at only when there is
+        a new one."""
         rules = self._rules
         if rules.tokens is not None:
             rows = self._study.rows()[:below]
@@ -275,7 +276,16 @@ class Runner:
             history = hypervolumes(self._study, below)
             if plateaued(history, rules.plateau.trials, rules.plateau.tolerance):
                 return f"hypervolume flat over {rules.plateau.trials} trials"
+            if (rules.trials, rules.tokens, rules.hours) == (None, None, None):
+                return self._dense_lost(below)
         return None
+
+    def _dense_lost(self, below: int | None) -> str | None:
+        """That the dense model failed: without its score there is no hypervolume, and so never a plateau."""
+        dense = [row for row in self._study.rows()[:below] if row.ranked and row.allocation.is_dense]
+        if not dense or any(row.state != "FAIL" for row in dense):
+            return None
+        return f"no plateau without a score of the dense model, trial {dense[-1].number}: {dense[-1].reason}"
 
 
 def problem_of(score: Score | None) -> str | None:

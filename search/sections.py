@@ -83,7 +83,7 @@ class SamplerSection(Section):
     few parameters. `population` is that of the NSGA samplers."""
 
     name: Literal["exchange", "nsga2", "nsga3", "tpe", "gp", "random"] = "tpe"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy's RandomState takes
     population: Annotated[int, Field(ge=2)] = 32
 
 

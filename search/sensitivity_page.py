@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from search.cells import Cells
 from search.files import write_atomic
-from search.findings import Cells, error_bar
+from search.findings import error_bar, percent
 from search.page import chart, facts_section, page, table
 from search.sensitivity_table import (
     Sensitivity,
@@ -48,7 +49,7 @@ def _sections(sensitivity: Sensitivity) -> Iterator[str]:
     for index, heat in enumerate(heat_maps(sensitivity)):
         yield f"<section><h2>{escape(heat.title)}</h2>{chart(figure(heat), f'heat-{index}')}</section>"
     yield _section("By module type", module_cells(sensitivity))
-    share = f"alone at {sensitivity.middle:.0%} of its parameters"
+    share = f"alone at {percent(sensitivity.middle)} of its parameters"
     yield _section(f"Lose least per parameter saved, {share}", target_cells(sensitivity.least))
     yield _section(f"Lose most per parameter saved, {share}", target_cells(sensitivity.most))
     yield _missing(sensitivity)

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from actors.types import Score, TargetSpec
 from search.alone import Cell, Log
+from search.cells import Cells
 from search.cost import CostModel
-from search.findings import Cells, percent
+from search.findings import percent
 from search.spectra import Spectra, energy_kept, rank_of_energy, truncation_loss
 from search.tables import finite, parquet, score_values
 

@@ -19,6 +19,7 @@ from actors.types import CHOICE, RankfrontError
 from search.choosing import untold
 from search.constraints import broken
 from search.folder import StudyFolder
+from search.plain import from_yaml
 from search.records import StudySummary, TrialRow
 
 # A pipe or a log has no width of its own: give it room for the front.
@@ -51,8 +52,8 @@ def override(text: str) -> tuple[str, Any]:
     if not found:
         raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key, from_yaml(value)
+    except (ValueError, yaml.YAMLError) as error:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 

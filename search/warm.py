@@ -7,7 +7,6 @@ A target keeps the method it was cut by where this study has its factors by that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-import yaml
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -30,6 +28,7 @@ from search.folder import CONFIG, PREPARED
 from search.journal import JOURNAL, open_journal
 from search.packing import PLAN, scored
 from search.pareto import contributions, front
+from search.plain import read_own
 from search.policy import WarmStartSection
 
 ORIGIN = "warm"
@@ -139,13 +138,13 @@ def _read(
 
 def _in_folder(folder: Path) -> _Study:
     """Its config is not held against this version's schema: texts it names may be gone."""
-    raw = yaml.safe_load((folder / CONFIG).read_text())
+    raw = read_own(folder / CONFIG, dict)
     database = raw.get("database")
     needed = (PREPARED, JOURNAL) if database is None else (PREPARED,)
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         raise RankfrontError(f"{folder} has no {' and no '.join(missing)}: its search never began")
-    prepared = Prepared.from_dict(json.loads((folder / PREPARED).read_text()))
+    prepared = read_own(folder / PREPARED, Prepared.from_dict)
     storage = open_journal(folder) if database is None else open_database(database)
     study = optuna.load_study(study_name=raw["study"], storage=storage)
     return _Study(study, prepared.targets, _factors(raw))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from ray.autoscaler._private.util import prepare_config
 from ray.scripts.scripts import cli as ray_cli
 
 from search.cli import app
@@ -132,6 +133,24 @@ def test_files_that_commands_name_are_there() -> None:
     }
     assert {"cluster.yaml", "configs/cluster-slurm.sbatch", "configs/cluster-kuberay.yaml"} <= named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_page_says_where_a_number_of_nodes_is_kept() -> None:
+    """What `ray up --min-workers` sets, beside the types, is gone from what nodes are started by."""
+    page = PAGE.read_text(encoding="utf-8")
+    found = re.search(r"`min_workers: (\d+)` under `available_node_types: (\w+):` ", page)
+    assert found is not None
+    count, kind = int(found[1]), found[2]
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+
+    def kept() -> int:
+        return prepare_config(config)["available_node_types"][kind]["min_workers"]
+
+    config["min_workers"] = count  # as the option does
+    assert kept() == 0
+    config["available_node_types"][kind]["min_workers"] = count
+    assert kept() == count
+    assert not any("--min-workers" in words for words in shown())
 
 
 def test_links_lead_somewhere() -> None:

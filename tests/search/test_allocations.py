@@ -57,6 +57,14 @@ def test_json_lines_are_read_as_well(tmp_path: Path) -> None:
         read_allocations(file, TARGETS, CHOOSING)
 
 
+@pytest.mark.parametrize("name", ["mine.yaml", "mine.json", "mine.jsonl"])
+def test_a_target_that_is_there_twice_is_no_allocation(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text('{"ranks": {"layers.0.q_proj": 5, "layers.0.q_proj": 3}}\n')
+    with pytest.raises(RankfrontError, match=r"mine.*: cannot be read: 'layers\.0\.q_proj' is there twice"):
+        read_allocations(file, TARGETS, CHOOSING)
+
+
 def test_the_configured_method_goes_without_saying(tmp_path: Path) -> None:
     """layers.0.q_proj is cut by weight and layers.1.q_proj by feature, said or not."""
     said = {"layers.0.q_proj": "weight", "layers.1.q_proj": "feature"}

@@ -53,6 +53,40 @@ def test_a_full_disk_is_no_crash(
     assert "No space left on device (front.png): every finished trial is saved" in capsys.readouterr().err
 
 
+def test_what_the_file_system_refuses_is_said_in_one_line(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With no advice to make room; what is no answer of the system keeps its traceback."""
+    error = OSError(errno.EROFS, "Read-only file system", "a/b")
+
+    def refused(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("search.cli.report", refused)
+    assert run(monkeypatch, "report", folder.path) == 2
+    assert capsys.readouterr().err == "rankfront: Read-only file system (a/b)\n"
+    error = OSError("a library's own words")
+    with pytest.raises(OSError, match="own words"):
+        run(monkeypatch, "report", folder.path)
+
+
+def test_a_name_that_no_file_can_have_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "report", "n" * 300) == 2
+    assert capsys.readouterr().err.startswith("rankfront: File name too long (")
+
+
+def test_an_encoding_that_lacks_a_sign_ends_no_command(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run(monkeypatch, "report", folder.path) == 0
+    out.flush()
+    assert "? dense" in out.buffer.getvalue().decode("latin-1")  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -62,6 +96,10 @@ def test_a_full_disk_is_no_crash(
         (["export", "made-up", "--trial", "1", "--budget", "0.9"], "give one of --trial N, --budget B"),
         (["export", "made-up", "--trial", "0", "--all-front"], "give one of --trial N, --budget B"),
         (["export", "made-up", "--trial", "77"], "trials 0..1"),
+        (["export", "made-up", "--budget", "90"], "--budget 90: a share above 0, at most 1; 0.9 is 90%"),
+        (["refine", "made-up", "--budget", "0"], "--budget 0: a share above 0"),
+        (["refine", "made-up"], "give one of --trial N and --budget B\n"),
+        (["evaluate", "made-up", "--budget", "1.01"], "--budget 1.01: a share above 0"),
         (["export", "made-up", "--budget", "0.01"], "the front reaches down to"),
         (["export", "made-up", "--max-nll", "0.01"], "--max-nll 0.01: no front point at or under it; the"),
         (["export", "made-up", "--check", "made-up"], "a study or --check FOLDER, not both"),
@@ -69,8 +107,10 @@ def test_a_full_disk_is_no_crash(
         (["export", "--check", "."], "ranks.yaml"),
         (["export", "made-up", "--trial", "0", "--set", "a=1"], "--set is for --check"),
         (["apply", "none.yaml", "./model", "--to", "new"], "none.yaml"),
+        (["apply", "twice.yaml", "./model", "--to", "new"], "'ranks' is there twice"),
         (["search", "config.yaml", "--set", "stop.trials"], "KEY=VALUE"),
         (["search", "config.yaml", "--set", "stop.trials=[1"], "stop.trials"),
+        (["search", "config.yaml", "--set", "stop={trials: 1, trials: 2}"], "'trials' is there twice"),
         (["search", "config.yaml", "--set", "study.x=1"], "not a section"),
         (["search", "none.yaml"], "none.yaml"),
     ],
@@ -84,6 +124,7 @@ def test_mistakes_are_said_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "config.yaml").write_text((folder.path / CONFIG).read_text())
+    (tmp_path / "twice.yaml").write_text("ranks: {a: 1}\nranks: {a: 2}\n")
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *arguments) == 2
     said = capsys.readouterr()

@@ -39,6 +39,7 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("objectives", ["budget.model", "nll", "nll"], "objectives[2]", ["'nll'", "twice"]),
         ("objectives", ["nll", "reasoning.acc"], "objectives", ["budget.linear", "budget.bytes"]),
         ("objectives", ["budget.model"], "objectives", ["at least 2"]),
+        ("objectives", ["budget.model", "budget.bytes"], "objectives", ["must be measured", "nll"]),
         ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
         ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
         ("objectives", ["budget.model", "kl"], "objectives[1]", ["'kl'", "scoring.kl_top_k"]),
@@ -107,6 +108,8 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("replicas", {"count": 4, "max": 3}, "replicas.max", ["3", "below replicas.count, 4"]),
         ("run.lag", -1, "run.lag", ["-1", "greater than or equal to 0"]),
         ("sampler.name", "cmaes", "sampler.name", ["'cmaes'", "nsga2", "tpe"]),
+        ("sampler.seed", -1, "sampler.seed", ["-1", "greater than or equal to 0"]),
+        ("sampler.seed", 2**32, "sampler.seed", ["4294967296", "less than 4294967296"]),
         ("sampler.name", "gp", "sampler.name", ["'gp'", "at most 20", "space.group: target", "exchange"]),
         ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
         ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),
@@ -194,7 +197,7 @@ def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
         "factors": {"method": "svd", "methods": {"*.q_proj": "feature", "*.k_proj": "none"}, "bias": "some"},
         "space": {"floor": 0, "group": "block", "segments": 3, "levels": 0, "methods": ["weight", "weight"]},
         "references": {"uniform": [0.9, 1.5, 0]},
-        "sampler": {"name": "cmaes"},
+        "sampler": {"name": "cmaes", "seed": 2**32},
         "stop": {"trials": None},
         "calibration": {"window": 5_000},
     }
@@ -204,8 +207,8 @@ def test_every_mistake_is_listed_at_once(raw: dict[str, Any]) -> None:
         "model.dtype:", "scoring.windw:", "scoring.tasks[1].name:",
         "scoring.search_fraction:", "objectives[0]:", "objectives[2]:", "objectives:", "space.floor:",
         "space.segments:", "space.levels:", "references.uniform[1]:", "references.uniform[2]:",
-        "sampler.name:", "stop:", "calibration.window:", "factors.method:", "factors.methods.*.k_proj:",
-        "factors.bias:", "space.methods[1]:", "space.methods:",
+        "sampler.name:", "sampler.seed:", "stop:", "calibration.window:", "factors.method:",
+        "factors.methods.*.k_proj:", "factors.bias:", "space.methods[1]:", "space.methods:",
     ]  # fmt: skip
     assert [path for path in expected if not any(line.startswith(path) for line in found)] == []
 

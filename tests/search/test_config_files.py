@@ -49,12 +49,23 @@ def test_the_command_starts_nothing_with_a_wrong_config(raw: dict[str, Any], tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["study: [", "- a list", "", "\x00"])
+@pytest.mark.parametrize("text", ["study: [", "- a list", "", "\x00", "study: 2026-13-01"])
 def test_a_file_that_is_no_config_is_said(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml: 1 mistake, nothing was started"):
         load_config(path)
+
+
+def test_a_key_that_is_there_twice_is_said_and_where(raw: dict[str, Any], tmp_path: Path) -> None:
+    """`a` and "a" are one key; what is merged may be overridden."""
+    path, lines = tmp_path / "config.yaml", yaml.safe_dump(raw)
+    path.write_text(lines + 'space: {levels: 9, group: module, "levels": 3}\n')
+    where = len(lines.splitlines()) + 1
+    with pytest.raises(ConfigError, match=rf"'levels' is there twice\n.*line {where}, column 35"):
+        load_config(path)
+    path.write_text(lines + "space: {<<: {levels: 9}, group: module, levels: 3}\n")
+    assert load_config(path).space.levels == 3
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 
 from actors.types import RankfrontError
 from search.config import Config, ConfigError, parse_config
-from search.database import check_url, open_database, resolve, secrets_of, shown
+from search.database import check_url, lease_holder, open_database, open_tables, resolve, secrets_of, shown
 
 
 def config_of(database: object) -> Config:
@@ -76,6 +79,18 @@ def test_secrets_are_known_as_they_are_and_as_a_url_spells_them(monkeypatch: pyt
     assert secrets_of("postgresql://me@host/db") == secrets_of(None) == []
 
 
-def test_a_database_driver_that_is_not_installed_is_named() -> None:
-    with pytest.raises(RankfrontError, match="not installed"):
-        open_database("mysql://me@host/db")
+def holder(url: str) -> str | None:
+    return lease_holder(url, "made-up")
+
+
+@pytest.mark.parametrize(
+    ("look", "driver"),
+    [
+        *((look, driver) for look in (open_database, open_tables) for driver in ("mysql", "foo")),
+        *((look, "postgresql+pg8000") for look in (open_database, open_tables, holder)),
+    ],
+)
+def test_a_database_driver_that_is_not_installed_is_named(look: Callable[[str], object], driver: str) -> None:
+    url = f"{driver}://me@host/db"
+    with pytest.raises(RankfrontError, match=rf"database: {re.escape(url)}: its driver is not installed"):
+        look(url)

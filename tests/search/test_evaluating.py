@@ -49,6 +49,8 @@ def test_a_folder_is_measured_on_a_text(llama: Path, tmp_path: Path) -> None:
         (("--trial", "3"), "--trial, --variant and --budget choose from a study"),
         (("--text", "./nothing.txt", "--window", "32"), "no file or folder"),
         (("--text", "./nothing.txt"), "--window 512: the model reads 256 tokens"),
+        (("--text", "./nothing.txt", "--limit", "3"), "--limit: only with --tasks"),
+        (("--tasks", "a", "--tokens", "99", "--column", "text"), "--column and --tokens: only with --text"),
     ],
 )
 def test_a_folder_refuses(llama: Path, arguments: tuple[str, ...], reason: str) -> None:
@@ -57,8 +59,11 @@ def test_a_folder_refuses(llama: Path, arguments: tuple[str, ...], reason: str) 
 
 
 def test_a_study_refuses_what_is_for_folders(tmp_path: Path) -> None:
-    with pytest.raises(RankfrontError, match="is no model folder, and --text and --output"):
-        evaluate(tmp_path, "--text", "mine.txt")
+    for name, value in {"text": "mine.txt", "device": "auto", "window": 512, "output": "o.json"}.items():
+        with pytest.raises(RankfrontError, match=rf"--{name}: for a model folder, and {tmp_path} is none"):
+            evaluate(tmp_path, f"--{name}", value, "--tasks", "a")
+    with pytest.raises(RankfrontError, match="--limit and --batch-size: only with --tasks"):
+        evaluate(tmp_path, "--limit", 3, "--batch-size", 1)
     with pytest.raises(RankfrontError, match="holds no study"):
         evaluate("unknown", "--runs", tmp_path)
 
@@ -76,5 +81,4 @@ def test_the_table_has_values_and_errors(tmp_path: Path) -> None:
         HarnessMetric("t", "f1", "none", 1.0, None, None),
     )
     (table,) = FolderEvaluation(tmp_path, metrics, {}, None).tables()
-    columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    assert columns == [["t", "t"], ["acc", "f1"], ["none", "none"], ["0.5000±0.2500", "1.0000"], ["4", ""]]
+    assert table.cells.rows == (("t", "acc", "none", "0.5000±0.2500", "4"), ("t", "f1", "none", "1.0000", ""))

@@ -163,7 +163,7 @@ def test_a_finalist_that_cannot_be_refined_is_passed_over(
 def test_what_was_not_asked_for_is_said(study: Tiny, started: list[str]) -> None:
     with pytest.raises(RankfrontError, match="give --budget B or --count N, or set finalists"):
         command(study)
-    with pytest.raises(RankfrontError, match=r"finalists.budgets\[0\]: 90.0: .* less than or equal to 1"):
+    with pytest.raises(RankfrontError, match=r"--budget 90: a share above 0, at most 1; 0\.9 is 90%"):
         command(study, "--budget", "90")
     with pytest.raises(RankfrontError, match="the front has no compressed model"):
         command(study, "--budget", "0.01")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fakes import TARGETS, energy_of, score_of, write_store
 
 from actors.types import RankfrontError
 from search.finals import finished_numbers
-from search.folder import CONFIG, StudyFolder
+from search.folder import CONFIG, PREPARED, StudyFolder
 from search.journal import JOURNAL, open_journal, repair
 
 
@@ -49,6 +50,35 @@ def test_a_torn_journal_survives_commands_that_only_read(
     assert journal.read_bytes() == torn
     repair(journal)
     assert [trial.state.name for trial in trials(folder)] == ["COMPLETE", "RUNNING"]
+
+
+@pytest.mark.parametrize("command", ["report", "status"])
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        (CONFIG, lambda content: content + b"\n  - [", "is damaged: while parsing"),
+        (CONFIG, lambda content: b"", "is damaged: it holds NoneType, no mapping of keys"),
+        (PREPARED, lambda content: content[:-9], "is damaged: "),
+        (PREPARED, lambda content: b'{"targets": []}', "is damaged: "),
+        (JOURNAL, lambda content: content.replace(b'{"', b"{", 1), "record 1 is damaged"),
+        (JOURNAL, lambda content: content.replace(b'\n{"', b"\n{", 3), "record 2 is damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_study_is_named(
+    folder: StudyFolder,
+    command: str,
+    name: str,
+    damage: Callable[[bytes], bytes],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = folder.path / name
+    file.write_bytes(damage(file.read_bytes()))
+    assert run(monkeypatch, command, folder.path) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(file) in line
+    assert says in line
 
 
 @pytest.mark.parametrize("database", [None, "${STUDIES}"], ids=["journal", "database"])

@@ -20,7 +20,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from actors.samples import pack_floats
-from actors.types import Allocation
+from actors.types import Allocation, Score, TaskScore
 from search.figures import panel_figure, rank_figure
 from search.files import write_atomic
 from search.findings import front_cells
@@ -268,6 +268,68 @@ def test_front_table_fits_a_terminal_and_prints_names_as_they_are() -> None:
     for row in cells.rows:
         assert all(cell in text for cell in row)  # nothing was cut
     assert len(cells.rows) == len(summary.front)
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [
+        (80, ["test acc", "test ppl"]),
+        (60, ["test acc", "test ppl", "origin", "Δ dense"]),
+        (40, ["test acc", "test ppl", "origin", "Δ dense", "acc", "test nll"]),
+    ],
+)
+def test_a_narrow_terminal_shows_numbers_whole_and_says_which_it_has_no_room_for(
+    width: int, missing: list[str]
+) -> None:
+    summary = study()
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(front_table(summary))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    assert f"no room for {', '.join(missing)}: report.html has them" in " ".join(text.split())
+    cells = front_cells(summary)
+    shown = [index for index, name in enumerate(cells.columns) if name not in missing]
+    for row in cells.rows:
+        assert [row[index] for index in shown] in [line.split() for line in text.splitlines()]
+
+
+def test_no_digit_is_lost_where_not_even_the_loss_has_room() -> None:
+    console = Console(width=20, file=io.StringIO(), color_system=None)
+    console.print(front_table(three()))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= 20 for line in text.splitlines())
+    shown = "".join(cell for row in front_cells(three()).rows for cell in row[:3])
+    title = "3"  # on the front
+    assert sorted(filter(str.isdigit, text)) == sorted(filter(str.isdigit, shown + title))
+
+
+def test_every_objective_has_a_column_with_its_standard_error() -> None:
+    """Those that another table shows have none here."""
+    names = ("reasoning.margin", "reasoning.boolq.acc", "budget.bytes", "budget.model", "nll", "kl", "nll.c4")
+    rows = tuple(
+        dataclasses.replace(row, score=dataclasses.replace(row.score, tasks=with_margins(row.score)))
+        for row in study().rows[:3]
+        if row.score
+    )
+    objectives = tuple(Objective(name, not name.startswith("reasoning")) for name in names)
+    summary = dataclasses.replace(study(), rows=rows, objectives=objectives, front=(1, 2), reference=())
+    cells = front_cells(summary)
+    assert cells.columns[-4:] == (*names[:3], "origin")
+    for row, shown in zip(rows, cells.rows, strict=True):
+        assert row.score is not None
+        boolq = row.score.tasks["boolq"]
+        assert shown[-4:-1] == (
+            "0.000±0.408",  # two tasks, sqrt(1/3) of margins 1, 0, -1 each: sqrt(2/3) / 2
+            f"{100 * boolq.acc:.1f}±{100 * boolq.stderr:.1f}",
+            f"{100 * row.budget_bytes:.1f}%",
+        )
+    assert all(name in html.unescape(report_html(summary)) for name in names[:3])
+
+
+def with_margins(score: Score) -> dict[str, TaskScore]:
+    kept = pack_floats([1.0, 0.0, -1.0])
+    return {name: dataclasses.replace(task, margin=0.0, margins=kept) for name, task in score.tasks.items()}
 
 
 def test_table_marks_only_what_cannot_be_told_apart() -> None:

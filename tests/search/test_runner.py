@@ -128,6 +128,24 @@ def test_stops_on_a_plateau(tmp_path: Path) -> None:
     assert len(study.rows()) == len(history)
 
 
+def test_a_plateau_alone_does_not_wait_for_a_dense_model_that_failed(tmp_path: Path) -> None:
+    """Another rule still ends the search; where the dense model is tried again, all goes on."""
+    study, plateau = open_study(tmp_path), PlateauSection(trials=5, tolerance=0.0)
+    dense = [(Allocation.dense(TARGETS), "dense")]
+    study.enqueue(dense)
+
+    def answer(job: Job) -> Outcome:
+        dense = job.allocation.is_dense
+        return Outcome(job, None, "out of memory") if dense else Outcome(job, score_of(job.allocation))
+
+    reason = runner(study, MadeUpPool(answer, size=1), plateau=plateau).run()
+    assert reason == "no plateau without a score of the dense model, trial 0: out of memory"
+    assert runner(study, MadeUpPool(answer, size=1), plateau=plateau, trials=12).run() == "12 trials"
+    study.enqueue(dense)
+    assert runner(study, MadeUpPool(size=1), plateau=plateau).run() == "hypervolume flat over 5 trials"
+    assert study.dense_score is not None
+
+
 def test_the_first_rule_that_holds_stops(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     assert runner(study, MadeUpPool(), trials=7, tokens=10**9, hours=100).run() == "7 trials"

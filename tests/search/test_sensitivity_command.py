@@ -134,6 +134,18 @@ def test_the_command_writes_its_files_and_says_what_they_show(
     assert len(machinery.pools) == 2, "no replica is started for nothing"
 
 
+def test_titles_have_the_share_that_was_configured(
+    file: Path,
+    config: Config,
+    machinery: Machinery,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "sensitivity", file, "--set", "sensitivity.shares=[0.125]") == 0
+    for shown in (capsys.readouterr().out, (config.folder / "sensitivity.html").read_text()):
+        assert "alone at 12.5% of its parameters" in " ".join(shown.split())
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_stopped_command_says_how_to_go_on(
     file: Path,
