@@ -247,11 +247,11 @@ def _progress(reading: Reading) -> Iterator[list[str]]:
 
 
 def draw(reading: Reading, path: Path) -> None:
-    """Hypervolume against tokens spent, and the fronts on the search split."""
+    """Hypervolume against tokens spent, once from where the seeds left it, and the fronts on the search split."""
     # Figure and canvas without pyplot: no global state, no display.
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(17, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, middle, right = figure.subplots(1, 3)
     for number, label in enumerate(reading.labels):
         colour = f"C{number % 10}"
         dashes = "-" if number < 10 else "--"
@@ -259,7 +259,8 @@ def draw(reading: Reading, path: Path) -> None:
         for run in reading.of(label):
             if not reading.count(run):
                 continue
-            left.step(reading.tokens(run), reading.history(run), where="post", lw=1.2, **named)
+            for axes in (left, middle):
+                axes.step(reading.tokens(run), reading.history(run), where="post", lw=1.2, **named)
             points = reading.points(run)
             points = points[np.isfinite(points[:, 0])]
             points = points[front(points)]
@@ -267,6 +268,13 @@ def draw(reading: Reading, path: Path) -> None:
             right.step(points[:, 0], points[:, 1], where="post", lw=1.2, **named)
             named.pop("label", None)
     left.set(xlabel="tokens spent", ylabel="hypervolume, share of the room", xscale="log")
+    middle.set(xlabel="tokens spent", ylabel="the same, from the seeds on")
+    seeds = Run("seeds")
+    if reading.count(seeds):
+        least = reading.history(seeds)[-1]
+        most = max(reading.history(run)[-1] for run in reading.runs if reading.count(run))
+        room = max(0.05 * (most - least), 1e-6)
+        middle.set(xlim=(reading.tokens(seeds)[-1], None), ylim=(least - room, most + room))
     right.set(
         xlabel="share of all parameters",
         ylabel="nats/token above dense, search split",
