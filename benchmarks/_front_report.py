@@ -247,7 +247,7 @@ def _progress(reading: Reading) -> Iterator[list[str]]:
 
 
 def draw(reading: Reading, path: Path) -> None:
-    """Hypervolume against tokens spent, once from where the seeds left it, and the fronts on the search split."""
+    """Hypervolume against tokens spent, whole and from the seeds on, and the fronts on the search split."""
     # Figure and canvas without pyplot: no global state, no display.
     figure = Figure(figsize=(17, 5), layout="constrained")
     FigureCanvasAgg(figure)
