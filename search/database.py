@@ -21,7 +21,7 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
 
 from actors.types import RankfrontError
@@ -133,10 +133,8 @@ def open_tables(template: str) -> BaseStorage | None:
     url = resolve(template)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         return None  # to connect would make the file
-    with _said(url), _installed(url):
-        engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
+    with _said(url), _installed(url), _engine(url) as engine:
         there = sqlalchemy.inspect(engine).has_table("studies")
-    engine.dispose()
     return open_database(template) if there else None
 
 
@@ -149,12 +147,8 @@ def lease_holder(template: str, study: str) -> str | None:
     url = resolve(template)
     if url.get_backend_name() != "postgresql":
         return None
-    with _said(url), _installed(url):
-        engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
-        with engine.connect() as connection:
-            found = _Lease(study).holder(connection.connection.cursor())
-    engine.dispose()
-    return found
+    with _said(url), _installed(url), _engine(url) as engine, engine.connect() as connection:
+        return _Lease(study).holder(connection.connection.cursor())
 
 
 def _connected(url: URL, pool: dict[str, Any]) -> StudyDatabase:
@@ -171,13 +165,19 @@ def _making_tables(url: URL) -> Iterator[None]:
     if url.get_backend_name() != "postgresql":
         yield
         return
+    with _engine(url) as engine, engine.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": _TABLES})
+        yield
+
+
+@contextlib.contextmanager
+def _engine(url: URL) -> Iterator[Engine]:
+    """An engine whose sessions end here, and what they hold with them."""
     engine = sqlalchemy.create_engine(url, connect_args=_arguments(url), hide_parameters=True)
     try:
-        with engine.connect() as connection:
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": _TABLES})
-            yield
+        yield engine
     finally:
-        engine.dispose()  # the session ends, and its lock with it
+        engine.dispose()
 
 
 def _arguments(url: URL) -> dict[str, Any]:

@@ -298,3 +298,14 @@ def test_means_far_beyond_the_deviation_do_not_cancel() -> None:
     # float32 leaves 3000 in steps of 2.4e-4 and the mean is taken off in float32: a step, squared away
     assert (np.abs(found.spread.covariance.numpy() - expected) / scale).max() < 1e-4
     np.testing.assert_allclose(found.spread.mean.numpy(), rows.mean(0), rtol=1e-7, atol=1e-6)
+
+
+def test_a_model_that_cannot_keep_its_last_logits_alone_is_not_asked_to(
+    tiny_setting: Setting, ids: torch.Tensor
+) -> None:
+    """As code that came with a model before transformers had a name for it."""
+    model, targets = tiny_setting.model, tiny_setting.targets
+    expected = collect_moments(model, targets, ids)
+    known = model.forward
+    model.forward = lambda input_ids, use_cache: known(input_ids, use_cache=use_cache)
+    same(collect_moments(model, targets, ids), expected, 0.0)

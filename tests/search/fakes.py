@@ -22,8 +22,9 @@ from search.landscape import Landscape, landscape_of
 from search.patience import Patience
 from search.pool import Job, Outcome
 from search.records import Objective
+from search.runner import Runner, Stop
 from search.samplers import make_sampler
-from search.sections import SamplerSection
+from search.sections import SamplerSection, StopSection
 from search.space import Space
 from search.study import SearchStudy, open_storage_study
 from search.view import Planned
@@ -212,3 +213,12 @@ def propose_and_complete(study: SearchStudy, count: int) -> list[Planned]:
         study.complete(planned, score_of(planned.allocation))
         done.append(planned)
     return done
+
+
+def runner(study: SearchStudy, pool: MadeUpPool, stop: Stop | None = None, **rules: Any) -> Runner:
+    section = StopSection(**{"trials": None, **rules})
+    return Runner(study, pool, section, "sampler", stop or Stop())  # type: ignore[arg-type]
+
+
+def states(study: SearchStudy) -> list[str]:
+    return [row.state for row in study.rows()]

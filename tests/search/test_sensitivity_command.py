@@ -96,13 +96,6 @@ def machinery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machinery:
     return made
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["rankfront", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
 @pytest.fixture
 def file(config: Config, tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
@@ -110,14 +103,26 @@ def file(config: Config, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def command(file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`rankfront sensitivity` on the config, with options; its exit code."""
+
+    def run(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["rankfront", "sensitivity", str(file), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    return run
+
+
 def test_the_command_writes_its_files_and_says_what_they_show(
-    file: Path,
+    command: Callable[..., int],
     config: Config,
     machinery: Machinery,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, "sensitivity", file) == 0
+    assert command() == 0
     said = capsys.readouterr().out
     for part in ("Lose least", "Lose most", "By module type", "sensitivity.html", str(config.folder)):
         assert part in said
@@ -127,21 +132,20 @@ def test_the_command_writes_its_files_and_says_what_they_show(
     lines = pq.read_table(config.folder / "sensitivity.parquet").to_pylist()
     assert len(lines) == COUNT - 1
     assert all(line["nll_increase"] > 0 for line in lines)
-    assert run(monkeypatch, "sensitivity", file, "--set", "sensitivity.shares=[0.75, 0.5]") == 0
+    assert command("--set", "sensitivity.shares=[0.75, 0.5]") == 0
     [_, second] = machinery.pools
     assert len(second.submitted) == len(TARGETS), "one share is known"
-    assert run(monkeypatch, "sensitivity", file) == 0
+    assert command() == 0
     assert len(machinery.pools) == 2, "no replica is started for nothing"
 
 
 def test_titles_have_the_share_that_was_configured(
-    file: Path,
+    command: Callable[..., int],
     config: Config,
     machinery: Machinery,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, "sensitivity", file, "--set", "sensitivity.shares=[0.125]") == 0
+    assert command("--set", "sensitivity.shares=[0.125]") == 0
     for shown in (capsys.readouterr().out, (config.folder / "sensitivity.html").read_text()):
         assert "alone at 12.5% of its parameters" in " ".join(shown.split())
 
@@ -153,7 +157,7 @@ def test_a_stopped_command_says_how_to_go_on(
     machinery: Machinery,
     name: str,
     code: int,
-    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import signal
@@ -164,7 +168,7 @@ def test_a_stopped_command_says_how_to_go_on(
         return Outcome(job, score_of(job.allocation))
 
     machinery.answer = answer
-    assert run(monkeypatch, "sensitivity", file, "--set", "replicas.count=1") == code
+    assert command("--set", "replicas.count=1") == code
     said = capsys.readouterr().out
     assert f"Stopped: {name}" in said
     assert f"sensitivity {file} --set replicas.count=1   # goes on where it stopped" in said

@@ -1,0 +1,128 @@
+"""When a search stops: after so many trials, tokens, hours, on a plateau, or out of proposals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import (
+    TARGETS,
+    MadeUpPool,
+    open_study,
+    runner,
+    score_of,
+    states,
+)
+
+from actors.types import Allocation
+from search.pool import Job, Outcome
+from search.runner import Stop, hypervolumes
+from search.sections import PlateauSection
+
+
+def test_stops_at_the_number_of_trials(tmp_path: Path) -> None:
+    study, pool = open_study(tmp_path), MadeUpPool()
+    assert runner(study, pool, trials=9).run() == "9 trials"
+    assert states(study) == ["COMPLETE"] * 9
+    assert [job.key for job in pool.submitted] == list(range(9))
+    assert runner(study, pool, trials=12).run() == "12 trials"
+    assert states(study) == ["COMPLETE"] * 12
+    assert [job.key for job in pool.submitted] == list(range(12)), "no trial is scored twice"
+
+
+def test_stops_at_scored_tokens(tmp_path: Path) -> None:
+    """100 tokens a trial; what is in flight when the rule is met is still recorded."""
+    study, pool = open_study(tmp_path), MadeUpPool(size=1)
+    assert runner(study, pool, tokens=1_000).run() == "1,000 scored tokens"
+    assert len(pool.submitted) == len(study.rows()) == 11
+    assert states(study) == ["COMPLETE"] * 11
+
+
+def test_copied_scores_cost_no_tokens(tmp_path: Path) -> None:
+    """A space of 27 allocations: most proposals are known soon."""
+    study, pool = open_study(tmp_path, levels=2), MadeUpPool(size=1)
+    runner(study, pool, tokens=2_000).run()
+    assert 20 <= len(pool.submitted) <= 21
+    assert len(study.rows()) > len(pool.submitted)
+
+
+def test_stops_after_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("search.runner.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def answer(job: Job) -> Outcome:
+        clock[0] += 600
+        return Outcome(job, score_of(job.allocation))
+
+    study = open_study(tmp_path)
+    loop = runner(study, MadeUpPool(answer, size=1), hours=1.5)
+    loop.progress.started = 0.0
+    assert loop.run() == "1.5 hours"
+    assert states(study) == ["COMPLETE"] * 11, "more than 90 minutes after ten, and one more was in flight"
+
+
+def test_stops_on_a_plateau(tmp_path: Path) -> None:
+    """From the seventh trial on nothing is better than anything."""
+    study = open_study(tmp_path)
+    study.enqueue([(Allocation.dense(TARGETS), "dense")])
+
+    def answer(job: Job) -> Outcome:
+        return Outcome(job, score_of(job.allocation, nll=None if job.key < 7 else 50.0))
+
+    plateau = PlateauSection(trials=5, tolerance=0.0)
+    reason = runner(study, MadeUpPool(answer, size=1), plateau=plateau).run()
+    assert reason == "hypervolume flat over 5 trials"
+    history = hypervolumes(study)
+    assert 12 <= len(history) <= 14
+    assert history[11] == history[6] > 0
+    assert runner(study, MadeUpPool(), plateau=plateau).run() == reason, "a resumed search has stopped too"
+    assert len(study.rows()) == len(history)
+
+
+def test_a_plateau_alone_does_not_wait_for_a_dense_model_that_failed(tmp_path: Path) -> None:
+    """Another rule still ends the search; where the dense model is tried again, all goes on."""
+    study, plateau = open_study(tmp_path), PlateauSection(trials=5, tolerance=0.0)
+    dense = [(Allocation.dense(TARGETS), "dense")]
+    study.enqueue(dense)
+
+    def answer(job: Job) -> Outcome:
+        dense = job.allocation.is_dense
+        return Outcome(job, None, "out of memory") if dense else Outcome(job, score_of(job.allocation))
+
+    reason = runner(study, MadeUpPool(answer, size=1), plateau=plateau).run()
+    assert reason == "no plateau without a score of the dense model, trial 0: out of memory"
+    assert runner(study, MadeUpPool(answer, size=1), plateau=plateau, trials=12).run() == "12 trials"
+    study.enqueue(dense)
+    assert runner(study, MadeUpPool(size=1), plateau=plateau).run() == "hypervolume flat over 5 trials"
+    assert study.dense_score is not None
+
+
+def test_the_first_rule_that_holds_stops(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    assert runner(study, MadeUpPool(), trials=7, tokens=10**9, hours=100).run() == "7 trials"
+    assert runner(study, MadeUpPool(), trials=10**6, tokens=1_500).run() == "1,500 scored tokens"
+
+
+def test_a_small_space_without_a_number_of_trials_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight allocations, all in flight or known: the loop must come back to its pool and its stop."""
+    study, stop = open_study(tmp_path, levels=1, floor=0.5), Stop()
+    propose, count = study.propose, []
+
+    def counted(origin: str) -> Any:
+        count.append(origin)
+        if len(count) > 200:
+            raise AssertionError("proposed 200 times without a look at the pool")
+        return propose(origin)
+
+    monkeypatch.setattr(study, "propose", counted)
+
+    def answer(job: Job) -> Outcome:
+        count.clear()
+        stop.reason = "SIGINT" if sum(row.finished for row in study.rows()) > 5 else None
+        return Outcome(job, score_of(job.allocation))
+
+    assert runner(study, MadeUpPool(answer, size=8), stop, tokens=10**6).run() == "SIGINT"
