@@ -138,16 +138,21 @@ def _read(
 
 def _in_folder(folder: Path) -> _Study:
     """Its config is not held against this version's schema: texts it names may be gone."""
-    raw = read_own(folder / CONFIG, dict)
-    database = raw.get("database")
+    name, database, factors = read_own(
+        folder / CONFIG, lambda kept: (str(kept["study"]), kept.get("database"), _factors(kept))
+    )
     needed = (PREPARED, JOURNAL) if database is None else (PREPARED,)
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         raise RankfrontError(f"{folder} has no {' and no '.join(missing)}: its search never began")
     prepared = read_own(folder / PREPARED, Prepared.from_dict)
     storage = open_journal(folder) if database is None else open_database(database)
-    study = optuna.load_study(study_name=raw["study"], storage=storage)
-    return _Study(study, prepared.targets, _factors(raw))
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        where = "journal" if database is None else "database"
+        raise RankfrontError(f"{folder}: its {where} has no study {name!r}") from None
+    return _Study(study, prepared.targets, factors)
 
 
 def _factors(raw: Mapping[str, Any]) -> FactorSpec:

@@ -195,6 +195,19 @@ def test_every_source_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert "bad.jsonl:2: cannot be read" in message
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [({"study": "renamed"}, "its journal has no study 'renamed'"), ({}, "'study' is missing")],
+)
+def test_a_folder_whose_config_was_changed_by_hand_is_named(
+    tmp_path: Path, kept: dict[str, str], said: str
+) -> None:
+    propose_and_complete(source(tmp_path / "theirs"), 2)
+    (tmp_path / "theirs" / CONFIG).write_text(yaml.safe_dump({**HUB, **kept}))
+    with pytest.raises(RankfrontError, match=rf"sources\[0\]: .*theirs.*{said}"):
+        given(config_of(tmp_path, tmp_path / "theirs"))
+
+
 def test_sources_that_are_nowhere_are_named_before_anything_starts(tmp_path: Path) -> None:
     config = config_of(tmp_path, "nowhere", tmp_path / "gone.yaml", "ours")
     with pytest.raises(RankfrontError) as caught:
