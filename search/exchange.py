@@ -3,9 +3,9 @@
 A proposal is made in four steps, all on arrays.
 
 1. *Aim*: the half of the range of sizes whose turn it is, and in it the size that promises most
-   (`search.aims`). The range goes from the smallest size whose loss is still of use up to dense, or to what
-   the bounds on costs allow. Where models are to be chosen at some sizes, each of them in turn for a share
-   of the proposals.
+   (`search.aims`). The range goes from the smallest size that is of interest and whose loss is still of use
+   up to dense, or to what the bounds on costs allow. Where models are to be chosen at some sizes, each of
+   them in turn for a share of the proposals.
 2. *Learn*: how much more or less each parameter loses than predicted, from the trials nearest in size
    (`search.multipliers`), as the posterior's mean or as a draw from it, more or less of its spread.
 3. *Move*, in one of three ways, those more often that reached the front lately:
@@ -256,19 +256,19 @@ class ExchangeSampler(BaseSampler):
         return low, min(self._dense, max(self._landscape.most, low + width))
 
     def _smallest(self, trials: _Trials) -> int:
-        """The smallest size worth aiming at: where some loss would be all the room there is.
+        """The smallest size worth aiming at: where some loss would be all the room there is, or what is told.
 
-        Where no objective says how much room it has, the smallest size that was scored.
+        Where no objective says how much room it has and nothing is told, the smallest size that was scored.
         """
         land, steps = self._landscape, self._steps
         sizes, predicted = self._frontier(np.ones(len(land.names)))
         rooms = land.rooms[~land.budgets]
-        found = int(steps.size(steps.lowest))
+        found = max(int(steps.size(steps.lowest)), min(land.least, land.most))
         used = np.flatnonzero(trials.totals > 0)
         for index in np.flatnonzero(np.isfinite(rooms)):
             cost = float(np.median(trials.losses[used, index] / trials.totals[used])) if len(used) else 1.0
             found = max(found, int(sizes[np.argmax(cost * predicted <= rooms[index])]))
-        if len(used) and not np.isfinite(rooms).any():
+        if len(used) and not land.least and not np.isfinite(rooms).any():
             found = max(found, int(trials.sizes.min()))
         return found
 

@@ -103,7 +103,8 @@ class StudyFolder:
             predicted = {name: tail_losses(known[name][method]) for name, method in own.items()}
         rooms = [room_of(objective) for objective in objectives]
         wanted, bounds = self.config.finalists.budgets, self.config.named_constraints
-        return landscape_of(self.space, self.cost, objectives, rooms, predicted, wanted, bounds)
+        lowest = self.config.sampler.lowest
+        return landscape_of(self.space, self.cost, objectives, rooms, predicted, wanted, bounds, lowest)
 
     @property
     def factor_store(self) -> Path:

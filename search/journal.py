@@ -77,7 +77,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "op_code" in record else None
+    return record if isinstance(record, dict) else None
 
 
 def journal_has_trial(folder: Path, study: str) -> bool:

@@ -34,7 +34,7 @@ class Landscape:
     and decoder blocks. `methods` are the choices of each categorical parameter. `budgets` (d,) says which
     objectives are costs, `rooms` (d,) beyond what loss of an objective a model is of no use (infinite where
     nothing is known). `wanted` (w,) are sizes that a model is to be chosen at, `most` the largest that keeps
-    to the bounds on costs.
+    to the bounds on costs, `least` the smallest that is of interest beside those that are wanted.
     """
 
     names: tuple[str, ...]
@@ -51,6 +51,7 @@ class Landscape:
     rooms: Floats
     wanted: Integers
     most: int
+    least: int
 
     def of_ranks(self, ranks: Sequence[int | None]) -> tuple[Floats, int]:
         """Predicted loss (p,) of each parameter's targets, and the stored size, at a rank for each target."""
@@ -72,9 +73,10 @@ def landscape_of(
     predicted: Mapping[str, Floats] | None,
     wanted: Sequence[float] = (),
     constraints: Iterable[Constraint] = (),
+    lowest: float | None = None,
 ) -> Landscape:
-    """The landscape of a study; `predicted` is each target's loss (k,), nats/token, at each rank 1..k, and
-    `wanted` are budgets of all parameters of the model.
+    """The landscape of a study; `predicted` is each target's loss (k,), nats/token, at each rank 1..k;
+    `wanted`, and `lowest` of those of interest, are budgets of all parameters of the model.
 
     Without losses every target is taken to lose the square of the share of its parameters that it lacks, in
     proportion to its parameters: an even allocation is then the best guess.
@@ -105,6 +107,7 @@ def landscape_of(
         rooms=np.array(rooms, dtype=np.float64),
         wanted=np.array([math.floor(cost.linear_room(budget)) for budget in wanted], dtype=np.int64),
         most=_most(cost, constraints),
+        least=0 if lowest is None else math.ceil(max(0.0, cost.linear_room(lowest))),
     )
 
 

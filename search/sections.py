@@ -80,11 +80,13 @@ class SpaceSection(Section):
 
 class SamplerSection(Section):
     """Who proposes: `exchange` is ours (`search.exchange`), the others are Optuna's; `gp` is for spaces of
-    few parameters. `population` is that of the NSGA samplers."""
+    few parameters. `population` is that of the NSGA samplers. `lowest` is the smallest budget of all
+    parameters that `exchange` aims at; without it, as small a one as may be of use (`search.exchange`)."""
 
     name: Literal["exchange", "nsga2", "nsga3", "tpe", "gp", "random"] = "tpe"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy's RandomState takes
     population: Annotated[int, Field(ge=2)] = 32
+    lowest: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
 
 
 class ReferenceSection(Section):

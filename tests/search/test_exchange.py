@@ -117,6 +117,21 @@ def test_budgets_are_covered_evenly_from_dense_to_the_smallest_of_use() -> None:
     assert counts.min() >= 4
 
 
+@pytest.mark.parametrize(("least", "lowest"), [(0.8, 0.8), (0.3, 0.3), (0.95, 0.9)])
+def test_no_size_below_the_smallest_of_interest_is_aimed_at(least: float, lowest: float) -> None:
+    """Unless it is one that a model is to be chosen at, or bounds on costs are below it."""
+    land = replace(LAND, least=int(least * DENSE), most=int(0.9 * DENSE), wanted=np.array([0.55 * DENSE]))
+    sampler = sampler_of(land)
+    study = warm(sampler)
+    step = max(sampler._steps.width) / DENSE
+    sizes = []
+    for _ in range(40):
+        trial = ask(study, sampler)
+        if trial.number % exchange.WANTED_EVERY:
+            sizes.append(land.of_levels(levels_of(trial.params))[1] / DENSE)
+    assert lowest - step < min(sizes) < lowest + 0.05
+
+
 def test_room_for_loss_sets_the_smallest_budget() -> None:
     """Half of the greatest predicted loss, at a scale of 1, is where the range begins."""
     room = 0.5 * float(LAND.losses[:, 0].sum())

@@ -91,6 +91,7 @@ FREE = {
     "sampler.name": "random",
     "sampler.seed": 5,
     "sampler.population": 12,
+    "sampler.lowest": 0.6,
     "references.dense": False,
     "references.uniform": [0.5],
     "seeds.spectra": [0.5],

@@ -95,10 +95,9 @@ def test_a_tail_of_zeros_is_cut(journal: Path, tmp_path: Path) -> None:
     assert journal.read_bytes() == content
 
 
-@pytest.mark.parametrize("record", [b"#broken\n", b"{}\n"], ids=["no JSON", "no record"])
-def test_damage_before_whole_records_is_refused(journal: Path, record: bytes) -> None:
+def test_damage_before_whole_records_is_refused(journal: Path) -> None:
     lines = journal.read_bytes().splitlines(keepends=True)
-    damaged = [*lines[:2], record, *lines[3:]]
+    damaged = [*lines[:2], b"#" + lines[2][1:], *lines[3:]]
     journal.write_bytes(b"".join(damaged))
     with pytest.raises(RankfrontError, match=r"study\.journal: record 3 is damaged"):
         repair(journal)

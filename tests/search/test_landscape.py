@@ -61,6 +61,16 @@ def test_wanted_sizes_are_those_of_the_targets_in_a_model_of_that_budget() -> No
     assert not len(landscape(space, COST).wanted)
 
 
+def test_the_least_size_is_that_of_the_targets_in_the_smallest_model_of_interest() -> None:
+    def least(lowest: float | None) -> int:
+        return landscape_of(space_of(COST), COST, OBJECTIVES, (np.inf, np.inf), None, lowest=lowest).least
+
+    others = COST.model_parameters - COST.linear_parameters
+    assert (least(0.75) - 1 + others) / COST.model_parameters < 0.75
+    assert (least(0.75) + others) / COST.model_parameters >= 0.75
+    assert least(None) == least(0.01) == 0, "the other parameters alone are more"
+
+
 def test_objectives_and_methods_are_named() -> None:
     objectives = (Objective("nll", True), Objective("budget.bytes", True), Objective("reasoning.acc", False))
     space: Space = space_of(COST, group="module", factors=CHOOSING)
