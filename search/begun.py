@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from actors.types import Prepared, RankfrontError
 from search.config import Config
 from search.database import open_tables
-from search.folder import CONFIG, PREPARED
+from search.folder import CONFIG, PREPARED, refuse_lost
 from search.journal import journal_has_trial
 from search.plain import read_own
 from search.stored import begin_storage_study, has_trial
@@ -35,7 +35,7 @@ def folder_identity(path: Path, asked: str | None) -> Identity | None:
     `asked` is a database that has none, as its caller knows.
 
     Raises:
-        RankfrontError: a file of it is damaged.
+        RankfrontError: a file of it is damaged, or its trials were lost.
     """
     if not (path / CONFIG).exists():
         return None
@@ -43,6 +43,7 @@ def folder_identity(path: Path, asked: str | None) -> Identity | None:
     database = config.get("database")
     left = database not in (None, asked) and _may_have_trial(database, study)
     if not left and not journal_has_trial(path, study):
+        refuse_lost(path)
         return None
     fingerprints = None
     if (path / PREPARED).exists():

@@ -190,7 +190,9 @@ def enqueue_command(
     """Add allocations of your own; a running search takes them up next, a stopped one when it resumes."""
     folder = find_study(study, runs)
     allocations = read_allocations(file, folder.prepared.targets, folder.config.factor_spec)
-    repair_if_idle(folder.path)
+    repaired = repair_if_idle(folder.path)
+    if repaired:
+        console.print(f"journal: {repaired}", highlight=False)
     numbers = folder.open_study(SamplerSection(name="random")).enqueue((a, "enqueued") for a in allocations)
     known = len(allocations) - len(numbers)
     listed = ", ".join(map(str, numbers)) or "none"

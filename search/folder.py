@@ -18,7 +18,7 @@ from search.cost import CostModel
 from search.database import open_database, open_tables
 from search.evaluations import Evaluations
 from search.findings import percent
-from search.journal import driver_lock, journal_has_trial, open_journal, repair_journal
+from search.journal import JOURNAL, driver_lock, journal_has_trial, open_journal, repair_journal
 from search.landscape import Landscape, landscape_of
 from search.pareto import front
 from search.patience import Patience, impatient
@@ -33,6 +33,7 @@ from search.space import Space
 from search.spectra import losses
 from search.stored import has_trial, open_storage_study
 from search.study import SearchStudy
+from search.tables import TRIALS, kept_trials
 
 CONFIG, PREPARED = "config.yaml", "prepared.json"
 
@@ -71,6 +72,8 @@ class StudyFolder:
     def _study_in(self, storage: BaseStorage, section: SamplerSection) -> SearchStudy:
         config, cost = self.config, self.cost
         objectives = config.named_objectives
+        if not has_trial(storage, config.study):
+            refuse_lost(self.path)
         study = open_storage_study(storage, config.study, objectives)
         return SearchStudy(
             study,
@@ -161,10 +164,31 @@ class StudyFolder:
         }
 
 
-def repair_if_idle(folder: Path) -> None:
-    """Before something is written beside a possible driver: a torn tail may stay only where one runs."""
-    with contextlib.suppress(RankfrontError), driver_lock(folder):
-        repair_journal(folder)
+def repair_if_idle(folder: Path) -> str | None:
+    """Before something is written beside a possible driver: a torn tail may stay only where one runs.
+
+    Returns what was dropped; raises as `repair_journal` does.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(driver_lock(folder))
+        except RankfrontError:
+            return None
+        return repair_journal(folder)
+
+
+def refuse_lost(folder: Path) -> None:
+    """What a study without a trial has to hold against: a table of trials in its folder.
+
+    Raises:
+        RankfrontError: there is one, so the journal or the database was lost; nothing may replace the table.
+    """
+    count = kept_trials(folder)
+    if count:
+        raise RankfrontError(
+            f"{folder / TRIALS} lists {count} trials, the study has none of them: its {JOURNAL}, or its "
+            "database, was lost; restore it from a backup, or move the folder away to begin anew"
+        )
 
 
 def find_study(name: str, runs: Path) -> StudyFolder:

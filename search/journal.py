@@ -35,7 +35,8 @@ def repair(path: Path) -> str | None:
     bytes are kept beside the journal. Every record before them stays.
 
     Raises:
-        RankfrontError: a broken record that is not at the end: that is damage, not a torn write.
+        RankfrontError: a broken record that is not at the end, or no whole record in a file that does not end
+            in its first: that is damage, not a torn write.
     """
     if not path.exists():
         return None
@@ -51,6 +52,10 @@ def repair(path: Path) -> str | None:
         return None
     if any(_is_record(line + b"\n") for line in torn.split(b"\n")[1:] if line):
         raise _damaged(path, good + 1)
+    if not good and (b"\n" in torn or not torn.startswith(b"{")):
+        raise RankfrontError(
+            f"{path} holds no record, nor the beginning of one: restore it from a backup, or move it away"
+        )
     kept = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}")
     kept.write_bytes(torn)
     with path.open("r+b") as stream:
@@ -61,7 +66,7 @@ def repair(path: Path) -> str | None:
 
 def _damaged(path: Path, record: int) -> RankfrontError:
     return RankfrontError(
-        f"{path}: record {record} is damaged, whole records follow it; restore the file from a backup"
+        f"{path}: record {record} is damaged, and it is not the last; restore the file from a backup"
     )
 
 

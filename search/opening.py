@@ -38,11 +38,21 @@ class Session:
     say: Callable[[str], None]
 
 
+def _nothing_more(session: Session) -> None:
+    pass
+
+
 @contextlib.contextmanager
-def opened(config: Config, console: Console, path: Path | None = None) -> Iterator[Session]:
+def opened(
+    config: Config,
+    console: Console,
+    path: Path | None = None,
+    check: Callable[[Session], None] = _nothing_more,
+) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
 
-    All of it in the folder `path`, where the study's is not the one that the config names.
+    All of it in the folder `path`, where the study's is not the one that the config names: its config is the
+    saved one, and stays. What `check` raises of the prepared study ends it before anything is saved.
 
     Only a trial binds a config. Before the first one a study may have been prepared, and its targets scored
     alone (`search.sensitivity`); what is in its storage then follows the config.
@@ -51,7 +61,7 @@ def opened(config: Config, console: Console, path: Path | None = None) -> Iterat
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
     check_names(config)
-    path = path or config.folder
+    own, path = path is None, path or config.folder
     say = _sayer(console)
     patience = Patience(SECONDS, say)
     with _study_folder(path), _storage(config, patience) as storage:
@@ -65,18 +75,21 @@ def opened(config: Config, console: Console, path: Path | None = None) -> Iterat
         machine = connect()
         if not (path / PREPARED).exists():
             gpu_shortage(config.replicas, machine)  # refused before the long work, not after it
-        check = _fingerprint_check(config.study, identity)
+        same = _fingerprint_check(config.study, identity)
         count = builder_count(config.builders, machine)
         with ProgressBar(console) as bar:
-            prepared = prepare(config.preparation(), machine, count, say, bar.progress, check)
+            prepared = prepare(config.preparation(), machine, count, say, bar.progress, same)
+        session = Session(StudyFolder(path, config, prepared, storage, patience), machine, say)
+        check(session)
         # The storage first: where it refuses, the folder says what it said before.
-        if storage is not None:
+        if storage is not None and own:
             write_identity(storage, config, prepared)
-        elif identity is None and (path / JOURNAL).exists():
+        elif storage is None and identity is None and (path / JOURNAL).exists():
             begin_storage_study(open_journal(path, patience), config.study, config.named_objectives)
-        write_atomic(path / CONFIG, config.to_yaml())
+        if own:
+            write_atomic(path / CONFIG, config.to_yaml())
         write_atomic(path / PREPARED, json.dumps(prepared.to_dict(), indent=1))
-        yield Session(StudyFolder(path, config, prepared, storage, patience), machine, say)
+        yield session
 
 
 def _storage(config: Config, patience: Patience) -> contextlib.AbstractContextManager[BaseStorage | None]:

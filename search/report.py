@@ -19,7 +19,7 @@ from search.page import chart, facts_section, page, table
 from search.panels import front_rows, infeasible_rows, panels
 from search.plots import front_png
 from search.records import StudySummary
-from search.tables import evaluations_parquet, front_json, trials_parquet
+from search.tables import TRIALS, evaluations_parquet, front_json, trials_parquet
 
 __all__ = ["front_table", "headline", "report_html", "write_report"]
 
@@ -37,7 +37,7 @@ def write_report(summary: StudySummary, folder: Path, targets: Sequence[TargetSp
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, bytes | str] = {
-        "trials.parquet": trials_parquet(summary),
+        TRIALS: trials_parquet(summary),
         "evaluations.parquet": evaluations_parquet(summary),
         "front.json": front_json(summary),
         "front.png": front_png(summary),

@@ -61,9 +61,10 @@ def _curve(
 ) -> Curve:
     """From `stored` parameters and `loss` (k,) at each rank, those of the floor's rank and above."""
     lowest = cost.largest_rank(target, floor) or target.full_rank
-    ranks = np.append(np.arange(lowest, target.full_rank + 1), DENSE)
-    sizes = np.append(stored[lowest - 1 :], target.parameters)
-    values = np.append(np.maximum(loss[lowest - 1 :], 0.0), 0.0)
+    # Dense first: a full rank that stores as much and loses as little is no gain, and not the model's own.
+    ranks = np.append(DENSE, np.arange(lowest, target.full_rank + 1))
+    sizes = np.append(target.parameters, stored[lowest - 1 :])
+    values = np.append(0.0, np.maximum(loss[lowest - 1 :], 0.0))
     order = np.lexsort((values, sizes))
     order = order[np.unique(sizes[order], return_index=True)[1]]  # of equal sizes the least loss
     order = order[sizes[order] <= target.parameters]

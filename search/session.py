@@ -40,16 +40,21 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
     check_sources(config)
-    with opened(config, console) as session:
+    warm: list[tuple[Allocation, str]] = []
+
+    def check(session: Session) -> None:
         folder = session.folder
         problem = sampler_problem(config.sampler.name, len(folder.space.distributions))
         if problem is not None:
             raise RankfrontError(problem)
+        warm.extend(warm_allocations(config, folder.prepared.targets, folder.leased, session.say))
+
+    with opened(config, console, check=check) as session:
+        folder = session.folder
         study = folder.open_study()
         references = config.references
         if config.stop.plateau is not None:  # the hypervolume is measured from the dense model
             references = references.model_copy(update={"dense": True})
-        warm = warm_allocations(config, folder.prepared.targets, folder.leased, session.say)
         study.enqueue([*reference_allocations(references, folder.cost), *_seeds(folder, session.say), *warm])
         stop, metrics = Stop(), RayMetrics(config.study)
         with event_log(folder.path, secrets_of(config.database), session.say) as log:

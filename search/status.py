@@ -20,7 +20,7 @@ from actors.types import Prepared, RankfrontError
 from search.config import parse_saved
 from search.database import check_url, lease_holder, open_tables, resolve, shown
 from search.findings import LADDER
-from search.folder import StudyFolder, find_study
+from search.folder import StudyFolder, find_study, refuse_lost
 from search.health import Health, ReplicaHealth, read_health
 from search.journal import JOURNAL, lock_holder, open_journal
 from search.runner import current_hypervolume
@@ -133,6 +133,8 @@ def _database_status(url: str, runs: Path, name: str | None) -> Status:
 
 def _status(folder: StudyFolder, storage: BaseStorage | None, place: str, driver: str | None) -> Status:
     study = _opened(folder, storage)
+    if study is None:
+        refuse_lost(folder.path)
     trials = [] if study is None else study.frozen()
     health = read_health(folder.path)
     now = time.time()

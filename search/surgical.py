@@ -32,6 +32,8 @@ Flags = Sequence[tuple[bool, ...] | None]
 
 # Tenths of full size, as the paper's ladder has them.
 STEPS = 10
+# Far above the rounding error of an accuracy, far below what one example is to it.
+ROUNDING = 1e-9
 # Parts of the examples in task mode: a rank must do in each of them.
 CHUNKS = 3
 
@@ -78,10 +80,14 @@ class TaskRule:
 
     def passes(self, score: Score, dense: Score, visited: int) -> tuple[bool, ...]:
         pairs = zip(self._means(score), self._means(dense), strict=True)
-        return tuple(mine >= theirs - self.delta for mine, theirs in pairs)
+        return tuple(self._keeps(mine, theirs) for mine, theirs in pairs)
 
     def holds(self, score: Score, dense: Score) -> bool:
-        return score.tasks[self.task].acc >= dense.tasks[self.task].acc - self.delta
+        return self._keeps(score.tasks[self.task].acc, dense.tasks[self.task].acc)
+
+    def _keeps(self, mine: float, theirs: float) -> bool:
+        """Whether one accuracy is at least another less delta, whatever rounding makes of the difference."""
+        return mine - theirs >= -self.delta - ROUNDING
 
     def _means(self, score: Score) -> list[float]:
         """Accuracy in each part."""
@@ -205,8 +211,11 @@ class Walk:
         return self.rule.passes(score, dense, visited=len(self.steps) + 1)
 
     def _take(self, target: TargetSpec, cells: Sequence[Cell], flags: Flags, dense: Score) -> Step:
-        scanned = self.section.ranks == "scan"
-        chosen = _first_to_pass(flags) if scanned else _lowest_passing(flags)
+        if self.section.ranks == "scan":
+            chosen = _first_to_pass(flags)
+        else:
+            _, high = _halved(flags)
+            chosen = high if high < len(cells) else None
         rank = None
         if chosen is not None:
             score = self.answer(cells[chosen].allocation)
@@ -248,17 +257,29 @@ def _lowest_passing(flags: Flags) -> int | None:
     return next((index for index, found in enumerate(flags) if found and all(found)), None)
 
 
+def _halved(flags: Flags) -> tuple[int, int]:
+    """What halving leaves open: `low` fails, or is -1, `high` passes, or is dense, behind the last.
+
+    Only middles on the way are looked at. What further replicas have answered beside it decides nothing, so
+    their number does not either, nor which answers a walk begins with.
+    """
+    low, high = -1, len(flags)
+    while high - low > 1 and (found := flags[(low + high) // 2]) is not None:
+        if all(found):
+            high = (low + high) // 2
+        else:
+            low = (low + high) // 2
+    return low, high
+
+
 def _unhalved(flags: Flags) -> list[int]:
-    """The middle of what is open between the lowest that passes and the highest below it that does not,
-    then the middles of its halves (for further replicas); empty where nothing is open."""
-    high = _lowest_passing(flags)
-    high = len(flags) if high is None else high
-    low = max((index for index, found in enumerate(flags[:high]) if found is not None), default=-1)
-    middles, spans = [], [(low, high)]
+    """The middle of what halving leaves open, then the middles of its halves (for further replicas), without
+    those that are answered; empty where nothing is open."""
+    middles, spans = [], [_halved(flags)]
     while spans:
         left, right = spans.pop(0)
         middle = (left + right) // 2
         if left < middle < right:
             middles.append(middle)
             spans += [(left, middle), (middle, right)]
-    return middles
+    return [middle for middle in middles if flags[middle] is None]

@@ -14,7 +14,7 @@ from search.driving import logged
 from search.events import Note
 from search.finals import front_and_dense, score_finished
 from search.folder import StudyFolder, report
-from search.opening import opened
+from search.opening import Session, opened
 from search.pool import Job, Pool
 from search.records import StudySummary
 from search.replicas import replicas
@@ -23,7 +23,7 @@ from search.screen import Line, clock
 from search.sections import StopSection
 from search.signals import stop_on_signals
 from search.study import SearchStudy
-from search.surgical import Step, Walk, make_rule
+from search.surgical import Step, Walk, make_rule, order
 
 FILE = "surgical.jsonl"
 ORIGIN = "surgical"
@@ -36,7 +36,12 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
         RankfrontError: another driver holds the study, it is another study, it cannot start, the task has
             too few examples, or the dense model has no score.
     """
-    with opened(config, console) as session:
+
+    def check(session: Session) -> None:
+        order(session.folder.cost.targets, config.surgical.skip_blocks)
+        make_rule(config.surgical, session.folder.prepared.examples["search"])
+
+    with opened(config, console, check=check) as session:
         folder, say = session.folder, session.say
         study = folder.open_study()
         log = Log(folder.path, folder.prepared.fingerprints, FILE)

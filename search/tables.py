@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 from actors.types import SPLITS, Allocation, Score
 from search.allocations import method_list
 from search.records import Evaluation, HarnessEvaluation, Key, StudySummary, TrialRow
+
+TRIALS = "trials.parquet"
 
 INTEGERS = ("tokens", "forward_tokens")
 _INTEGER_COLUMNS = {*INTEGERS, *(f"{split}.{name}" for split in SPLITS for name in INTEGERS)}
@@ -57,6 +60,14 @@ def score_values(score: Score) -> dict[str, float | int | None]:
     values = {**score.metrics, "reasoning.acc_stderr": math.nan, **errors}
     floats = {name: finite(value) for name, value in values.items()}
     return {**floats, "tokens": score.text.tokens, "forward_tokens": score.forward_tokens}
+
+
+def kept_trials(folder: Path) -> int:
+    """How many trials the table in a folder lists; 0 where there is none that can be read."""
+    try:
+        return int(pq.read_metadata(folder / TRIALS).num_rows)
+    except (OSError, pa.ArrowInvalid):
+        return 0
 
 
 def trials_parquet(summary: StudySummary) -> bytes:

@@ -24,7 +24,7 @@ from search.evaluations import Evaluations
 from search.finalist_table import finalist_cells
 from search.finals import evaluate_study, reopened, score_finished, split_cells
 from search.findings import front_cells
-from search.folder import StudyFolder
+from search.folder import CONFIG, StudyFolder
 from search.journal import lock_holder
 from search.opening import Session
 from search.pool import Job, Outcome
@@ -169,8 +169,10 @@ def test_a_renamed_folder_is_no_new_study(
     """Nor where it is named from inside."""
     renamed = study.folder.path.rename(tmp_path / "old")
     monkeypatch.chdir(renamed if named == "." else tmp_path)
+    config = (renamed / CONFIG).read_bytes()
     with reopened(StudyFolder.open(Path(named)), Console(file=io.StringIO())) as session:
         assert session.folder.path.resolve() == renamed
         assert len(session.folder.open_study().rows()) == 2
+    assert (renamed / CONFIG).read_bytes() == config, "only its driver changes it"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["old"]
     assert prepared_in == [str(tmp_path / "factors")]

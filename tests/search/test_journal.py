@@ -95,6 +95,14 @@ def test_a_tail_of_zeros_is_cut(journal: Path, tmp_path: Path) -> None:
     assert journal.read_bytes() == content
 
 
+@pytest.mark.parametrize("content", [b"\0" * 512, b"\n\n", b"junk\n" * 5, b'{"op_co\n{"op'])
+def test_a_file_without_a_record_is_refused(journal: Path, content: bytes) -> None:
+    journal.write_bytes(content)
+    with pytest.raises(RankfrontError, match=r"study\.journal holds no record"):
+        repair(journal)
+    assert journal.read_bytes() == content
+
+
 def test_damage_before_whole_records_is_refused(journal: Path) -> None:
     lines = journal.read_bytes().splitlines(keepends=True)
     damaged = [*lines[:2], b"#" + lines[2][1:], *lines[3:]]

@@ -103,6 +103,33 @@ def test_what_was_begun_without_a_trial_follows_the_config(
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("database", [None, "${STUDIES}"], ids=["journal", "database"])
+def test_what_is_refused_after_the_preparation_saves_nothing(
+    database: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
+    monkeypatch.setattr(search.opening, "prepare", lambda *_: replace(PREPARED, targets=TARGETS))
+    monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
+
+    def opening(*check: Any, **stop: int) -> contextlib.AbstractContextManager[search.opening.Session]:
+        config = config_of(tmp_path, database=database, stop=stop)
+        return search.opening.opened(config, Console(file=io.StringIO()), None, *check)
+
+    def check(session: search.opening.Session) -> None:
+        assert session.folder.prepared.targets == TARGETS
+        raise RankfrontError("not these targets")
+
+    with pytest.raises(RankfrontError, match="not these targets"), opening(check, trials=7):
+        pass
+    assert not (tmp_path / "s").exists()
+    with opening(trials=7) as session:
+        session.folder.open_study().propose("random")
+    before = content(tmp_path)
+    with pytest.raises(RankfrontError, match="not these targets"), opening(check, trials=9):
+        pass
+    assert content(tmp_path) == before
+
+
 def test_trials_that_another_program_added_are_not_taken_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

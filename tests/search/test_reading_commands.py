@@ -52,6 +52,27 @@ def test_a_torn_journal_survives_commands_that_only_read(
     assert [trial.state.name for trial in trials(folder)] == ["COMPLETE", "RUNNING"]
 
 
+@pytest.mark.parametrize("lost", ["gone", "zeros"])
+def test_a_lost_journal_takes_no_result_with_it(
+    folder: StudyFolder, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of what only reads, nor of what would begin the study anew."""
+    assert run(monkeypatch, "report", folder.path) == 0
+    before = {name: (folder.path / name).read_bytes() for name in ("front.json", "trials.parquet")}
+    (folder.path / JOURNAL).unlink()
+    if lost == "zeros":
+        (folder.path / JOURNAL).write_bytes(b"\0" * 5_000)
+    mine = written(folder.path / "mine.yaml", {TARGETS[0].name: 3})
+    search_again = ("search", folder.path / CONFIG)
+    for command in (("report", folder.path), ("status", folder.path), search_again):
+        assert run(monkeypatch, *command) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "trials.parquet lists 2 trials, the study has none of them" in error, command
+    assert run(monkeypatch, "enqueue", folder.path, mine) == 2
+    assert ("holds no record" if lost == "zeros" else "lists 2 trials") in capsys.readouterr().err
+    assert {name: (folder.path / name).read_bytes() for name in before} == before
+
+
 @pytest.mark.parametrize("command", ["report", "status"])
 @pytest.mark.parametrize(
     ("name", "damage", "says"),

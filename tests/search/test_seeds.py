@@ -38,6 +38,20 @@ def problems(draw: st.DrawFn) -> tuple[CostModel, list[np.ndarray], float]:
     return CostModel(targets, 10**4, storage, "none"), spectra, draw(st.floats(0.2, 1))
 
 
+@pytest.mark.parametrize("storage", ["auto", "pivoted"])
+@pytest.mark.parametrize(("bias", "of_layer"), [("mean", False), ("mean", True), ("none", False)])
+def test_a_target_that_keeps_all_is_dense_and_not_at_full_rank(
+    storage: str, bias: str, of_layer: bool
+) -> None:
+    """Its full rank may store as much, and is predicted to lose as little."""
+    targets = tuple(TargetSpec(f"t{block}", 8, 8, of_layer, block, "m") for block in range(3))
+    cost = CostModel(targets, 10**4, storage, bias)
+    curves = curves_of(cost, 0.2, lambda target: np.linspace(1, 0, 8))
+    assert [curve.ranks[-1] for curve in curves] == [DENSE] * 3
+    [ranks] = share_out(curves, [cost.linear_parameters])
+    assert ranks == [None] * 3
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_an_allocation_is_the_best_but_for_one_edge(
