@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.harness_results import HarnessScore, HarnessSpec
 from actors.helper import Helper
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.moments import Moments
+
+T = TypeVar("T")
 
 
 def quieten() -> None:
@@ -89,20 +91,35 @@ class Replica:
 
     def score(self, allocation: Allocation, split: str, rivals: tuple[Rival, ...]) -> Score:
         """Raises ScoringError where there is no valid score, also for want of memory: the replica stays."""
-        import torch
+        return _in_memory(lambda: self._scorer.score(allocation, split, rivals), f" on the {split} split")
 
-        try:
-            return self._scorer.score(allocation, split, rivals)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition("\n")[0]
-        # Past the handler: what the error's frames held is free by now. Torch's own class does not travel,
-        # a driver would import torch to read it.
-        torch.cuda.empty_cache()
-        raise ScoringError(f"out of memory on the {split} split: {reason}")
+
+def _in_memory(work: Callable[[], T], where: str, hint: str = "") -> T:
+    """What `work` returns.
+
+    Raises:
+        ScoringError: memory did not suffice `where`; what it took is free again.
+    """
+    import torch
+
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    # Past the handler: what the error's frames held is free by now. Torch's own class does not travel, a
+    # driver would import torch to read it.
+    torch.cuda.empty_cache()
+    raise ScoringError(f"out of memory{where}: {reason}{hint}")
+
+
+LESS_MEMORY = "; refine.checkpointed: true and a smaller scoring.batch_tokens take less"
 
 
 class Refiner:
-    """Refines allocations and measures them, refined or not; see `actors.refiner.Refiner`."""
+    """Refines allocations and measures them, refined or not; see `actors.refiner.Refiner`.
+
+    Want of memory is a ScoringError, and what it took is free again.
+    """
 
     def __init__(self, spec: ReplicaSpec, folder: str) -> None:
         quieten()
@@ -120,7 +137,9 @@ class Refiner:
         facts: Mapping[str, Any],
         helpers: Sequence[Helper],
     ) -> Iterator[RefinementStep]:
-        yield from self._refiner.refine(allocation, spec, facts, helpers)
+        steps = self._refiner.refine(allocation, spec, facts, helpers)
+        while (step := _in_memory(lambda: next(steps, None), " while refining", LESS_MEMORY)) is not None:
+            yield step
 
     def help(self, allocation: Allocation, spec: RefinementSpec) -> None:
         self._refiner.help(allocation, spec)
@@ -129,13 +148,14 @@ class Refiner:
         self._refiner.helping.receive(number, values)
 
     def share(self, step: int, place: int, count: int) -> float:
-        return self._refiner.helping.share(step, place, count)
+        helping = self._refiner.helping
+        return _in_memory(lambda: helping.share(step, place, count), " while refining", LESS_MEMORY)
 
     def piece(self, number: int) -> Tensor:
         return self._refiner.helping.piece(number)
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
-        return self._refiner.score(allocation, split, file)
+        return _in_memory(lambda: self._refiner.score(allocation, split, file), f" on the {split} split")
 
     def ask(self, allocation: Allocation, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore:
-        return self._refiner.ask(allocation, file, spec, task)
+        return _in_memory(lambda: self._refiner.ask(allocation, file, spec, task), f" on {task}")

@@ -37,4 +37,9 @@ class WarmStartSection(Section):
         """Paths that are there, so that the study can be resumed from another folder."""
         if is_saved(info):
             return sources
-        return tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in sources)
+        return tuple(str(Path(name).resolve()) if _is_source(Path(name)) else name for name in sources)
+
+
+def _is_source(path: Path) -> bool:
+    """Whether a file, or a study's folder: any other folder may have the name of a study elsewhere."""
+    return path.is_file() or (path / "config.yaml").exists()

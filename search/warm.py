@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from actors.types import Allocation, FactorSpec, Prepared, RankfrontError, TargetSpec
+from actors.types import METHOD_NAMES, Allocation, FactorSpec, Prepared, RankfrontError, TargetSpec
 from search.allocations import read_items
 from search.begun import stored_preparation
 from search.config import Config
@@ -156,10 +156,27 @@ def _in_folder(folder: Path) -> _Study:
 
 
 def _factors(raw: Mapping[str, Any]) -> FactorSpec:
-    """How a config, as plain data, decomposes: its methods alone."""
+    """How a config, as plain data, decomposes: its methods alone.
+
+    Raises:
+        TypeError: what it says of them is no mapping, or names no method.
+    """
     factors = raw.get("factors", {})
-    methods = tuple((factors.get("methods") or {}).items())
-    return FactorSpec(method=factors.get("method", FactorSpec.method), methods=methods)
+    if not isinstance(factors, Mapping) or not isinstance(factors.get("methods") or {}, Mapping):
+        raise TypeError("factors: no mapping, or its methods are none")
+    found = FactorSpec(
+        method=factors.get("method", FactorSpec.method),
+        methods=tuple((factors.get("methods") or {}).items()),
+    )
+    for name in (found.method, *(method for _, method in found.methods)):
+        _known(name)
+    return found
+
+
+def _known(method: object) -> None:
+    """Raises TypeError where it names no method."""
+    if method not in METHOD_NAMES:
+        raise TypeError(f"{method!r} is no method of a target; there are {', '.join(METHOD_NAMES)}")
 
 
 # -- what sources have ------------------------------------------------------------------------
@@ -202,7 +219,15 @@ def _named(item: Any, where: str) -> _Found:
     ranks, methods = whole["ranks"], whole.get("methods") or {}
     if not isinstance(ranks, Mapping) or not isinstance(methods, Mapping):
         raise RankfrontError(f"{where} is no mapping of targets to ranks and methods")
-    factors = _factors(whole) if "factors" in whole else None
+    unknown = [str(name) for name in methods if name not in ranks]
+    if unknown:
+        raise RankfrontError(f"{where}.methods: {', '.join(unknown)}: no ranks are given for them")
+    try:
+        for method in filter(None, methods.values()):
+            _known(method)
+        factors = _factors(whole) if "factors" in whole else None
+    except TypeError as error:
+        raise RankfrontError(f"{where}: {error}") from error
     cut = {name: methods.get(name) or (factors.method_of(name) if factors else None) for name in ranks}
     return _Found(ranks, cut)
 

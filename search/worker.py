@@ -41,31 +41,48 @@ class Worker(Protocol):
 
 
 class _Remote:
-    """One in an actor, and those that help it: they start with the first refinement by steps."""
+    """One in an actor, and those that help it: they start with the first refinement by steps.
+
+    Where one of them dies, all are started anew for what is asked next.
+    """
 
     def __init__(self, start: Callable[[int], Any], workers: int) -> None:
         """`start` starts an actor by its place among the `workers`."""
         self._start, self._workers = start, workers
-        self._actor = start(0)
-        self._helpers: list[Any] = []
+        self._actors = [start(0)]
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[Any]:
+        """The actor, for one request."""
+        if not self._actors:
+            self._actors.append(self._start(0))
+        try:
+            yield self._actors[0]
+        except RayError as error:
+            if process_died(error):
+                self.close()
+            raise
 
     def refine(
         self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
     ) -> Iterator[RefinementStep]:
-        if spec.method != REFIT and not self._helpers:
-            self._helpers = [self._start(place) for place in range(1, self._workers)]
-        method = self._actor.refine.options(num_returns="streaming")
-        helpers = [ActorHelper(actor) for actor in self._helpers]
-        for reference in method.remote(allocation, spec, facts, helpers):
-            yield ray.get(reference)
+        with self._asked() as actor:
+            if spec.method != REFIT:
+                self._actors += [self._start(place) for place in range(len(self._actors), self._workers)]
+            method = actor.refine.options(num_returns="streaming")
+            helpers = [ActorHelper(each) for each in self._actors[1:]]
+            for reference in method.remote(allocation, spec, facts, helpers):
+                yield ray.get(reference)
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
-        return ray.get(self._actor.score.remote(allocation, split, file))  # type: ignore[no-any-return]
+        with self._asked() as actor:
+            return ray.get(actor.score.remote(allocation, split, file))  # type: ignore[no-any-return]
 
     def ask(self, allocation: Allocation, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore:
         """Raises ScoringError where the model has no valid answer, as the worker does."""
         try:
-            return ray.get(self._actor.ask.remote(allocation, file, spec, task))  # type: ignore[no-any-return]
+            with self._asked() as actor:
+                return ray.get(actor.ask.remote(allocation, file, spec, task))  # type: ignore[no-any-return]
         except RayTaskError as error:
             cause = cause_of(error)
             if isinstance(cause, ScoringError):
@@ -73,8 +90,9 @@ class _Remote:
             raise
 
     def close(self) -> None:
-        for actor in (self._actor, *self._helpers):
-            ray.kill(actor)
+        """End the processes there are."""
+        while self._actors:
+            ray.kill(self._actors.pop())
 
 
 def worker_count(config: Config, machine: Machine) -> int:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from actors.replica import Replica
+from actors.replica import Refiner, Replica
 from actors.types import Allocation, ScoringError
 
 REASON = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 class Exhausted:
-    """Has the interface of `Scorer`."""
+    """Has the interfaces of `Scorer` and of `actors.refiner.Refiner`, which has taken one step before."""
 
     def score(self, *asked: Any) -> Any:
         raise torch.OutOfMemoryError(f"{REASON}\nSee the documentation for Memory Management.")
+
+    ask = share = score
+
+    def refine(self, *asked: Any) -> Iterator[str]:
+        yield "a step"
+        self.score()
+
+    @property
+    def helping(self) -> Exhausted:
+        return self
 
 
 def test_running_out_of_memory_is_a_trial_without_a_score() -> None:
@@ -30,3 +41,26 @@ def test_running_out_of_memory_is_a_trial_without_a_score() -> None:
     assert str(raised.value) == f"out of memory on the search split: {REASON}"
     assert raised.value.__context__ is None  # nor does it hold the frames, and the tensors in them
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "where"),
+    [
+        ("score", ("test", None), "on the test split"),
+        ("ask", (None, None, "mmlu"), "on mmlu"),
+        ("share", (0, 1), "while refining"),
+        ("refine", (None, {}, []), "while refining"),
+    ],
+)
+def test_running_out_of_memory_ends_one_refinement_or_measurement(
+    method: str, arguments: tuple[Any, ...], where: str
+) -> None:
+    refiner = Refiner.__new__(Refiner)
+    refiner._refiner = Exhausted()  # type: ignore[assignment]
+    answered: list[str] = []
+    with pytest.raises(ScoringError) as raised:
+        answered.extend(getattr(refiner, method)(Allocation((("t", 1),)), *arguments))
+    assert str(raised.value).startswith(f"out of memory {where}: {REASON}")
+    assert ("refine.checkpointed: true" in str(raised.value)) == (where == "while refining")
+    assert answered == (["a step"] if method == "refine" else [])
+    assert raised.value.__context__ is None

@@ -208,6 +208,26 @@ def test_a_folder_whose_config_was_changed_by_hand_is_named(
         given(config_of(tmp_path, tmp_path / "theirs"))
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"factors": "feature"}, "[0]: factors: no mapping"),
+        ({"factors": None}, "[0]: factors: no mapping"),
+        ({"factors": {"methods": ["a"]}}, "[0]: factors: no mapping, or its methods are none"),
+        ({"factors": {"method": "feture"}}, "[0]: 'feture' is no method of a target; there are weight, "),
+        ({"methods": {"layers.0.q_proj": "feture"}}, "[0]: 'feture' is no method of a target"),
+        ({"methods": {"layers.0.qproj": "weight"}}, "[0].methods: layers.0.qproj: no ranks are given"),
+    ],
+)
+def test_a_file_that_says_nonsense_of_its_factors_is_named(
+    tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "ranks.yaml").write_text(yaml.safe_dump({"ranks": {"layers.0.q_proj": 3}, **more}))
+    with pytest.raises(RankfrontError) as caught:
+        given(config_of(tmp_path, tmp_path / "ranks.yaml"))
+    assert f"sources[0]: {said}" in str(caught.value)
+
+
 def test_sources_that_are_nowhere_are_named_before_anything_starts(tmp_path: Path) -> None:
     config = config_of(tmp_path, "nowhere", tmp_path / "gone.yaml", "ours")
     with pytest.raises(RankfrontError) as caught:
@@ -223,3 +243,5 @@ def test_a_path_is_saved_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     sources = config_of(tmp_path, "mine.yaml", "theirs").warm_start.sources
     assert sources == (str(tmp_path / "mine.yaml"), "theirs")
+    (tmp_path / "theirs").mkdir()
+    assert config_of(tmp_path, "theirs").warm_start.sources == ("theirs",), "a folder that is no study"

@@ -1,15 +1,20 @@
-"""How many workers a refinement gets. That they do their work is in `tests/actors/test_team.py`."""
+"""How many workers a refinement gets, and what becomes of those that die. That they do their work is in
+`tests/actors/test_team.py`."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
-from actors.types import RankfrontError
+import search.worker
+from actors.refinement import RefinementSpec
+from actors.types import Allocation, RankfrontError
 from search.cluster import Machine
 from search.config import Config, parse_config
-from search.worker import worker_count
+from search.worker import _Remote, mistakes_named, worker_count
 
 
 def config(**refine: Any) -> Config:
@@ -49,3 +54,45 @@ def test_more_than_ever_run_at_once_are_refused_where_no_node_joins(gpus: int, e
     with pytest.raises(RankfrontError, match=f"refine.workers: 4 never run at once: each needs {each}"):
         worker_count(config(workers=4), Machine(2, gpus, memory=0))
     assert worker_count(config(workers=4), Machine(2, gpus, memory=0, grows=True)) == 4
+
+
+class Actor:
+    """Has the interface of a handle; what it is asked is answered at once, or by its death."""
+
+    def __init__(self, place: int, dies: bool) -> None:
+        self.place, self.alive, self._dies = place, True, dies
+        self.score = SimpleNamespace(remote=self._answer)
+        self.refine = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._steps))
+
+    def _answer(self, *asked: Any) -> str:
+        if self._dies or not self.alive:
+            raise ActorDiedError
+        return "a score"
+
+    def _steps(self, *asked: Any) -> Any:
+        yield "a step"
+        yield self._answer()
+
+
+def test_workers_that_died_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them: those that helped the one that died know nothing of the next."""
+    started: list[Actor] = []
+
+    def start(place: int) -> Actor:
+        started.append(Actor(place, dies=not started))
+        return started[-1]
+
+    def kill(actor: Actor) -> None:
+        actor.alive = False
+
+    monkeypatch.setattr(search.worker, "ray", SimpleNamespace(get=lambda answer: answer, kill=kill))
+    remote = _Remote(start, workers=2)
+    asked = Allocation((("t", 1),)), RefinementSpec(), {}
+    with pytest.raises(RankfrontError, match="process died"), mistakes_named():
+        list(remote.refine(*asked))
+    assert [(actor.place, actor.alive) for actor in started] == [(0, False), (1, False)]
+    assert list(remote.refine(*asked)) == ["a step", "a score"]
+    assert remote.score(asked[0], "test", None) == "a score"
+    assert [(actor.place, actor.alive) for actor in started[2:]] == [(0, True), (1, True)]
+    remote.close()
+    assert not any(actor.alive for actor in started)
