@@ -166,7 +166,7 @@ def sampler_problem(name: str, parameters: int) -> str | None:
         return None
     return (
         f"sampler.name: 'gp' takes a space of at most {GP_PARAMETERS} parameters, this one has {parameters}; "
-        "use tpe, or a smaller space: fewer space.segments of group module, fewer space.knots of group curve"
+        "use exchange or tpe, or fewer space.segments (group module), fewer space.knots (group curve)"
     )
 
 
