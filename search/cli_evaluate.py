@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from actors.harness_results import HarnessSpec
+from actors.harness_results import HarnessSpec, task_fingerprints
 from actors.types import RankfrontError, TextSource
 from search.cells import cells_table
 from search.choosing import chosen
@@ -118,12 +118,12 @@ def _evaluate_study(
         console.print(cells_table(split_cells(summary, trials), f"{summary.study}: test split"))
     else:
         summary, reason = evaluate_tasks(folder, trials, variants, harness, console)
-        _print_tasks(summary, trials)
+        _print_tasks(summary, trials, harness)
     tell("Saved in ", (f"{folder.path}/", "bold"), ": evaluations.parquet, report.html")
     exit_if_stopped(reason or "")
 
 
-def _print_tasks(summary: StudySummary, trials: list[int]) -> None:
-    cells = harness_cells(summary, trials)
+def _print_tasks(summary: StudySummary, trials: list[int], harness: HarnessSpec) -> None:
+    cells = harness_cells(summary, trials, task_fingerprints(harness).values())
     if cells is not None:
         console.print(cells_table(cells, f"{summary.study}: lm-evaluation-harness", left=LEFT))

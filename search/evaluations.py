@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from search.files import append_record, read_records
 from search.journal import repair
-from search.records import HARNESS, Evaluation, HarnessEvaluation, Key
+from search.records import HARNESS, Evaluation, HarnessEvaluation, Key, TrialRow
 
 FILE = "evaluations.jsonl"
 
 
 class Evaluations:
-    """Rows keyed by (trial, variant, split, fingerprint); a later row replaces an equal key's.
+    """Rows of trials, keyed by (trial, variant, split, fingerprint); a later row replaces an equal key's.
+
+    A number may have stood for another trial, in a journal that is gone or before a backup was restored. So
+    a row counts where a trial of its number has the allocation that was scored; one of a version that did not
+    keep it counts by its number. `left_out` is how many rows of the file do not count.
 
     Reading changes nothing, as a driver may be writing; only the study's driver calls `add`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trials: Iterable[TrialRow]) -> None:
+        """Raises RankfrontError where the file is damaged other than by a torn last line."""
         self._path = folder / FILE
         self._whole = False
-        self._rows = {row.key: row for row in read_records(self._path, _row)}
+        self._allocations = {trial.number: trial.allocation for trial in trials}
+        rows = read_records(self._path, _row)
+        counting = [row for row in rows if self._is_of_trial(row)]
+        self.left_out = len(rows) - len(counting)
+        self._rows = {row.key: row for row in counting}
+
+    def _is_of_trial(self, row: Evaluation | HarnessEvaluation) -> bool:
+        allocation = self._allocations.get(row.trial)
+        return allocation is not None and row.allocation in (None, allocation.key)
 
     @property
     def rows(self) -> tuple[Evaluation, ...]:
@@ -39,10 +53,16 @@ class Evaluations:
         row = self._rows.get((trial, variant, split, fingerprint))
         return row if isinstance(row, Evaluation) else None
 
-    def add(self, row: Evaluation | HarnessEvaluation) -> None:
-        """Durable when it returns."""
+    def add(self, row: Evaluation | HarnessEvaluation, say: Callable[[str], None]) -> None:
+        """Durable when it returns, with the allocation of its trial, one of those that this was made for.
+
+        What a crash left of a row before it is dropped, and told to `say`.
+        """
+        row = replace(row, allocation=self._allocations[row.trial].key)
         if not self._whole:
-            repair(self._path)
+            repaired = repair(self._path)
+            if repaired:
+                say(f"evaluations: {repaired}")
             self._whole = True
         append_record(self._path, row.to_dict())
         self._rows[row.key] = row

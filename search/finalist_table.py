@@ -22,7 +22,8 @@ def finalist_cells(summary: StudySummary, numbers: tuple[int, ...] = ()) -> Cell
     refined: dict[int, list[str]] = {}
     for evaluation in summary.evaluations:
         names = refined.setdefault(evaluation.trial, [])
-        if evaluation.variant not in (FACTORS, *names):
+        current = summary.fingerprints.get(evaluation.split) == evaluation.fingerprint
+        if current and evaluation.variant not in (FACTORS, *names):
             names.append(evaluation.variant)
     wanted = [row for row in summary.rows if (row.number in numbers if numbers else refined.get(row.number))]
     if not wanted:
@@ -40,14 +41,10 @@ def _row(summary: StudySummary, row: TrialRow, variant: str) -> tuple[str, ...]:
     cells = [str(row.number), percent(row.budget_model), loss_cell(row.score), *_losses(test)]
     if not variant:
         return (*cells, "", "", "", "", "")
-    own = [
-        e.score
-        for e in summary.evaluations
-        if (e.trial, e.variant, e.split) == (row.number, variant, "search")
-    ]
+    own = summary.evaluated(row.number, "search", variant)
     after = summary.test_score(row.number, variant)
     change = "" if test is None or after is None else paired(test, after, "nll")
-    return (*cells, loss_cell(own[-1] if own else None), *_losses(after), change, variant)
+    return (*cells, loss_cell(own), *_losses(after), change, variant)
 
 
 def _losses(score: Score | None) -> tuple[str, str]:

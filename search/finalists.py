@@ -83,7 +83,7 @@ def follow(
         rows = finalists(summary, section, say)
         reference = dense_row(summary)
         numbers = [row.number for row in ([reference] if reference else []) + rows]
-        if rows and not stop.reason and unscored(folder, numbers):
+        if rows and not stop.reason and unscored(folder, study, numbers):
             score_finished(folder, study, numbers, started(), stop, say)
     left = [row for row in rows if section.refine and not is_refined(folder, row)]
     failed = []

@@ -28,9 +28,12 @@ def front_and_dense(study: SearchStudy) -> list[int]:
     return sorted({*(row.number for row in study.front), *(() if dense is None else (dense,))})
 
 
-def unscored(folder: StudyFolder, numbers: Sequence[int], split: str = "test") -> list[int]:
-    """Those trials that have no score on a split."""
-    evaluations, fingerprint = Evaluations(folder.path), folder.prepared.fingerprints[split]
+def unscored(
+    folder: StudyFolder, study: SearchStudy, numbers: Sequence[int], split: str = "test"
+) -> list[int]:
+    """Those trials that have no score on a split as it is now."""
+    evaluations = Evaluations(folder.path, map(study.row, numbers))
+    fingerprint = folder.prepared.fingerprints[split]
     return [n for n in numbers if evaluations.get(n, FACTORS, split, fingerprint) is None]
 
 
@@ -44,12 +47,11 @@ def score_finished(
     split: str = "test",
 ) -> None:
     """Score finished trials once on a split; known scores are not repeated."""
-    evaluations = Evaluations(folder.path)
-    fingerprint = folder.prepared.fingerprints[split]
-    rows = study.rows()
-    queue = [rows[number] for number in unscored(folder, numbers, split)]
+    queue = [study.row(number) for number in unscored(folder, study, numbers, split)]
     if not queue:
         return
+    evaluations = Evaluations(folder.path, queue)
+    fingerprint = folder.prepared.fingerprints[split]
     tokens = folder.prepared.tokens[f"{split}.forward"]
     say(f"{split} split: scoring {len(queue)} trials, {tokens:,} tokens each")
     while (queue or pool.outstanding) and not stop.reason:
@@ -60,7 +62,7 @@ def score_finished(
             if outcome.score is None:
                 say(f"trial {outcome.job.key} has no {split} score: {outcome.reason}")
             else:
-                evaluations.add(Evaluation(outcome.job.key, FACTORS, split, fingerprint, outcome.score))
+                evaluations.add(Evaluation(outcome.job.key, FACTORS, split, fingerprint, outcome.score), say)
 
 
 def reopened(folder: StudyFolder, console: Console) -> contextlib.AbstractContextManager[Session]:
@@ -98,7 +100,7 @@ def evaluate_study(
     with reopened(folder, console) as session:
         study = session.folder.open_study()
         stop = Stop()
-        wanted = unscored(session.folder, finished_numbers(study, numbers))
+        wanted = unscored(session.folder, study, finished_numbers(study, numbers))
         if wanted:
             with (
                 logged(session.folder, session.say, "evaluate", stop) as note,

@@ -203,7 +203,7 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     rows = study.rows()
     chosen = sorted(numbers[front(values)].tolist(), key=lambda number: -rows[number].budget_model)
     volumes = hypervolumes(study)
-    evaluations = Evaluations(folder.path)
+    evaluations = Evaluations(folder.path, rows)
     config = folder.config
     scored = sum(row.score.forward_tokens for row in rows if row.score and row.copied_from is None)
     facts = {
@@ -216,6 +216,10 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
     }
     if study.constraints:
         facts["constraints"] = ", ".join(map(str, study.constraints))
+    if evaluations.left_out:
+        facts["evaluations left out"] = (
+            f"{evaluations.left_out}, of trials that are not in this study or have another allocation in it"
+        )
     return StudySummary(
         study=config.study,
         model=short_name(config.model.source),
@@ -229,6 +233,7 @@ def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:
         macs_length=folder.cost.length,
         constraints=study.constraints,
         harness=evaluations.harness,
+        fingerprints=folder.prepared.fingerprints,
     )
 
 

@@ -69,8 +69,8 @@ def questions(
     Raises:
         RankfrontError: a variant that none of the trials has.
     """
-    evaluations = Evaluations(folder.path)
-    there = {row.number: (FACTORS, *variants_of(evaluations, row)) for row in rows}
+    evaluations = Evaluations(folder.path, rows)
+    there = {row.number: (FACTORS, *variants_of(folder, row)) for row in rows}
     unknown = [name for name in variants if not any(name in names for names in there.values())]
     if unknown:
         known = ", ".join(dict.fromkeys(name for names in there.values() for name in names))
@@ -99,7 +99,7 @@ def ask(
     show: Callable[[Progress], None],
 ) -> None:
     """Put the questions and keep each answer at once; where there is no valid one, say so and go on."""
-    evaluations = Evaluations(folder.path)
+    evaluations = Evaluations(folder.path, (question.row for question in queue))
     for done, question in enumerate(queue):
         number, variant = question.row.number, question.variant
         show(Progress(f"{question.task}: trial {number}, {variant}", done, len(queue)))
@@ -108,6 +108,6 @@ def ask(
         except ScoringError as error:
             say(f"trial {number}, {variant}, has no score on {question.task}: {error}")
         else:
-            evaluations.add(HarnessEvaluation(number, variant, question.fingerprint, score))
+            evaluations.add(HarnessEvaluation(number, variant, question.fingerprint, score), say)
         if stop.reason:
             return

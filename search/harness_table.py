@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from actors.harness_results import HarnessMetric
 from search.cells import Cells
@@ -13,14 +13,17 @@ LEFT = ("task", "metric", "variant")
 """Columns of words."""
 
 
-def harness_cells(summary: StudySummary, numbers: Sequence[int] = ()) -> Cells | None:
+def harness_cells(
+    summary: StudySummary, numbers: Sequence[int] = (), asked: Collection[str] = ()
+) -> Cells | None:
     """Task by task and metric by metric, trials by falling budget (none named: all); None without any.
 
-    Of a task that was asked more than once of the same factors (another limit, say) the latest answer.
+    Of a task that was asked more than once of the same factors (another limit, say) the answer to one of the
+    questions `asked`, by fingerprint, else the latest one.
     """
     kept = {row.number: row.budget_model for row in summary.rows}
     latest: dict[tuple[int, str, str], HarnessEvaluation] = {}
-    for evaluation in summary.harness:
+    for evaluation in sorted(summary.harness, key=lambda each: each.fingerprint in asked):
         if not numbers or evaluation.trial in numbers:
             latest[evaluation.trial, evaluation.variant, evaluation.score.asked] = evaluation
     found = [

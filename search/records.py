@@ -76,13 +76,17 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score learned after the search, keyed by (trial, variant, split, fingerprint)."""
+    """A score learned after the search, keyed by (trial, variant, split, fingerprint).
+
+    `allocation` is the key of the trial's, which the table adds; None in rows of versions that kept none.
+    """
 
     trial: int
     variant: str
     split: str
     fingerprint: str
     score: Score
+    allocation: str | None = None
 
     @property
     def key(self) -> Key:
@@ -94,6 +98,7 @@ class Evaluation:
             "variant": self.variant,
             "split": self.split,
             "fingerprint": self.fingerprint,
+            "allocation": self.allocation,
             "score": self.score.to_dict(),
         }
 
@@ -106,13 +111,14 @@ class Evaluation:
 class HarnessEvaluation:
     """What lm-evaluation-harness says of a trial's variant, a row of the same table; its split is `HARNESS`.
 
-    The fingerprint is of what was asked (`actors.harness_results.task_fingerprints`).
+    The fingerprint is of what was asked (`actors.harness_results.task_fingerprints`); `allocation` as there.
     """
 
     trial: int
     variant: str
     fingerprint: str
     score: HarnessScore
+    allocation: str | None = None
 
     @property
     def key(self) -> Key:
@@ -124,13 +130,14 @@ class HarnessEvaluation:
             "variant": self.variant,
             "split": HARNESS,
             "fingerprint": self.fingerprint,
+            "allocation": self.allocation,
             "harness": self.score.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HarnessEvaluation:
         score = HarnessScore.from_dict(data["harness"])
-        return cls(data["trial"], data["variant"], data["fingerprint"], score)
+        return cls(data["trial"], data["variant"], data["fingerprint"], score, data.get("allocation"))
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,9 @@ class Objective:
 class StudySummary:
     """All that a report shows of a study. `front` holds numbers of feasible trials, smallest budget last.
 
-    `macs_length` are the positions a token attends to in the rows' `macs`.
+    `macs_length` are the positions a token attends to in the rows' `macs`. `evaluations` and `harness` are of
+    trials in `rows`, on whatever a split was; `fingerprints` are those of the splits as they are now, and
+    only scores on these are shown beside each other. On a split without one there is no score.
     """
 
     study: str
@@ -160,15 +169,17 @@ class StudySummary:
     macs_length: int | None = None
     constraints: tuple[Constraint, ...] = ()
     harness: tuple[HarnessEvaluation, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def test_score(self, trial: int, variant: str = FACTORS) -> Score | None:
-        """The latest test-split score of a trial's variant, if there is one."""
-        return self._latest(trial, "test", variant)
+        """The score of a trial's variant on the test split as it is now, if there is one."""
+        return self.evaluated(trial, "test", variant)
 
     def choice_score(self, trial: int) -> Score | None:
-        """The latest score of a trial on the text that chooses, if there is one."""
-        return self._latest(trial, CHOICE, FACTORS)
+        """The score of a trial on the text that chooses as it is now, if there is one."""
+        return self.evaluated(trial, CHOICE)
 
-    def _latest(self, trial: int, split: str, variant: str) -> Score | None:
-        found = [e for e in self.evaluations if (e.trial, e.split, e.variant) == (trial, split, variant)]
-        return found[-1].score if found else None
+    def evaluated(self, trial: int, split: str, variant: str = FACTORS) -> Score | None:
+        """What the evaluations say of a trial's variant on a split as it is now, if they do."""
+        key = (trial, variant, split, self.fingerprints.get(split))
+        return next((each.score for each in self.evaluations if each.key == key), None)

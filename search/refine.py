@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,8 @@ def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, co
         facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
         steps = worker.refine(row.allocation, spec, facts)
         ended = _watch(steps, stop, console) or ended
-    scores = {} if stop.reason else scored(folder, row, variant, path.name, worker)
+    say = partial(console.print, markup=False)
+    scores = {} if stop.reason else scored(folder, row, variant, path.name, worker, say)
     return Refined(variant, path, stop.reason or ended, scores)
 
 
@@ -91,7 +92,7 @@ def refined_path(folder: StudyFolder, row: TrialRow) -> tuple[str, Path]:
 def is_refined(folder: StudyFolder, row: TrialRow) -> bool:
     """Whether a trial is refined as the config says, and both splits are scored."""
     variant, path = refined_path(folder, row)
-    evaluations, prints = Evaluations(folder.path), folder.prepared.fingerprints
+    evaluations, prints = Evaluations(folder.path, [row]), folder.prepared.fingerprints
     keys = ((row.number, variant, split, prints[split]) for split in SPLITS)
     return path.exists() and all(key in evaluations for key in keys)
 
@@ -132,11 +133,13 @@ class _Screen(Line):
         return " | ".join(parts)
 
 
-def scored(folder: StudyFolder, row: TrialRow, variant: str, file: str, worker: Worker) -> dict[str, Pair]:
+def scored(
+    folder: StudyFolder, row: TrialRow, variant: str, file: str, worker: Worker, say: Callable[[str], None]
+) -> dict[str, Pair]:
     """Both splits before and after, by the evaluations table or, where it has none, by asking: what is asked
     is added. The trial's own score on the search split is the trial's. The caller holds the study's lock.
     """
-    evaluations = Evaluations(folder.path)
+    evaluations = Evaluations(folder.path, [row])
     assert row.score is not None
 
     def known(name: str, split: str) -> Score:
@@ -145,7 +148,7 @@ def scored(folder: StudyFolder, row: TrialRow, variant: str, file: str, worker: 
         if found is None:
             score = worker.score(row.allocation, split, None if name == FACTORS else file)
             found = Evaluation(row.number, name, split, fingerprint, score)
-            evaluations.add(found)
+            evaluations.add(found, say)
         return found.score
 
     return {
@@ -154,9 +157,10 @@ def scored(folder: StudyFolder, row: TrialRow, variant: str, file: str, worker: 
     }
 
 
-def variants_of(evaluations: Evaluations, row: TrialRow) -> dict[str, Score]:
+def variants_of(folder: StudyFolder, row: TrialRow) -> dict[str, Score]:
     """The refined variants of a trial, each with its score on the search split."""
-    mine = (e for e in evaluations.rows if (e.trial, e.split) == (row.number, "search"))
+    scored_on = ("search", folder.prepared.fingerprints["search"])
+    mine = (e for e in Evaluations(folder.path, [row]).rows if (e.split, e.fingerprint) == scored_on)
     return {e.variant: e.score for e in mine if e.variant != FACTORS}
 
 
@@ -166,7 +170,7 @@ def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path
     Raises:
         RankfrontError: the trial has no such variant, or its file is gone.
     """
-    scores = variants_of(Evaluations(folder.path), row)
+    scores = variants_of(folder, row)
     if variant not in scores:
         there = ", ".join(scores) or "none"
         raise RankfrontError(f"--variant {variant}: trial {row.number} has no such variant; it has {there}")

@@ -9,6 +9,12 @@ import tiny
 from studies import Study
 
 from search.evaluations import Evaluations
+from search.folder import StudyFolder
+from search.records import TrialRow
+
+
+def rows(folder: Path) -> tuple[TrialRow, ...]:
+    return StudyFolder.open(folder).read_study().rows()
 
 
 @pytest.mark.slow  # three commands that start Ray
@@ -19,9 +25,8 @@ def test_a_search_ends_with_its_finalists_and_they_are_asked_tasks(tmp_path: Pat
     ended = study.run("search", study.config)
     assert ended.code == 0, ended.err
     assert "finalist 1 of 1: refining trial" in ended.out
-    [(trial, variant)] = {
-        (e.trial, e.variant) for e in Evaluations(study.folder).rows if e.variant != "factors"
-    }
+    evaluations = Evaluations(study.folder, rows(study.folder))
+    [(trial, variant)] = {(e.trial, e.variant) for e in evaluations.rows if e.variant != "factors"}
 
     again = study.run("search", study.config)
     assert again.code == 0, again.err
@@ -32,6 +37,7 @@ def test_a_search_ends_with_its_finalists_and_they_are_asked_tasks(tmp_path: Pat
     asked = ("--tasks", "tiny_piqa", "--include-path", tasks, "--trial", trial)
     ended = study.run("evaluate", study.folder, *asked)
     assert ended.code == 0, ended.err
-    found = {(e.trial, e.variant): e.score.metrics for e in Evaluations(study.folder).harness}
+    evaluations = Evaluations(study.folder, rows(study.folder))
+    found = {(e.trial, e.variant): e.score.metrics for e in evaluations.harness}
     assert found.keys() == {(trial, "factors"), (trial, variant)}
     assert all(metric.examples == 6 for metrics in found.values() for metric in metrics)

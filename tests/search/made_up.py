@@ -94,6 +94,7 @@ def study(tasks: bool = True, trials: int = 120) -> StudySummary:
         reference=reference,
         evaluations=tuple(tested),
         macs_length=512,
+        fingerprints={"test": "f" * 8},
         facts={"method": "curvature", "calibration": f"WikiText-2 train, 65,536 tokens {EVIL}"},
     )
 

@@ -34,12 +34,16 @@ def summary(
     front: tuple[int, ...],
     choice: dict[int, float] | None = None,
     objectives: tuple[Objective, ...] = OBJECTIVES,
+    earlier: tuple[Evaluation, ...] = (),
 ) -> StudySummary:
     asked = tuple(
         Evaluation(number, "factors", "choice", "f", score(nll, split="choice"))
         for number, nll in (choice or {}).items()
     )
-    return StudySummary("s", "m", objectives, tuple(rows), front, 0.0, (), asked, {})
+    now = {"choice": "f"}
+    return StudySummary(
+        "s", "m", objectives, tuple(rows), front, 0.0, (), (*earlier, *asked), {}, fingerprints=now
+    )
 
 
 # At the budget of trial 1: it is the best by the search text, which cannot tell 2 and 3 from it.
@@ -95,5 +99,21 @@ def test_the_larger_text_decides_once_the_first_is_scored_on_it() -> None:
         ({1: 2.7, 2: 2.9, 3: 2.8, 4: 1.0}, 1, []),
     ):
         found = summary(ROWS, front, choice)
+        assert numbers(chosen(found, budget=BUDGET)) == [number], choice
+        assert untold(found, BUDGET) == left
+
+
+def test_scores_on_what_the_larger_text_was_before_are_no_answers() -> None:
+    """Losses on two texts do not compare."""
+    on_another = tuple(
+        Evaluation(number, "factors", "choice", "g", score(nll, split="choice"))
+        for number, nll in ((1, 2.0), (2, 0.5), (3, 1.0))
+    )
+    for choice, number, left in (
+        ({}, 1, [1, 2, 3]),
+        ({1: 3.0}, 1, [1, 2, 3]),
+        ({1: 3.0, 2: 2.9, 3: 2.8}, 3, []),
+    ):
+        found = summary(ROWS, (0, 1, 4), choice, earlier=on_another)
         assert numbers(chosen(found, budget=BUDGET)) == [number], choice
         assert untold(found, BUDGET) == left

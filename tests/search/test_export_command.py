@@ -56,7 +56,8 @@ def folder(root: Path) -> StudyFolder:
         study.complete(planned, scorer.score(allocation))
     study.fail(study.propose("random").number, "the replica was struck by lightning")
     test = scorer.score(allocations[1], "test")
-    Evaluations(made.path).add(Evaluation(1, "factors", "test", prepared.fingerprints["test"], test))
+    tested = Evaluation(1, "factors", "test", prepared.fingerprints["test"], test)
+    Evaluations(made.path, study.rows()).add(tested, print)
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import search.finalists
 from actors.types import Allocation, RankfrontError
-from search.choosing import chosen
+from search.choosing import chosen, untold
 from search.cli import app
 from search.evaluations import Evaluations
 from search.finalist_table import finalist_cells
@@ -71,6 +72,10 @@ def command(study: Tiny, *arguments: str, name: str = "finalists") -> str:
     return result.output
 
 
+def evaluations(study: Tiny) -> Evaluations:
+    return Evaluations(study.folder.path, study.folder.open_study().rows())
+
+
 def test_a_finalist_is_scored_and_refined_once(study: Tiny, started: list[str]) -> None:
     path = study.folder.path
     before = study.folder.open_study().rows()
@@ -82,7 +87,7 @@ def test_a_finalist_is_scored_and_refined_once(study: Tiny, started: list[str]) 
     assert started == ["replicas", "refiner"]
     found = study.refine()
     assert found.ended == "it was refined before", "what `rankfront refine` does, under the same name"
-    rows = {(e.trial, e.variant, e.split): e.score for e in Evaluations(path).rows}
+    rows = {(e.trial, e.variant, e.split): e.score for e in evaluations(study).rows}
     tested = {(0, "factors", "test"), (1, "factors", "test")}
     assert rows.keys() == tested | {(1, found.variant, "search"), (1, found.variant, "test")}
     assert study.asked[2:] == [("search", found.path.name), ("test", found.path.name)]
@@ -120,7 +125,7 @@ def test_a_larger_text_chooses_among_trials_that_the_search_text_cannot_tell_apa
     out = command(study, "--budget", "0.99", "--no-refine")
     assert started == ["replicas"], "of both splits"
     assert study.asked[:2] == [("choice", None), ("choice", None)]
-    rows = {(e.trial, e.split): e.score for e in Evaluations(path).rows}
+    rows = {(e.trial, e.split): e.score for e in evaluations(study).rows}
     best = min((1, 2), key=lambda number: rows[number, "choice"].text.nll)
     assert rows.keys() == {(1, "choice"), (2, "choice"), (0, "test"), (best, "test")}
     assert rows[1, "choice"].text.tokens > 2 * 128
@@ -134,6 +139,11 @@ def test_a_larger_text_chooses_among_trials_that_the_search_text_cannot_tell_apa
 
     command(study, "--budget", "0.99", "--no-refine")
     assert started == ["replicas"], "all is there"
+
+    prepared = study.folder.prepared
+    larger = replace(prepared, fingerprints={**prepared.fingerprints, "choice": "larger"})
+    summary = summarise(replace(study.folder, prepared=larger), study.folder.open_study())
+    assert sorted(untold(summary, 0.99)) == [1, 2], "scores on what that text was before are no answers"
 
 
 def test_a_finalist_that_cannot_be_refined_is_passed_over(
@@ -155,7 +165,7 @@ def test_a_finalist_that_cannot_be_refined_is_passed_over(
     (study.folder.path / "report.html").unlink(missing_ok=True)
     with pytest.raises(RankfrontError, match="finalists: trial 1 is not refined, as is said above"):
         command(study, "--count", "2")
-    variants = {e.trial for e in Evaluations(study.folder.path).rows if e.variant.startswith("refined")}
+    variants = {e.trial for e in evaluations(study).rows if e.variant.startswith("refined")}
     assert variants == {2}
     assert "Refined finalists" in (study.folder.path / "report.html").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from fakes import MadeUpPool, open_study, propose_and_complete, score_of, stored
 from rich.console import Console
@@ -18,17 +20,18 @@ from tiny_study import MACHINE, Tiny
 
 import search.finals
 import search.opening
+from actors.harness_results import HarnessScore
 from actors.samples import pack_floats
 from actors.types import PreparationSpec
-from search.evaluations import Evaluations
+from search.evaluations import FILE, Evaluations
 from search.finalist_table import finalist_cells
 from search.finals import evaluate_study, reopened, score_finished, split_cells
-from search.findings import front_cells
-from search.folder import CONFIG, StudyFolder
-from search.journal import lock_holder
+from search.findings import front_cells, headline
+from search.folder import CONFIG, StudyFolder, summarise
+from search.journal import JOURNAL, lock_holder
 from search.opening import Session
 from search.pool import Job, Outcome
-from search.records import StudySummary
+from search.records import Evaluation, HarnessEvaluation, StudySummary
 from search.refine import comparison_cells
 from search.runner import Stop
 
@@ -56,6 +59,18 @@ def answer(job: Job) -> Outcome:
     return Outcome(job, replace(score_of(job.allocation, 2.0 + job.key), split="test"))
 
 
+def test_what_a_crash_left_of_a_row_is_said(folder: Any) -> None:
+    study, said = open_study(folder.path, "random"), []
+    propose_and_complete(study, 3)
+    score_finished(folder, study, [0, 2], MadeUpPool(answer), Stop(), print)
+    table = folder.path / FILE
+    table.write_bytes(table.read_bytes()[:-9])
+    score_finished(folder, study, [0, 2], MadeUpPool(answer), Stop(), said.append)
+    assert said[0] == "test split: scoring 1 trials, 100 tokens each"
+    assert said[1].startswith("evaluations: dropped ")
+    assert len(said) == 2
+
+
 def test_trials_are_scored_once_and_left_as_they_are(folder: Any) -> None:
     study = open_study(folder.path, "random")
     propose_and_complete(study, 4)
@@ -64,7 +79,7 @@ def test_trials_are_scored_once_and_left_as_they_are(folder: Any) -> None:
     score_finished(folder, study, [0, 1, 3], pool, Stop(), said.append)
     assert {job.key for job in pool.submitted} == {0, 1, 3}
     assert {job.split for job in pool.submitted} == {"test"}
-    assert [row.key for row in Evaluations(folder.path).rows] == [
+    assert [row.key for row in Evaluations(folder.path, study.rows()).rows] == [
         (0, "factors", "test", "f1"),
         (3, "factors", "test", "f1"),
     ]
@@ -82,9 +97,9 @@ def test_the_table_shows_the_trials_that_were_asked_for(folder: Any) -> None:
     study = open_study(folder.path, "random")
     propose_and_complete(study, 3)
     score_finished(folder, study, [0, 2], MadeUpPool(answer), Stop(), print)
-    summary = StudySummary(
-        "s", "m", study.objectives, study.rows(), (), 0.0, (), Evaluations(folder.path).rows, {}
-    )
+    rows, now = study.rows(), folder.prepared.fingerprints
+    evaluations = Evaluations(folder.path, rows).rows
+    summary = StudySummary("s", "m", study.objectives, rows, (), 0.0, (), evaluations, {}, fingerprints=now)
     (row,) = split_cells(summary, [2, 1]).rows
     assert row[0] == "2"
     assert row[2:] == ("4.000±0.010", "54.6", "60.0±16.3", "")
@@ -108,9 +123,10 @@ def test_one_window_has_no_standard_error_to_show(folder: Any) -> None:
         assert score is not None
         study.complete(planned, replace(score, split="search"))
     score_finished(folder, study, [0, 1], MadeUpPool(of_one_window), Stop(), print)
-    evaluations, rows = Evaluations(folder.path).rows, study.rows()
-    refined = replace(evaluations[1], variant="refined-1")
-    summary = StudySummary("s", "m", study.objectives, rows, (0, 1), 0.0, (), (*evaluations, refined), {})
+    rows, now = study.rows(), folder.prepared.fingerprints
+    evaluations = Evaluations(folder.path, rows).rows
+    found = (*evaluations, replace(evaluations[1], variant="refined-1"))
+    summary = StudySummary("s", "m", study.objectives, rows, (0, 1), 0.0, (), found, {}, fingerprints=now)
     finalists = finalist_cells(summary, (1,))
     assert finalists is not None
     first, second = evaluations[0].score, evaluations[1].score
@@ -135,7 +151,13 @@ def prepared_in(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     @contextlib.contextmanager
     def replicas(session: Session, note: Any) -> Iterator[MadeUpPool]:
         assert lock_holder(session.folder.path) is not None
-        yield MadeUpPool(lambda job: Outcome(job, replace(score_of(job.allocation, 3.0), split="test")))
+        nll = 5.0 if session.folder.prepared.fingerprints["test"] == "another" else 3.0
+
+        def answer(job: Job) -> Outcome:
+            study.asked.append((job.split, str(job.key)))
+            return Outcome(job, replace(score_of(job.allocation, nll), split="test"))
+
+        yield MadeUpPool(answer)
 
     monkeypatch.setattr(search.opening, "connect", lambda: MACHINE)
     monkeypatch.setattr(search.opening, "prepare", prepare)
@@ -157,7 +179,7 @@ def test_a_copy_under_another_name_is_measured_itself(
     assert study.folder.path.name == study.folder.config.study
     summary, stopped = evaluate_study(StudyFolder.open(copy), [1], Console(file=io.StringIO()))
     assert (stopped, len(summary.rows)) == (None, 2)
-    assert [row.trial for row in Evaluations(copy).rows] == [1]
+    assert [row.trial for row in Evaluations(copy, summary.rows).rows] == [1]
     assert content(study.folder.path) == before
     assert prepared_in == [str(tmp_path / "factors")]
 
@@ -176,3 +198,92 @@ def test_a_renamed_folder_is_no_new_study(
     assert (renamed / CONFIG).read_bytes() == config, "only its driver changes it"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["old"]
     assert prepared_in == [str(tmp_path / "factors")]
+
+
+def evaluated(study: Tiny, *numbers: int, **prints: str) -> StudySummary:
+    """What `rankfront evaluate` shows where the splits are those of the fingerprints `prints`."""
+    prepared = study.folder.prepared
+    prepared = replace(prepared, fingerprints={**prepared.fingerprints, **prints})
+    study.folder = replace(study.folder, prepared=prepared)
+    study.asked.clear()
+    return evaluate_study(study.folder, numbers, Console(file=io.StringIO()))[0]
+
+
+def test_scores_of_different_test_splits_are_kept_apart(study: Tiny, prepared_in: list[str]) -> None:
+    """Where `scoring.tokens.test` is changed, and put back: no table mixes them, none is scored again."""
+    before = study.folder.prepared.fingerprints["test"]
+
+    def shown(summary: StudySummary) -> tuple[list[float | None], list[float | None], bool]:
+        """Scores of both trials, those of the front in `front.json`, whether the headline compares any."""
+        tests = [summary.test_score(number) for number in (0, 1)]
+        front = json.loads((study.folder.path / "front.json").read_text())["front"]
+        told = [member["test"] and member["test"]["nll"] for member in front]
+        compared = any("on the test split" in line for line in headline(summary))
+        return [test and test.text.nll for test in tests], told, compared
+
+    assert shown(evaluated(study, 0, 1)) == ([3.0, 3.0], [3.0], True)
+    assert shown(evaluated(study, 1, test="another")) == ([None, 5.0], [5.0], False)
+    assert study.asked == [("test", "1")]
+    assert shown(evaluated(study, 1, test=before)) == ([3.0, 3.0], [3.0], True)
+    assert study.asked == []
+    kept = pq.read_table(study.folder.path / "evaluations.parquet").to_pylist()
+    assert [(row["trial"], row["fingerprint"]) for row in kept] == [(0, before), (1, before), (1, "another")]
+
+
+def test_refined_factors_are_shown_by_their_scores_on_the_splits_as_they_are(folder: Any) -> None:
+    study = open_study(folder.path, "random")
+    propose_and_complete(study, 2)
+    row = study.rows()[1]
+    found = [
+        Evaluation(1, variant, split, fingerprint, score_of(row.allocation, nll))
+        for variant, split, fingerprint, nll in (
+            ("factors", "test", "f1", 2.0),
+            ("refined-1", "search", "s1", 1.0),
+            ("refined-1", "search", "s0", 7.0),
+            ("refined-1", "test", "f0", 8.0),
+            ("refined-2", "search", "s0", 9.0),
+        )
+    ]
+    now = {"test": "f1", "search": "s1"}
+    summary = StudySummary(
+        "s", "m", study.objectives, study.rows(), (), 0.0, (), tuple(found), {}, fingerprints=now
+    )
+    cells = finalist_cells(summary)
+    assert cells is not None
+    [shown] = cells.rows
+    assert shown[3:] == ("2.000±0.010", "7.39", "1.000±0.010", "", "", "", "refined-1")
+
+
+def test_scores_of_another_trial_of_the_same_number_do_not_count(
+    study: Tiny, prepared_in: list[str], tmp_path: Path
+) -> None:
+    """The journal is lost and so is the table, the search begun anew, and then a backup found."""
+    path = study.folder.path
+    backup = (path / JOURNAL).read_bytes()
+    evaluated(study, 1)
+    gone = HarnessEvaluation(7, "factors", "h", HarnessScore("piqa", (), 1.0)).to_dict()
+    gone["harness"]["metrics"] = [
+        {"task": "piqa", "metric": "acc", "filter": "none", "value": 0.5, "stderr": None, "examples": 2}
+    ]
+    with (path / FILE).open("a") as stream:
+        stream.write(json.dumps({**gone, "allocation": None}) + "\n")
+
+    for lost in (JOURNAL, "trials.parquet"):
+        (path / lost).unlink()
+    opened, cost = study.folder.open_study(), study.folder.cost
+    opened.enqueue([(cost.uniform(1.0), "dense"), (cost.uniform(0.4), "uniform")])
+    for _ in range(2):
+        planned = opened.propose("random")
+        opened.complete(planned, score_of(planned.allocation, 4.0))
+    new = summarise(study.folder, opened)
+    assert new.test_score(1) is None
+    assert (new.evaluations, new.harness) == ((), ())
+    assert new.facts["evaluations left out"].startswith("2, of trials that are not in this study or have")
+    evaluated(study, 1)
+    assert study.asked == [("test", "1")]
+    assert "evaluations left out" in (path / "report.html").read_text()
+
+    (path / JOURNAL).write_bytes(backup)
+    again = evaluated(study, 1)
+    assert study.asked == []
+    assert [each.allocation for each in again.evaluations] == [again.rows[1].allocation.key]

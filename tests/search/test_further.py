@@ -39,7 +39,8 @@ def row(number: int, allocation: Allocation, score: Score) -> TrialRow:
 
 def summary(rows: tuple[TrialRow, ...], evaluations: tuple[Evaluation, ...] = ()) -> StudySummary:
     front = tuple(row.number for row in rows if not row.allocation.is_dense)
-    return StudySummary("s", "m", OBJECTIVES, rows, front, 0.0, (1.0, 9.0), evaluations, {})
+    now = {"test": "f"}
+    return StudySummary("s", "m", OBJECTIVES, rows, front, 0.0, (1.0, 9.0), evaluations, {}, fingerprints=now)
 
 
 DENSE, HALF = Allocation.dense(TARGETS), cost_model().uniform(0.5)

@@ -82,7 +82,7 @@ def test_trials_and_their_variants_are_asked_once_and_kept_beside_the_study(stud
     study.asked.clear()
     out = evaluate(study, tasks)
     assert study.asked == [("tiny_piqa", None), ("tiny_piqa", None), ("tiny_piqa", refined.path.name)]
-    found = {(e.trial, e.variant): e.score for e in Evaluations(study.folder.path).harness}
+    found = {(e.trial, e.variant): e.score for e in Evaluations(study.folder.path, before).harness}
     expected = {(0, "factors"): None, (1, "factors"): None, (1, refined.variant): refined.path}
     assert found.keys() == expected.keys()
     for (number, variant), path in expected.items():
@@ -97,6 +97,10 @@ def test_trials_and_their_variants_are_asked_once_and_kept_beside_the_study(stud
     assert len(study.asked) == 3, "what is there is not asked again"
     evaluate(study, tasks, "--trial", "1", "--variant", "factors", "--limit", "3")
     assert study.asked[3:] == [("tiny_piqa", None)]
+    again = evaluate(study, tasks, "--trial", "1", "--variant", "factors")
+    assert len(study.asked) == 4
+    counts = {line.split()[-1] for line in again.splitlines() if " factors " in line}
+    assert counts == {str(COUNT)}, "the answer to what is asked now, not to the few examples of before"
 
 
 def test_the_report_and_the_table_show_the_answers(study: Tiny, tasks: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_trial_is_refined_scored_beside_its_own_factors_and_exported(
     assert "Stopped: 4 steps" in out
     variant = re.search(r"--variant (refined-[0-9a-f]{8})", out)
     assert variant
-    rows = {(e.trial, e.variant, e.split): e.score for e in Evaluations(path).rows}
+    rows = {(e.trial, e.variant, e.split): e.score for e in Evaluations(path, [study.row()]).rows}
     name = variant[1]
     assert set(rows) == {(1, "factors", "test"), (1, name, "search"), (1, name, "test")}
     (file,) = (path / "refined").iterdir()

@@ -248,7 +248,8 @@ def test_headline_names_the_best_point_of_each_rung_once() -> None:
         Evaluation(number, "factors", "test", "f", score(nll, "test", tasks=False))
         for number, nll in ((0, 3.1), (1, 3.4))
     )
-    assert headline(dataclasses.replace(three(), evaluations=tested))[0] == (
+    summary = three(fingerprints={"test": "f"})
+    assert headline(dataclasses.replace(summary, evaluations=tested))[0] == (
         "Keeping 88% of the parameters costs 0.25 nats/token (perplexity 20.1 -> 25.8); "
         "on the test split it costs 0.30 nats/token (22.2 -> 30.0)."
     )
