@@ -12,7 +12,7 @@ from actors.harness_results import HarnessSpec
 from actors.types import RankfrontError, TextSource
 from search.cells import cells_table
 from search.choosing import chosen
-from search.evaluating import evaluate_folder, is_model_folder
+from search.evaluating import evaluate_folder, is_model_folder, make_room
 from search.finals import evaluate_study, split_cells
 from search.folder import StudyFolder, find_study, summarise
 from search.harness_run import evaluate_tasks
@@ -79,6 +79,8 @@ def evaluate_command(
     if text is None:
         _refuse(context, OF_TEXT, "only with --text")
     source = None if text is None else TextSource(text, subset, split, column)
+    if output is not None:
+        make_room(output)
     evaluated = evaluate_folder(Path(target), harness, source, window, tokens, device)
     for listed in evaluated.tables():
         console.print(listed)

@@ -17,7 +17,9 @@ import ray
 from commands import run, study_on_disk, written
 from rich.console import Console
 
+from actors.types import RankfrontError
 from search.cli import app
+from search.cluster import connect
 from search.folder import CONFIG, StudyFolder, summarise
 from search.journal import JOURNAL
 from search.runner import Stop
@@ -207,20 +209,62 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
     assert signal.getsignal(number) is before
 
 
-def test_a_cluster_that_does_not_answer_is_said(
+@pytest.mark.parametrize(
+    ("address", "error", "says"),
+    [
+        (
+            "192.0.2.1:6379",
+            ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379"),
+            "RAY_ADDRESS=192.0.2.1:6379: no cluster answers there (Failed to connect",
+        ),
+        ("garbage", ValueError("Invalid address format: garbage"), "RAY_ADDRESS=garbage: Invalid address"),
+        (
+            "ray://127.0.0.1:1",
+            None,
+            "RAY_ADDRESS=ray://127.0.0.1:1: a driver joins the cluster itself; set it to HOST:PORT",
+        ),
+        (
+            "192.0.2.1:6379",
+            Exception("Timed\nout."),
+            "192.0.2.1:6379: cannot be joined: Timed out.",
+        ),
+        (
+            None,
+            Exception("The current node timed out during startup."),
+            "timed out during startup.). Try again when it is less busy, or join a cluster that runs by "
+            "RAY_ADDRESS=HOST:PORT or RAY_ADDRESS=auto",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_had_is_said(
+    address: str | None,
+    error: Exception | None,
+    says: str,
     folder: StudyFolder,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def unreachable(**settings: object) -> None:
-        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379")
+    def refused(**settings: object) -> None:
+        assert error is not None, "Ray was asked"
+        raise error
 
-    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", unreachable)
+    monkeypatch.setattr(ray, "init", refused)
     assert run(monkeypatch, "search", folder.path / CONFIG) == 2
-    assert "192.0.2.1:6379" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+@pytest.mark.parametrize("address", ["garbage", "192.0.2.1:port", ":6379"])
+def test_an_address_that_is_none_is_refused_by_ray_as_expected(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RankfrontError, match=f"^RAY_ADDRESS={address}: .*; set it to HOST:PORT.*or auto"):
+        connect()
 
 
 def test_every_command_has_help() -> None:
