@@ -101,7 +101,7 @@ def test_a_device_is_one_of_those_that_are_there(gpus: Any, monkeypatch: pytest.
     assert [device_here(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
         "cuda", "cuda", "cuda:1", "cpu",
     ]  # fmt: skip
-    with pytest.raises(RankfrontError, match="cuda:2: .* one of auto, cpu, cuda, cuda:0, cuda:1$"):
+    with pytest.raises(RankfrontError, match=r"cuda:2: .* one of auto, cpu, cuda, cuda:0, cuda:1$"):
         device_here("cuda:2")
     gpus(0)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
