@@ -198,6 +198,19 @@ def test_a_mistake_is_shown_as_it_was_written(
     assert f"{named}: 1 mistake" in capsys.readouterr().err
 
 
+def test_a_folder_to_write_in_a_home_of_nobody_is_refused(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of both commands that write models; a shell leaves such a word as it is."""
+    export = ("export", folder.path, "--trial", 1, "--config-only", "--to")
+    assert run(monkeypatch, *export, tmp_path / "new") == 0
+    apply = ("apply", tmp_path / "new" / "ranks.yaml", tmp_path / "model", "--to")
+    for command in (export, apply):
+        assert run(monkeypatch, *command, "~nobody-is-called-so/x") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "--to: '~nobody-is-called-so/x': there is no such home" in line
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> None:
     stop, before = Stop(), signal.getsignal(number)

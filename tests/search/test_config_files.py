@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import yaml
 from raw_config import put
 
+from actors.node_cache import node_folder
 from actors.types import RankfrontError
-from search.config import Config, ConfigError, load_config, parse_config
+from search.config import Config, ConfigError, load_config, parse_config, parse_saved
 
 REFUSE_RAY = """
 import ray
@@ -110,8 +112,18 @@ def test_the_home_in_runs_is_the_users(raw: dict[str, Any], tmp_path: Path, monk
     assert config.folder == tmp_path / "home" / "runs" / "made-up"
     assert parse_config(yaml.safe_load(config.to_yaml())).runs == str(tmp_path / "home" / "runs")
     assert parse_config(put(raw, "runs", "some/~/runs")).runs == "some/~/runs"
-    with pytest.raises(ConfigError, match="runs: '~nobody-is-called-so/runs': there is no such home"):
-        parse_config(put(raw, "runs", "~nobody-is-called-so/runs"))
+
+
+@pytest.mark.parametrize("key", ["runs", "model.source", "text.source", "cache.factors", "cache.node"])
+def test_a_home_of_nobody_is_a_mistake(raw: dict[str, Any], key: str) -> None:
+    """Nothing more is asked of a saved config's cache: it may be of another machine."""
+    says = f"{key}: '~nobody-is-called-so/x': there is no such home; ~/... or another folder"
+    with pytest.raises(ConfigError, match=f"  {re.escape(says)}$"):
+        parse_config(put(raw, key, "~nobody-is-called-so/x"))
+    if key.startswith("cache."):
+        saved = parse_saved(put(raw, key, "~nobody-is-called-so/x"), "saved")
+        with pytest.raises(RankfrontError, match=f"^{re.escape(says)}$"):
+            node_folder(saved.preparation())
 
 
 def test_overrides_change_nested_keys_and_create_sections(raw: dict[str, Any], tmp_path: Path) -> None:
