@@ -15,6 +15,20 @@ import yaml
 from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
 from search.plain import from_json, from_yaml
 
+# What members of front.json and configurations alone (`search.allocation_file`) tell of a trial beside its
+# ranks and methods: it is passed over.
+TOLD = frozenset(
+    {
+        *("trial", "origin", "budget_linear", "budget_model", "budget_bytes", "macs"),
+        *("values", "search", "test"),
+        *("format", "study", "variant", "budgets", "scores", "fingerprints"),
+        *("model", "text", "calibration", "factors", "targets", "storage", "scoring"),
+    }
+)
+
+_KEYS = {"ranks", "methods"} | TOLD
+_BESIDE = "beside ranks: methods, and what front.json and ranks.yaml tell of a trial"
+
 
 def read_items(file: Path) -> list[Any]:
     """What a YAML or JSON file lists, or the one thing it is; of a `.jsonl` file each line.
@@ -61,6 +75,9 @@ def _allocation(item: Any, targets: Sequence[TargetSpec], factors: FactorSpec, w
     methods: Any = {}
     if isinstance(item, Mapping) and "ranks" in item:
         ranks, methods = item["ranks"], item.get("methods") or {}
+        unknown = [f"{where}.{key}: unknown key; {_BESIDE}" for key in item if key not in _KEYS]
+        if unknown:
+            raise RankfrontError("\n".join(unknown))
     if not isinstance(ranks, Mapping):
         raise RankfrontError(f"{where}: is no mapping of targets to ranks")
     if not isinstance(methods, Mapping):

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pytest
 import yaml
 from fakes import CHOOSING, TARGETS
 
 from actors.types import Allocation, FactorSpec, RankfrontError
-from search.allocations import method_list, read_allocations
+from search.allocation_file import AllocationFile
+from search.allocations import TOLD, method_list, read_allocations
+from search.tables import front_json
 
 RANKS = {"layers.0.q_proj": 3, "layers.1.q_proj": 4, "layers.1.up_proj": None}
 
@@ -97,6 +100,21 @@ def test_every_mistake_of_every_item_is_listed(tmp_path: Path) -> None:
         "mine.yaml[5]: is no mapping of targets to ranks",
         "mine.yaml[6]: is no mapping of targets to ranks",
     ]
+
+
+def test_a_key_that_no_file_has_beside_ranks_is_refused(tmp_path: Path) -> None:
+    """A misspelt one would be passed over, and the target cut by its configured method."""
+    beside = "unknown key; beside ranks: methods, and what front.json and ranks.yaml tell of a trial"
+    misspelt = {"ranks": RANKS, "methodes": {"layers.0.q_proj": "curvature"}, "note": "mine"}
+    assert refused(tmp_path, [RANKS, misspelt]) == [
+        f"mine.yaml[1].methodes: {beside}",
+        f"mine.yaml[1].note: {beside}",
+    ]
+
+
+def test_keys_beside_ranks_are_those_that_are_written() -> None:
+    member = json.loads(front_json(made_up.three()))["front"][0]
+    assert {*member, *AllocationFile.model_fields} == TOLD | {"ranks", "methods"}
 
 
 def test_a_study_that_chooses_no_methods_holds_only_the_configured(tmp_path: Path) -> None:
