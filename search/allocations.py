@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
-from search.plain import from_json, from_yaml
+from search.plain import from_json, read_yaml
 
 # What members of front.json and configurations alone (`search.allocation_file`) tell of a trial beside its
 # ranks and methods: it is passed over.
@@ -37,11 +35,11 @@ def read_items(file: Path) -> list[Any]:
         RankfrontError: the file cannot be read, and at which line.
     """
     try:
-        text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
-            return [_line(line, f"{file}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        data = from_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+            return [_line(line, f"{file}:{number}") for number, line in lines if line.strip()]
+        data = read_yaml(file)
+    except (OSError, ValueError) as error:
         raise RankfrontError(f"{file}: cannot be read: {error}") from error
     return data if isinstance(data, list) else [data]
 

@@ -33,7 +33,7 @@ from search.constraints import Constraint, flat
 from search.database import check_url
 from search.inputs import ModelSection, ScoringSection, TextSection
 from search.places import CacheSection
-from search.plain import from_yaml
+from search.plain import read_yaml
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, Rules, smaller_is_better
@@ -191,11 +191,12 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     """Read, resolve and check a config; `overrides` maps dotted keys to values.
 
     Raises:
+        RankfrontError: the file is no YAML, and where.
         ConfigError: every mistake, one line each.
     """
     try:
-        raw = from_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        raw = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["the top level must be a mapping of keys"])

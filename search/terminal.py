@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -53,7 +52,7 @@ def override(text: str) -> tuple[str, Any]:
         raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
     try:
         return key, from_yaml(value)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 

@@ -64,7 +64,9 @@ def test_json_lines_are_read_as_well(tmp_path: Path) -> None:
 def test_a_target_that_is_there_twice_is_no_allocation(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_text('{"ranks": {"layers.0.q_proj": 5, "layers.0.q_proj": 3}}\n')
-    with pytest.raises(RankfrontError, match=r"mine.*: cannot be read: 'layers\.0\.q_proj' is there twice"):
+    with pytest.raises(
+        RankfrontError, match=r"mine.*:1.*: cannot be read: 'layers\.0\.q_proj' is there twice$"
+    ):
         read_allocations(file, TARGETS, CHOOSING)
 
 
@@ -125,11 +127,11 @@ def test_a_study_that_chooses_no_methods_holds_only_the_configured(tmp_path: Pat
     assert found == Allocation.of(RANKS, TARGETS)
 
 
-@pytest.mark.parametrize("text", ["{a: [", "\x00"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(("text", "place"), [("{a: [", "1:6:"), ("a: 1\n\x00", "2:1:")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str, place: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
-    for name in ("bad.yaml", "none.yaml"):
-        with pytest.raises(RankfrontError, match=rf"{name}: cannot be read"):
+    for name, where in (("bad.yaml", place), ("none.yaml", "")):
+        with pytest.raises(RankfrontError, match=rf"^{tmp_path / name}:{where} cannot be read: [^\n]*$"):
             read_allocations(tmp_path / name, TARGETS, CHOOSING)
 
 

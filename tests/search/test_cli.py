@@ -111,7 +111,10 @@ def test_an_encoding_that_lacks_a_sign_ends_no_command(
         (["apply", "none.yaml", "./model", "--to", "new"], "none.yaml"),
         (["apply", "twice.yaml", "./model", "--to", "new"], "'ranks' is there twice"),
         (["search", "config.yaml", "--set", "stop.trials"], "KEY=VALUE"),
-        (["search", "config.yaml", "--set", "stop.trials=[1"], "stop.trials"),
+        (
+            ["search", "config.yaml", "--set", "stop.trials=[1"],
+            "stop.trials: '[1' is no YAML value: while",
+        ),
         (["search", "config.yaml", "--set", "stop={trials: 1, trials: 2}"], "'trials' is there twice"),
         (["search", "config.yaml", "--set", "study.x=1"], "not a section"),
         (["search", "none.yaml"], "none.yaml"),
