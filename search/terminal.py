@@ -56,6 +56,19 @@ def override(text: str) -> tuple[str, Any]:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
 
 
+def refuse_given(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """See that options that would be passed over were not given; they are named by their parameters.
+
+    Raises:
+        RankfrontError: some were, for what `reason`.
+    """
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        named = " and ".join(f"--{name.strip('_').replace('_', '-')}" for name in given)
+        raise RankfrontError(f"{context.info_name}: {named}: {reason}")
+
+
 def warn_infeasible(summary: StudySummary, rows: Iterable[TrialRow]) -> None:
     """Say of each chosen trial what constraints it violates: only one named by its number can."""
     for row in rows:

@@ -108,6 +108,21 @@ def test_an_encoding_that_lacks_a_sign_ends_no_command(
         (["export", "--check", "nowhere"], "nowhere: no such folder"),
         (["export", "--check", "."], "ranks.yaml"),
         (["export", "made-up", "--trial", "0", "--set", "a=1"], "--set is for --check"),
+        (["export", "--check", "new", "--trial", "1", "--format", "dense"], "--trial and --format: not with"),
+        (
+            ["export", "--check", "new", "--budget", "0.9", "--to", "x"],
+            "--budget and --to: not with --check",
+        ),
+        (
+            ["export", "--check", "new", "--max-nll", "3", "--all-front"],
+            "--max-nll and --all-front: not",
+        ),
+        (["export", "--check", "new", "--variant", "a", "--config-only"], "--variant and --config-only: not"),
+        (
+            ["export", "made-up", "--trial", "1", "--config-only", "--format", "dense"],
+            "export: --format: not with --config-only, which writes no model\n",
+        ),
+        (["status", "made-up", "--study", "other"], "--study other: of a database by its URL; made-up names"),
         (["apply", "none.yaml", "./model", "--to", "new"], "none.yaml"),
         (["apply", "twice.yaml", "./model", "--to", "new"], "'ranks' is there twice"),
         (["search", "config.yaml", "--set", "stop.trials"], "KEY=VALUE"),
