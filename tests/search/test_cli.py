@@ -92,7 +92,13 @@ def test_an_encoding_that_lacks_a_sign_ends_no_command(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["report", "no-such-study"], "holds no study"),
+        (["report", "no-such-study"], "no-such-study holds no study, nor does runs/no-such-study: no config"),
+        (["report", "runs/nosuch"], "runs/nosuch holds no study, nor does runs/runs/nosuch: no config"),
+        (
+            ["status", "model"],
+            "model holds no study, nor does runs/model: no config.yaml and prepared",
+        ),
+        (["report", "/no/such"], "/no/such holds no study: no config.yaml and prepared.json in it"),
         (["export"], "name a study, or a folder with --check"),
         (["export", "made-up"], "give one of --trial N, --budget B, --max-nll X and --all-front"),
         (["export", "made-up", "--trial", "1", "--budget", "0.9"], "give one of --trial N, --budget B"),
@@ -150,6 +156,16 @@ def test_mistakes_are_said_without_a_traceback(
     said = capsys.readouterr()
     assert says in said.err
     assert "Traceback" not in said.out + said.err
+
+
+@pytest.mark.parametrize("given", [(), ("--trial", 77), ("--budget", 0.01), ("--trial", 0)])
+def test_a_refused_refinement_writes_nothing(
+    given: tuple[object, ...], folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No report either: it takes long, and another driver may be writing it."""
+    before = {file: file.stat().st_mtime_ns for file in folder.path.rglob("*")}
+    assert run(monkeypatch, "refine", folder.path, *given) == 2
+    assert {file: file.stat().st_mtime_ns for file in folder.path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("200 trials", 0)])
