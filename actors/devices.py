@@ -30,6 +30,26 @@ def devices_of(spec: ReplicaSpec) -> tuple[str, ...]:
     return ("cuda",) if count == 1 else tuple(f"cuda:{index}" for index in range(count))
 
 
+def device_here(name: str) -> str:
+    """A device of this process by its name; `auto` is a GPU where there is one.
+
+    Raises:
+        RankfrontError: there is no such device; names those that there are.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = ["cpu"]
+    accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    if accelerator is not None and count:
+        there += [accelerator.type, *(f"{accelerator.type}:{index}" for index in range(count))]
+    if name not in there:
+        raise RankfrontError(
+            f"--device {name}: torch {torch.__version__} finds no such device here; one of auto, "
+            + ", ".join(there)
+        )
+    return name
+
+
 def memory_fraction(share: float, total: int) -> float:
     """The fraction of a GPU of `total` bytes that torch's allocator may take for a replica with a share.
 

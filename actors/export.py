@@ -25,6 +25,7 @@ from actors.models import copy_side_files, load_model
 from actors.node_cache import settle
 from actors.pivoting import pivot
 from actors.replica import quieten
+from actors.sources import from_home
 from actors.storage import FACTORED, PIVOTED, stored_layer
 from actors.types import Allocation, RankfrontError
 
@@ -119,7 +120,7 @@ def export(
     """
     quieten()
     refuse_existing(destination)
-    destination = destination.expanduser().resolve()
+    destination = from_home(destination, "--to").resolve()
     prepared, allocation = scored.prepared, scored.allocation
     store = scored.factors()
     description = {**facts, "storage": scored.storage, "ranks": allocation.to_dict()}

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import actors.modeling_rankfront  # noqa: F401 (registers the model type of an export)
+from actors.devices import device_here
 from actors.harness_results import INSTALL, HarnessSpec
 from actors.models import load_tokenizer, whole_model
 from actors.nonfinite import all_finite
@@ -79,12 +78,12 @@ class LoadedFolder:
     Code that a folder brings is not run: exports load by rankfront's own classes.
 
     Raises:
-        RankfrontError: the folder is no such model.
+        RankfrontError: the device is not there, or the folder is no such model.
     """
 
     def __init__(self, folder: Path, device: str = "auto") -> None:
         quieten()
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = device_here(device)
         model = whole_model(folder, str(folder), dtype="auto", use_safetensors=True)
         self.tokenizer: Any = load_tokenizer(folder, ModelSource(str(folder)))
         self.model: Any = model.to(self.device).eval()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,10 +69,37 @@ def check_causal(source: ModelSource, config: Any) -> None:
 
 def _config(source: ModelSource) -> Any:
     name, keywords = _arguments(source)
-    try:
+    with _understood(f"{source.source}: cannot be read as a model"):
         return AutoConfig.from_pretrained(name, **keywords)
-    except (ValueError, OSError) as error:
-        raise RankfrontError(f"{source.source}: cannot be read as a model: {error}") from error
+
+
+@contextmanager
+def _understood(otherwise: str) -> Iterator[None]:
+    """What transformers and tokenizers make of a model's files, or why not, in one line behind `otherwise`.
+
+    Files that are not what they must be end in errors of every class: of checks, and of code that trips.
+
+    Raises:
+        RankfrontError: they make nothing of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, KeyError) and " " not in cause:
+            cause = f"{cause!r} is missing, or unknown to transformers"
+        raise RankfrontError(f"{otherwise}: {' '.join(cause.split()) or type(error).__name__}") from error
+
+
+def _refuse_quantised(source: ModelSource, config: Any) -> None:
+    """Factors are made of the weights as they are stored: those of a quantised model are codes and scales."""
+    settings = getattr(config, "quantization_config", None)
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        by = "" if method is None else f" by {method}"
+        raise RankfrontError(
+            f"{source.source}: quantised{by}; name the unquantised model, or a .gguf file of it"
+        )
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -91,10 +119,15 @@ def materialise(source: ModelSource, cache: Path) -> Path:
     """A folder of safetensors that replicas can map: the source's own, or a converted copy in `cache`.
 
     GGUF files are dequantised once. The copy appears whole or not at all.
+
+    Raises:
+        RankfrontError: the source is no model that rankfront can work on, or is quantised in another form.
     """
     name, keywords = _arguments(source)
     if "gguf_file" not in keywords:
-        check_causal(source, _config(source))
+        config = _config(source)
+        check_causal(source, config)
+        _refuse_quantised(source, config)
         return Path(name) if Path(name).is_dir() else download(name, keywords["revision"])
     folder = cache / "models" / fingerprint(source)[:16]
     if not folder.exists():
@@ -156,10 +189,8 @@ def whole_model(folder: str | Path, named: str, **keywords: Any) -> Any:
     Raises:
         RankfrontError: it cannot be loaded, or lacks a weight; says so of the model as it is `named`.
     """
-    try:
+    with _understood(f"{named}: cannot be loaded as a model"):
         model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise RankfrontError(f"{named}: cannot be loaded as a model: {error}") from error
     missing = sorted(told["missing_keys"])
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -173,11 +204,10 @@ def load_tokenizer(folder: str | Path, source: ModelSource) -> PreTrainedTokeniz
     Raises:
         RankfrontError: there is none: it cannot be read, or makes nothing of a text.
     """
-    try:
+    with _understood(f"{source.source}: its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise RankfrontError(f"{source.source}: its tokenizer cannot be read: {error}") from error
-    if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
+        probed = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    if not probed:
         raise RankfrontError(f"{source.source}: its tokenizer makes no token of a text; are its files there?")
     return tokenizer  # type: ignore[no-any-return]
 

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.utils import tokenize
 
+from actors.sources import from_home
 from actors.types import PreparationSpec, RankfrontError, digest
 
 # Of a model's folder: weights, config and tokenizer, and what the card of an export needs. Never a pickle.
@@ -87,7 +88,7 @@ def _no_driver(url: str, error: Exception) -> str:
 
 def node_folder(spec: PreparationSpec) -> Path:
     """The folder of this node's copies."""
-    return Path(spec.node_cache).expanduser()
+    return from_home(spec.node_cache, "cache.node")
 
 
 def store_folder(spec: PreparationSpec) -> Path:
@@ -132,7 +133,7 @@ def local_store(place: str, cache: Path) -> Path:
     """
     if not is_url(place):
         return Path(place)
-    folder = cache.expanduser() / "factors" / place.rstrip("/").rpartition("/")[2]
+    folder = from_home(cache, "cache.node") / "factors" / place.rstrip("/").rpartition("/")[2]
     if (folder / MANIFEST).exists():
         return folder
     with _reaching(place) as (fs, path):

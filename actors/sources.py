@@ -39,7 +39,7 @@ class Source:
         if name.startswith("package:"):
             return cls(name, path=_packaged(name))
         if name.startswith((".", "/", "~")):
-            path = Path(name).expanduser().resolve()
+            path = from_home(name).resolve()
             if not path.exists():
                 raise RankfrontError(f"{name!r}: no file or folder {path}")
             return cls(str(path), path=path)
@@ -52,6 +52,21 @@ class Source:
         if not name.startswith("hub:") and Path(name).exists():
             raise RankfrontError(f"{name!r} could be a folder or a hub id: write ./{name} or hub:{name}")
         return cls(name, hub_id=match["id"], revision=match["revision"])
+
+
+def from_home(path: str | Path, named: str = "") -> Path:
+    """A path, the `~` that it may begin with a user's home.
+
+    Raises:
+        RankfrontError: there is no such user; behind the option or the key that the path is `named` by.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        where = f"{named}: " if named else ""
+        raise RankfrontError(
+            f"{where}{str(path)!r}: there is no such home; ~/... or another folder"
+        ) from error
 
 
 def _packaged(name: str) -> Path:

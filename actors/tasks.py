@@ -202,6 +202,8 @@ def _checked(source: TaskSource, task: Task, number: int, row: Row) -> Example:
     example = replace(read_row(row, task.ask, where), origin=where)
     if not 0 <= example.gold < len(example.continuations):
         raise RankfrontError(f"{where}: answer {example.gold} of {len(example.continuations)} choices")
+    if len(example.continuations) < 2:  # no margin to a wrong one, and always right
+        raise RankfrontError(f"{where}: one choice; a question needs two or more")
     if not all(context.strip() for context in example.contexts):
         raise RankfrontError(f"{where} has an empty context")
     return example

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from search.config import Config, ConfigError, adapter_of, parse_config, set_key
 from search.folder import StudyFolder
 from search.inputs import ModelSection, ScoringSection, TextSection
-from search.plain import from_yaml
+from search.plain import read_yaml
 from search.records import FACTORS, StudySummary, TrialRow
 from search.section import Positive, Section
 from search.sections import CalibrationSection, FactorSection, TargetSection
@@ -131,11 +130,12 @@ def read_configuration(
     """A configuration alone, applied to a `model` by its source; `overrides` maps dotted keys to values.
 
     Raises:
+        RankfrontError: the file is no YAML, and where.
         ConfigError: the file cannot be read, or every mistake in it, one line each.
     """
     try:
-        raw = from_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        raw = read_yaml(file)
+    except (OSError, ValueError) as error:
         raise ConfigError(str(file), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(file), ["the top level must be a mapping of keys"])

@@ -10,10 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
-from search.plain import from_json, from_yaml
+from search.plain import from_json, read_yaml
+
+# What members of front.json and configurations alone (`search.allocation_file`) tell of a trial beside its
+# ranks and methods: it is passed over.
+TOLD = frozenset(
+    {
+        *("trial", "origin", "budget_linear", "budget_model", "budget_bytes", "macs"),
+        *("values", "search", "test"),
+        *("format", "study", "variant", "budgets", "scores", "fingerprints"),
+        *("model", "text", "calibration", "factors", "targets", "storage", "scoring"),
+    }
+)
+
+_KEYS = {"ranks", "methods"} | TOLD
+_BESIDE = "beside ranks: methods, and what front.json and ranks.yaml tell of a trial"
 
 
 def read_items(file: Path) -> list[Any]:
@@ -23,11 +35,11 @@ def read_items(file: Path) -> list[Any]:
         RankfrontError: the file cannot be read, and at which line.
     """
     try:
-        text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
-            return [_line(line, f"{file}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        data = from_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+            return [_line(line, f"{file}:{number}") for number, line in lines if line.strip()]
+        data = read_yaml(file)
+    except (OSError, ValueError) as error:
         raise RankfrontError(f"{file}: cannot be read: {error}") from error
     return data if isinstance(data, list) else [data]
 
@@ -61,6 +73,9 @@ def _allocation(item: Any, targets: Sequence[TargetSpec], factors: FactorSpec, w
     methods: Any = {}
     if isinstance(item, Mapping) and "ranks" in item:
         ranks, methods = item["ranks"], item.get("methods") or {}
+        unknown = [f"{where}.{key}: unknown key; {_BESIDE}" for key in item if key not in _KEYS]
+        if unknown:
+            raise RankfrontError("\n".join(unknown))
     if not isinstance(ranks, Mapping):
         raise RankfrontError(f"{where}: is no mapping of targets to ranks")
     if not isinstance(methods, Mapping):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from actors.sources import from_home
 from actors.types import Score
 from search.allocation_file import Configuration, metrics_of, read_configuration, sections
 from search.card import CardFacts, model_card
@@ -33,7 +34,7 @@ def apply_configuration(
     from actors.licence import base_licence
     from actors.resident import local_source
 
-    destination = destination.expanduser().resolve()
+    destination = from_home(destination, "--to").resolve()
     refuse_existing(destination)
     config = found.config
     scored = applied(config.preparation(), config.storage, found.ranks, found.methods, file.name, say)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +11,13 @@ from actors.harness_results import HarnessSpec, task_fingerprints
 from actors.types import RankfrontError, TextSource
 from search.cells import cells_table
 from search.choosing import chosen
-from search.evaluating import evaluate_folder, is_model_folder
+from search.evaluating import evaluate_folder, is_model_folder, make_room
 from search.finals import evaluate_study, split_cells
 from search.folder import StudyFolder, find_study, summarise
 from search.harness_run import evaluate_tasks
 from search.harness_table import LEFT, harness_cells
 from search.records import StudySummary
-from search.terminal import Runs, console, exit_if_stopped, tell
+from search.terminal import Runs, console, exit_if_stopped, refuse_given, tell
 
 OF_TASKS = ("limit", "batch_size", "include_path")
 OF_TEXT = ("subset", "split", "column", "window", "tokens")
@@ -62,14 +61,14 @@ def evaluate_command(
     """Measure a model folder on tasks and a text, or the trials of a study on its test split or on tasks."""
     harness = None
     if tasks is None:
-        _refuse(context, OF_TASKS, "only with --tasks")
+        refuse_given(context, OF_TASKS, "only with --tasks")
     else:
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
         own = None if include_path is None else include_path.resolve()
         harness = HarnessSpec(names, limit, batch_size, own)
     if not is_model_folder(Path(target)):
         only = f"for a model folder, and {target} is none; write the trial with `rankfront export`"
-        _refuse(context, OF_FOLDER, f"{only} and evaluate that folder")
+        refuse_given(context, OF_FOLDER, f"{only} and evaluate that folder")
         _evaluate_study(find_study(target, runs), trial or [], budget, harness, variant or [])
         return
     if trial or variant or budget is not None:
@@ -77,23 +76,16 @@ def evaluate_command(
             f"{target} is a model folder: --trial, --variant and --budget choose from a study"
         )
     if text is None:
-        _refuse(context, OF_TEXT, "only with --text")
+        refuse_given(context, OF_TEXT, "only with --text")
     source = None if text is None else TextSource(text, subset, split, column)
+    if output is not None:
+        make_room(output)
     evaluated = evaluate_folder(Path(target), harness, source, window, tokens, device)
     for listed in evaluated.tables():
         console.print(listed)
     if output is not None:
         evaluated.write(output)
         tell("Written to ", (str(output), "bold"))
-
-
-def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
-    """Raises RankfrontError where options were given that would be passed over."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if given:
-        named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise RankfrontError(f"evaluate: {named}: {reason}")
 
 
 def _evaluate_study(

@@ -14,7 +14,9 @@ from search.choosing import chosen
 from search.exporting import check_folder, destinations, export_trial, write_configuration
 from search.folder import find_study, summarise
 from search.records import FACTORS
-from search.terminal import Runs, note_untold, override, tell, warn_infeasible
+from search.terminal import Runs, note_untold, override, refuse_given, tell, warn_infeasible
+
+OF_STUDY = ("trial", "budget", "max_nll", "all_front", "variant", "format_", "config_only", "to")
 
 
 class Form(StrEnum):
@@ -36,6 +38,7 @@ SetOption = Annotated[
 
 
 def export_command(
+    context: typer.Context,
     study: Annotated[
         str | None, typer.Argument(metavar="STUDY", help="The study's folder, or its name in --runs.")
     ] = None,
@@ -66,19 +69,24 @@ def export_command(
 ) -> None:
     """Write allocations as model folders that transformers loads, each checked against the record."""
     if check is not None:
+        refuse_given(
+            context, OF_STUDY, f"not with --check {check}, which writes nothing and reads that folder"
+        )
         _check(check, study, set_ or [])
         return
     if study is None:
         raise RankfrontError("export: name a study, or a folder with --check")
     if set_:
         raise RankfrontError("export: --set is for --check; a study's own config decides what is exported")
+    if variant is not None and (config_only or all_front):
+        raise RankfrontError("export: --variant names the factors of one trial; ranks alone have none")
+    if config_only:
+        refuse_given(context, ["format_"], "not with --config-only, which writes no model")
     folder = find_study(study, runs)
     summary = summarise(folder, folder.read_study())
     rows = chosen(summary, trial, budget, max_nll, all_front)
     note_untold(folder, summary, budget)
     warn_infeasible(summary, rows)
-    if variant is not None and (config_only or all_front):
-        raise RankfrontError("export: --variant names the factors of one trial; ranks alone have none")
     suffix = "-config" if config_only else "" if variant is None else f"-{variant}"
     places = destinations(folder, rows, to, all_front, suffix)
     for row, place in zip(rows, places, strict=True):

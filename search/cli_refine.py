@@ -13,7 +13,7 @@ from actors.types import RankfrontError
 from search.cells import cells_table
 from search.choosing import OPTIONS, chosen
 from search.config import parse_config
-from search.folder import find_study, report
+from search.folder import find_study, report, summarise
 from search.refine import comparison_cells, refine
 from search.terminal import (
     Runs,
@@ -52,7 +52,7 @@ def refine_command(
     idle = [f"--{name}" for name in given if name not in READ_BY_REFIT]
     if folder.config.refine.method == REFIT and idle:
         raise RankfrontError(f"refine: {' and '.join(idle)} for the method gradient; a refit takes no steps")
-    summary = report(folder, folder.read_study())
+    summary = summarise(folder, folder.read_study())
     [row] = chosen(summary, trial, budget, options=OPTIONS[:2])
     note_untold(folder, summary, budget)
     warn_infeasible(summary, [row])

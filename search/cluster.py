@@ -74,7 +74,11 @@ class Machine:
 
 
 def connect() -> Machine:
-    """Join the cluster of RAY_ADDRESS, or start a local one that ends with this process."""
+    """Join the cluster of RAY_ADDRESS, or start a local one that ends with this process.
+
+    Raises:
+        RankfrontError: RAY_ADDRESS is no address or no cluster answers there, or Ray does not start here.
+    """
     # Ray would otherwise copy the driver's folder to every worker and re-install the environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -82,22 +86,45 @@ def connect() -> Machine:
     if not ray.is_initialized():
         common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "namespace": NAMESPACE}
         if address:
-            try:
-                ray.init(**common)
-            except ConnectionError as error:
-                raise RankfrontError(
-                    f"RAY_ADDRESS={address}: no cluster answers there ({error}). Where it wants a token, set "
-                    "RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
-                ) from error
+            _join(address, common)
         else:
-            # Named, as Ray would join a cluster of somebody else that runs on this machine.
-            ray.init(
-                address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
-            )
+            _start(common)
     total = ray.cluster_resources()
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
     return Machine(cores, gpus, memory, bool(address), tuple(cluster_nodes().rooms.values()))
+
+
+def _join(address: str, common: Mapping[str, Any]) -> None:
+    right = "HOST:PORT of a cluster's head node, or auto for the cluster that this machine is in"
+    if address.startswith("ray://"):  # a client sees no node that is to be vacated, and holds no lease
+        raise RankfrontError(f"RAY_ADDRESS={address}: a driver joins the cluster itself; set it to {right}")
+    try:
+        ray.init(**common)
+    except ConnectionError as error:
+        raise RankfrontError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({_line(error)}). Where it wants a token, set "
+            "RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
+        ) from error
+    except ValueError as error:
+        raise RankfrontError(f"RAY_ADDRESS={address}: {_line(error)}; set it to {right}") from error
+    except Exception as error:  # of no class of its own where a node does not come up in time
+        raise RankfrontError(f"RAY_ADDRESS={address}: cannot be joined: {_line(error)}") from error
+
+
+def _start(common: Mapping[str, Any]) -> None:
+    try:
+        # Named, as Ray would join a cluster of somebody else that runs on this machine.
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+    except Exception as error:  # of no class of its own where a node does not come up in time
+        raise RankfrontError(
+            f"Ray does not start on this machine ({_line(error)}). Try again when it is less busy, or join a "
+            "cluster that runs by RAY_ADDRESS=HOST:PORT or RAY_ADDRESS=auto"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def cluster_nodes() -> Nodes:

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from actors.node_cache import is_url
 from actors.refinement import RefinementSpec
+from actors.sources import from_home
 from actors.types import (
     SPLITS,
     CalibrationSpec,
@@ -32,11 +33,11 @@ from search.constraints import Constraint, flat
 from search.database import check_url
 from search.inputs import ModelSection, ScoringSection, TextSection
 from search.places import CacheSection
-from search.plain import from_yaml
+from search.plain import read_yaml
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, Rules, smaller_is_better
-from search.section import SAVED, Bound, Section
+from search.section import SAVED, Bound, Section, known_home
 from search.sections import (
     CalibrationSection,
     CostSection,
@@ -64,19 +65,11 @@ class ConfigError(RankfrontError):
         super().__init__("\n".join([f"{where}: {count}, nothing was started", *(f"  {m}" for m in mistakes)]))
 
 
-def _from_home(folder: str) -> str:
-    """A folder, its `~` a user's home; raises ValueError where there is no such user."""
-    try:
-        return str(Path(folder).expanduser())
-    except RuntimeError as error:
-        raise ValueError(f"{folder!r}: there is no such home; ~/... or another folder") from error
-
-
 class Config(Section):
     """One study. See the sections for what each key means."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-    runs: Annotated[str, AfterValidator(_from_home)] = "runs"
+    runs: Annotated[str, AfterValidator(known_home)] = "runs"
     database: Annotated[str | None, PlainValidator(check_url)] = None
     model: ModelSection
     text: TextSection
@@ -185,7 +178,7 @@ class Config(Section):
             calibration_fraction=calibration.fraction,
             include=self.targets.include,
             exclude=self.targets.exclude,
-            cache=str(stores.expanduser().resolve()),
+            cache=str(from_home(stores, "cache.factors").resolve()),
             shared=shared,
             node_cache=self.cache.node,
         )
@@ -198,11 +191,12 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     """Read, resolve and check a config; `overrides` maps dotted keys to values.
 
     Raises:
+        RankfrontError: the file is no YAML, and where.
         ConfigError: every mistake, one line each.
     """
     try:
-        raw = from_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        raw = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["the top level must be a mapping of keys"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,15 +47,36 @@ class FolderEvaluation:
             yield cells_table(cells, f"{self.folder}: tasks", left=columns[:3])
 
     def write(self, output: Path) -> None:
-        """As JSON: the table's metrics, the text's score, and the harness's results as it gives them."""
+        """As JSON: the table's metrics, the text's score, and the harness's results as it gives them; into a
+        folder that is there (`make_room`)."""
         document = {
             "folder": str(self.folder),
             "text": None if self.text is None else {**asdict(self.text), "nll": self.text.nll},
             "metrics": [asdict(metric) for metric in self.metrics],
             "lm_eval": self.results,
         }
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, json.dumps(document, indent=1, default=str) + "\n")
+
+
+def make_room(output: Path) -> None:
+    """Make the folder of a file that is written when all is measured, and see that it takes a file.
+
+    Raises:
+        RankfrontError: it takes none, or the file is a folder.
+    """
+    if output.is_dir():
+        raise RankfrontError(
+            f"--output {output}: a folder; name the JSON file to write, such as {output}.json"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise RankfrontError(
+            f"--output {output}: cannot be written: {error.strerror} ({output.parent}); name a file in "
+            "a folder that can"
+        ) from error
 
 
 def is_model_folder(path: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from actors.sources import from_home
 from actors.types import RankfrontError, Score
 from search.allocation_file import facts, read_configuration, whole
 from search.card import CardFacts, model_card
@@ -30,14 +31,14 @@ def destinations(
     """Where each trial is written: to `to` itself, or, where `each` has a folder of its own, below it.
 
     Raises:
-        RankfrontError: every one that exists already.
+        RankfrontError: every one that exists already, or there is no such home.
     """
     if to is not None and not each:
         places = [to]
     else:
         parent = to or folder.path / "exports"
         places = [parent / f"trial-{row.number:05d}{suffix}" for row in rows]
-    places = [place.expanduser().resolve() for place in places]
+    places = [from_home(place, "--to").resolve() for place in places]
     there = [f"{place} exists already; name another folder with --to" for place in places if place.exists()]
     if there:
         raise RankfrontError("\n".join(there))

@@ -192,9 +192,18 @@ def refuse_lost(folder: Path) -> None:
 
 
 def find_study(name: str, runs: Path) -> StudyFolder:
-    """A study by the path of its folder, or by its name in `runs`."""
-    path = Path(name)
-    return StudyFolder.open(path if (path / CONFIG).exists() else runs / name)
+    """A study by the path of its folder, or by its name in `runs`.
+
+    Raises:
+        RankfrontError: neither holds one, or what `StudyFolder.open` raises.
+    """
+    path, named = Path(name), runs / name
+    if path != named and not (path / CONFIG).exists() and not (named / CONFIG).exists():
+        raise RankfrontError(
+            f"{name} holds no study, nor does {named}: no {CONFIG} and {PREPARED} in either; give a study's "
+            "folder, or its name in --runs"
+        )
+    return StudyFolder.open(path if (path / CONFIG).exists() else named)
 
 
 def summarise(folder: StudyFolder, study: SearchStudy) -> StudySummary:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from actors.node_cache import is_url
 from actors.types import NODE_CACHE
-from search.section import Section, readable_url
+from search.section import Section, is_saved, known_home, readable_url
 
 if TYPE_CHECKING:
     from search.sections import CalibrationSection
@@ -21,15 +21,22 @@ class CacheSection(Section):
     factors: str | None = None
     node: str = NODE_CACHE
 
-    _factors = field_validator("factors")(readable_url)
+    @field_validator("factors")
+    @classmethod
+    def _there(cls, factors: str | None, info: ValidationInfo) -> str | None:
+        if factors is not None and not is_url(factors) and not is_saved(info):
+            known_home(factors)
+        return readable_url(factors, info)
 
     @field_validator("node")
     @classmethod
-    def _same_everywhere(cls, node: str) -> str:
+    def _same_everywhere(cls, node: str, info: ValidationInfo) -> str:
         if not node.startswith(("/", "~")):
             raise ValueError(
                 f"{node!r} is no absolute path, and processes start in many folders; /... or ~/..."
             )
+        if not is_saved(info):
+            known_home(node)
         return node
 
 

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import yaml
 from yaml.constructor import ConstructorError
+from yaml.error import MarkedYAMLError
 from yaml.nodes import MappingNode, ScalarNode
+from yaml.reader import ReaderError
 
 from actors.types import RankfrontError
 
@@ -31,10 +33,41 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class NoYamlError(ValueError):
+    """A text that is no YAML: what is wrong, in one line, and at which line and column of it, from 1."""
+
+    def __init__(self, error: yaml.YAMLError, text: str) -> None:
+        if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+            line, column = error.problem_mark.line, error.problem_mark.column
+            said = ": ".join(part for part in (error.context, error.problem) if part)
+        else:
+            before = text[: error.position] if isinstance(error, ReaderError) else ""
+            line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
+            said = str(error).partition("\n")[0]
+        self.place = f"{line + 1}:{column + 1}"
+        super().__init__(" ".join(said.split()))
+
+
 def from_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError where it is no YAML, or a mapping has a key twice; ValueError at a date that is
-    none."""
-    return yaml.load(text, _Loader)
+    """Raises NoYamlError where it is no YAML, or a mapping has a key twice; another ValueError at a date that
+    is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise NoYamlError(error, text) from error
+
+
+def read_yaml(file: Path) -> Any:
+    """What a file of YAML holds.
+
+    Raises:
+        RankfrontError: it is no YAML, or a mapping has a key twice; begins with file, line and column.
+        OSError, ValueError: it cannot be read, is no UTF-8, or a date in it is none.
+    """
+    try:
+        return from_yaml(file.read_text(encoding="utf-8"))
+    except NoYamlError as error:
+        raise RankfrontError(f"{file}:{error.place}: cannot be read: {error}") from error
 
 
 def from_json(text: str) -> Any:

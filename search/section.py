@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo
 
 from actors.node_cache import is_url, url_problem
+from actors.sources import from_home
+from actors.types import RankfrontError
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
@@ -28,6 +30,14 @@ def readable_url(place: str | None, info: ValidationInfo) -> str | None:
         if problem is not None:
             raise ValueError(problem)
     return place
+
+
+def known_home(folder: str) -> str:
+    """A folder, its `~` a user's home; raises ValueError where there is no such user."""
+    try:
+        return str(from_home(folder))
+    except RankfrontError as error:
+        raise ValueError(str(error)) from error
 
 
 class Section(BaseModel):

@@ -99,10 +99,12 @@ def read_status(name: str, runs: Path, study: str | None = None) -> Status:
     A URL that holds one study needs no name.
 
     Raises:
-        RankfrontError: there is no such study, or it cannot be read.
+        RankfrontError: there is no such study, it cannot be read, or `study` is given and no URL.
     """
     if "://" in name or name.startswith("${"):
         return _database_status(name, runs, study)
+    if study is not None:
+        raise RankfrontError(f"--study {study}: of a database by its URL; {name} names one study by itself")
     folder = find_study(name, runs)
     database = folder.config.database
     if database is not None:

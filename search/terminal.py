@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -53,8 +52,21 @@ def override(text: str) -> tuple[str, Any]:
         raise RankfrontError(f"--set {text!r}: write KEY=VALUE, such as stop.trials=100")
     try:
         return key, from_yaml(value)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise RankfrontError(f"--set {key}: {value!r} is no YAML value: {error}") from error
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """See that options that would be passed over were not given; they are named by their parameters.
+
+    Raises:
+        RankfrontError: some were, for what `reason`.
+    """
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        named = " and ".join(f"--{name.strip('_').replace('_', '-')}" for name in given)
+        raise RankfrontError(f"{context.info_name}: {named}: {reason}")
 
 
 def warn_infeasible(summary: StudySummary, rows: Iterable[TrialRow]) -> None:

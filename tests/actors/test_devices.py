@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors import devices
-from actors.devices import CONTEXT_BYTES, devices_of, keep_to_share, memory_fraction
+from actors.devices import CONTEXT_BYTES, device_here, devices_of, keep_to_share, memory_fraction
 from actors.types import RankfrontError, ReplicaSpec
 
 GIB = 2**30
@@ -92,3 +92,19 @@ def test_a_share_runs_out_where_the_gpu_does_not(monkeypatch: pytest.MonkeyPatch
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
         torch.cuda.empty_cache()
+
+
+def test_a_device_is_one_of_those_that_are_there(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(2)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert [device_here(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda", "cuda", "cuda:1", "cpu",
+    ]  # fmt: skip
+    with pytest.raises(RankfrontError, match=r"cuda:2: .* one of auto, cpu, cuda, cuda:0, cuda:1$"):
+        device_here("cuda:2")
+    gpus(0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    assert device_here("auto") == "cpu"
+    with pytest.raises(RankfrontError, match=r"^--device cuda: .*; one of auto, cpu$"):
+        device_here("cuda")

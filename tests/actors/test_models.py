@@ -215,6 +215,100 @@ def test_a_folder_without_a_tokenizer_says_so(kind: str, llama: Path, tmp_path: 
         load_tokenizer(tmp_path, ModelSource(str(tmp_path)))
 
 
+def changed(llama: Path, folder: Path, file: str, content: Any) -> ModelSource:
+    """A copy of a model with one of its JSON files replaced, or, by a mapping, some keys of its config."""
+    shutil.copytree(llama, folder)
+    if file == "config.json":
+        content = {**json.loads((folder / file).read_text()), **content}
+    (folder / file).write_text(json.dumps(content))
+    return ModelSource(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "by"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, " by gptq"),
+        ({"quant_method": "awq", "bits": 4}, " by awq"),
+        ({"quant_method": "compressed-tensors"}, " by compressed-tensors"),
+        ({"quant_method": "fp8"}, " by fp8"),  # would be dequantised where there is no GPU, and only there
+        ({"load_in_4bit": True}, ""),
+    ],
+)
+def test_quantised_models_are_refused_by_name(
+    settings: dict[str, Any], by: str, llama: Path, tmp_path: Path
+) -> None:
+    source = changed(llama, tmp_path / "model", "config.json", {"quantization_config": settings})
+    says = f"{tmp_path / 'model'}: quantised{by}; name the unquantised model, or a .gguf file of it"
+    with pytest.raises(RankfrontError, match=f"^{re.escape(says)}$"):
+        materialise(source, tmp_path)
+
+
+def test_what_a_quantised_model_needs_to_be_loaded_is_said(llama: Path, tmp_path: Path) -> None:
+    """It can be measured where that is installed."""
+    settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    source = changed(llama, tmp_path / "model", "config.json", settings)
+    with pytest.raises(RankfrontError, match=f"^{tmp_path / 'model'}: cannot be loaded as a model: .*GPTQ"):
+        load_model(source.source, source)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str (value: '32')"),
+        (
+            {"num_attention_heads": 5},
+            "The hidden size (32) is not a multiple of the number of attention",
+        ),
+        ({"num_attention_heads": 0}, "integer modulo by zero"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`"),
+        ({"quantization_config": ["gptq"]}, "'list' object"),
+        ({"auto_map": 5}, "argument of type 'int'"),
+    ],
+)
+def test_a_config_that_is_none_is_named_with_its_cause(
+    settings: dict[str, Any], cause: str, llama: Path, tmp_path: Path
+) -> None:
+    source = changed(llama, tmp_path / "model", "config.json", settings)
+    for refused in (lambda: materialise(source, tmp_path), lambda: load_model(source.source, source)):
+        with pytest.raises(RankfrontError, match=rf"^{source.source}: cannot be .*{re.escape(cause)}.*$"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"hidden_act": "foo"}, "'foo' is missing, or unknown to transformers"),
+        ({"rope_scaling": {"rope_type": "foo"}}, "'foo' is missing, or unknown to transformers"),
+        ({"pad_token_id": 7777}, "Padding_idx must be within num_embeddings"),
+    ],
+)
+def test_a_setting_that_only_the_model_looks_at_is_named(
+    settings: dict[str, Any], cause: str, llama: Path, tmp_path: Path
+) -> None:
+    source = changed(llama, tmp_path / "model", "config.json", settings)
+    says = f"{source.source}: cannot be loaded as a model: {cause}"
+    with pytest.raises(RankfrontError, match=f"^{re.escape(says)}$"):
+        load_model(source.source, source)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cause"),
+    [
+        ("tokenizer.json", {}, "'added_tokens' is missing, or unknown to transformers"),
+        ("tokenizer.json", {"added_tokens": [], "model": {}}, ""),
+        ("tokenizer.json", 3, ""),
+        ("tokenizer_config.json", [], "'list' object has no attribute 'get'"),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, ""),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_named_with_its_cause(
+    file: str, content: Any, cause: str, llama: Path, tmp_path: Path
+) -> None:
+    source = changed(llama, tmp_path / "model", file, content)
+    with pytest.raises(RankfrontError, match=rf"^{source.source}: its tokenizer cannot be read: {cause}.*$"):
+        load_tokenizer(source.source, source)
+
+
 def test_remote_code_is_refused_and_never_run(tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     folder = tmp_path / "model"

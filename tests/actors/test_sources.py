@@ -53,6 +53,11 @@ def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Monke
         assert place.hub_id is None
 
 
+def test_a_home_of_nobody_is_named() -> None:
+    with pytest.raises(RankfrontError, match=r"^'~nobody-is-called-so/x': there is no such home; ~/\.\.\."):
+        Source.parse("~nobody-is-called-so/x")
+
+
 def test_a_local_path_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RankfrontError, match=r"no file or folder .*/nowhere"):
         Source.parse(str(tmp_path / "nowhere"))

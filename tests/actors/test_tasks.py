@@ -153,6 +153,9 @@ def broken(name: str, **fields: Any) -> tuple[str, list[dict[str, Any]]]:
     return name, [*good, {**good[0], **fields}]
 
 
+ALONE = {"text": ["the sun"], "label": ["A"]}
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -164,6 +167,9 @@ def broken(name: str, **fields: Any) -> tuple[str, list[dict[str, Any]]]:
         (broken("hellaswag", label=""), r"cannot be read: invalid literal for int\(\)"),
         (broken("hellaswag", ctx_b=None), r"cannot be read"),
         (broken("arc_easy", answerKey="Z"), r"cannot be read: 'Z' is not in list"),
+        (broken("arc_easy", choices=ALONE, answerKey="A"), r": one choice; a question needs two or more$"),
+        (broken("openbookqa", choices=ALONE, answerKey="A"), r": one choice; a question needs two or more$"),
+        (broken("hellaswag", endings=["sleeps."], label="0"), r": one choice; a question needs two or more$"),
         (broken("openbookqa", question_stem=""), r"empty context"),
         (broken("openbookqa", question_stem=" \n"), r"empty context"),
         (broken("social_iqa", label="0"), r"answer -1 of 3 choices"),

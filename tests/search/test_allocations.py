@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pytest
 import yaml
 from fakes import CHOOSING, TARGETS
 
 from actors.types import Allocation, FactorSpec, RankfrontError
-from search.allocations import method_list, read_allocations
+from search.allocation_file import AllocationFile
+from search.allocations import TOLD, method_list, read_allocations
+from search.tables import front_json
 
 RANKS = {"layers.0.q_proj": 3, "layers.1.q_proj": 4, "layers.1.up_proj": None}
 
@@ -61,7 +64,9 @@ def test_json_lines_are_read_as_well(tmp_path: Path) -> None:
 def test_a_target_that_is_there_twice_is_no_allocation(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_text('{"ranks": {"layers.0.q_proj": 5, "layers.0.q_proj": 3}}\n')
-    with pytest.raises(RankfrontError, match=r"mine.*: cannot be read: 'layers\.0\.q_proj' is there twice"):
+    with pytest.raises(
+        RankfrontError, match=r"mine.*:1.*: cannot be read: 'layers\.0\.q_proj' is there twice$"
+    ):
         read_allocations(file, TARGETS, CHOOSING)
 
 
@@ -99,6 +104,21 @@ def test_every_mistake_of_every_item_is_listed(tmp_path: Path) -> None:
     ]
 
 
+def test_a_key_that_no_file_has_beside_ranks_is_refused(tmp_path: Path) -> None:
+    """A misspelt one would be passed over, and the target cut by its configured method."""
+    beside = "unknown key; beside ranks: methods, and what front.json and ranks.yaml tell of a trial"
+    misspelt = {"ranks": RANKS, "methodes": {"layers.0.q_proj": "curvature"}, "note": "mine"}
+    assert refused(tmp_path, [RANKS, misspelt]) == [
+        f"mine.yaml[1].methodes: {beside}",
+        f"mine.yaml[1].note: {beside}",
+    ]
+
+
+def test_keys_beside_ranks_are_those_that_are_written() -> None:
+    member = json.loads(front_json(made_up.three()))["front"][0]
+    assert {*member, *AllocationFile.model_fields} == TOLD | {"ranks", "methods"}
+
+
 def test_a_study_that_chooses_no_methods_holds_only_the_configured(tmp_path: Path) -> None:
     factors = FactorSpec("feature", (("*.q_proj", "curvature"),))
     [line] = refused(tmp_path, {"ranks": RANKS, "methods": {"layers.0.q_proj": "feature"}}, factors)
@@ -107,11 +127,11 @@ def test_a_study_that_chooses_no_methods_holds_only_the_configured(tmp_path: Pat
     assert found == Allocation.of(RANKS, TARGETS)
 
 
-@pytest.mark.parametrize("text", ["{a: [", "\x00"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(("text", "place"), [("{a: [", "1:6:"), ("a: 1\n\x00", "2:1:")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str, place: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
-    for name in ("bad.yaml", "none.yaml"):
-        with pytest.raises(RankfrontError, match=rf"{name}: cannot be read"):
+    for name, where in (("bad.yaml", place), ("none.yaml", "")):
+        with pytest.raises(RankfrontError, match=rf"^{tmp_path / name}:{where} cannot be read: [^\n]*$"):
             read_allocations(tmp_path / name, TARGETS, CHOOSING)
 
 

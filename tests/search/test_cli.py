@@ -17,7 +17,9 @@ import ray
 from commands import run, study_on_disk, written
 from rich.console import Console
 
+from actors.types import RankfrontError
 from search.cli import app
+from search.cluster import connect
 from search.folder import CONFIG, StudyFolder, summarise
 from search.journal import JOURNAL
 from search.runner import Stop
@@ -90,7 +92,13 @@ def test_an_encoding_that_lacks_a_sign_ends_no_command(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["report", "no-such-study"], "holds no study"),
+        (["report", "no-such-study"], "no-such-study holds no study, nor does runs/no-such-study: no config"),
+        (["report", "runs/nosuch"], "runs/nosuch holds no study, nor does runs/runs/nosuch: no config"),
+        (
+            ["status", "model"],
+            "model holds no study, nor does runs/model: no config.yaml and prepared",
+        ),
+        (["report", "/no/such"], "/no/such holds no study: no config.yaml and prepared.json in it"),
         (["export"], "name a study, or a folder with --check"),
         (["export", "made-up"], "give one of --trial N, --budget B, --max-nll X and --all-front"),
         (["export", "made-up", "--trial", "1", "--budget", "0.9"], "give one of --trial N, --budget B"),
@@ -106,10 +114,28 @@ def test_an_encoding_that_lacks_a_sign_ends_no_command(
         (["export", "--check", "nowhere"], "nowhere: no such folder"),
         (["export", "--check", "."], "ranks.yaml"),
         (["export", "made-up", "--trial", "0", "--set", "a=1"], "--set is for --check"),
+        (["export", "--check", "new", "--trial", "1", "--format", "dense"], "--trial and --format: not with"),
+        (
+            ["export", "--check", "new", "--budget", "0.9", "--to", "x"],
+            "--budget and --to: not with --check",
+        ),
+        (
+            ["export", "--check", "new", "--max-nll", "3", "--all-front"],
+            "--max-nll and --all-front: not",
+        ),
+        (["export", "--check", "new", "--variant", "a", "--config-only"], "--variant and --config-only: not"),
+        (
+            ["export", "made-up", "--trial", "1", "--config-only", "--format", "dense"],
+            "export: --format: not with --config-only, which writes no model\n",
+        ),
+        (["status", "made-up", "--study", "other"], "--study other: of a database by its URL; made-up names"),
         (["apply", "none.yaml", "./model", "--to", "new"], "none.yaml"),
         (["apply", "twice.yaml", "./model", "--to", "new"], "'ranks' is there twice"),
         (["search", "config.yaml", "--set", "stop.trials"], "KEY=VALUE"),
-        (["search", "config.yaml", "--set", "stop.trials=[1"], "stop.trials"),
+        (
+            ["search", "config.yaml", "--set", "stop.trials=[1"],
+            "stop.trials: '[1' is no YAML value: while",
+        ),
         (["search", "config.yaml", "--set", "stop={trials: 1, trials: 2}"], "'trials' is there twice"),
         (["search", "config.yaml", "--set", "study.x=1"], "not a section"),
         (["search", "none.yaml"], "none.yaml"),
@@ -130,6 +156,16 @@ def test_mistakes_are_said_without_a_traceback(
     said = capsys.readouterr()
     assert says in said.err
     assert "Traceback" not in said.out + said.err
+
+
+@pytest.mark.parametrize("given", [(), ("--trial", 77), ("--budget", 0.01), ("--trial", 0)])
+def test_a_refused_refinement_writes_nothing(
+    given: tuple[object, ...], folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No report either: it takes long, and another driver may be writing it."""
+    before = {file: file.stat().st_mtime_ns for file in folder.path.rglob("*")}
+    assert run(monkeypatch, "refine", folder.path, *given) == 2
+    assert {file: file.stat().st_mtime_ns for file in folder.path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("200 trials", 0)])
@@ -196,6 +232,19 @@ def test_a_mistake_is_shown_as_it_was_written(
     assert f"{named}: 1 mistake" in capsys.readouterr().err
 
 
+def test_a_folder_to_write_in_a_home_of_nobody_is_refused(
+    folder: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of both commands that write models; a shell leaves such a word as it is."""
+    export = ("export", folder.path, "--trial", 1, "--config-only", "--to")
+    assert run(monkeypatch, *export, tmp_path / "new") == 0
+    apply = ("apply", tmp_path / "new" / "ranks.yaml", tmp_path / "model", "--to")
+    for command in (export, apply):
+        assert run(monkeypatch, *command, "~nobody-is-called-so/x") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "--to: '~nobody-is-called-so/x': there is no such home" in line
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> None:
     stop, before = Stop(), signal.getsignal(number)
@@ -207,20 +256,62 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
     assert signal.getsignal(number) is before
 
 
-def test_a_cluster_that_does_not_answer_is_said(
+@pytest.mark.parametrize(
+    ("address", "error", "says"),
+    [
+        (
+            "192.0.2.1:6379",
+            ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379"),
+            "RAY_ADDRESS=192.0.2.1:6379: no cluster answers there (Failed to connect",
+        ),
+        ("garbage", ValueError("Invalid address format: garbage"), "RAY_ADDRESS=garbage: Invalid address"),
+        (
+            "ray://127.0.0.1:1",
+            None,
+            "RAY_ADDRESS=ray://127.0.0.1:1: a driver joins the cluster itself; set it to HOST:PORT",
+        ),
+        (
+            "192.0.2.1:6379",
+            Exception("Timed\nout."),
+            "192.0.2.1:6379: cannot be joined: Timed out.",
+        ),
+        (
+            None,
+            Exception("The current node timed out during startup."),
+            "timed out during startup.). Try again when it is less busy, or join a cluster that runs by "
+            "RAY_ADDRESS=HOST:PORT or RAY_ADDRESS=auto",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_had_is_said(
+    address: str | None,
+    error: Exception | None,
+    says: str,
     folder: StudyFolder,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def unreachable(**settings: object) -> None:
-        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379")
+    def refused(**settings: object) -> None:
+        assert error is not None, "Ray was asked"
+        raise error
 
-    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", unreachable)
+    monkeypatch.setattr(ray, "init", refused)
     assert run(monkeypatch, "search", folder.path / CONFIG) == 2
-    assert "192.0.2.1:6379" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+@pytest.mark.parametrize("address", ["garbage", "192.0.2.1:port", ":6379"])
+def test_an_address_that_is_none_is_refused_by_ray_as_expected(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RankfrontError, match=f"^RAY_ADDRESS={address}: .*; set it to HOST:PORT.*or auto"):
+        connect()
 
 
 def test_every_command_has_help() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import yaml
 from raw_config import put
 
+from actors.node_cache import node_folder
 from actors.types import RankfrontError
-from search.config import Config, ConfigError, load_config, parse_config
+from search.allocation_file import read_configuration
+from search.config import Config, ConfigError, load_config, parse_config, parse_saved
 
 REFUSE_RAY = """
 import ray
@@ -49,7 +52,25 @@ def test_the_command_starts_nothing_with_a_wrong_config(raw: dict[str, Any], tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["study: [", "- a list", "", "\x00", "study: 2026-13-01"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("study: [", "1:9: cannot be read: while parsing a flow node: expected the node content, but found"),
+        ("a: 1\nb: c: d", "2:5: cannot be read: mapping values are not allowed here"),
+        ("- a\nb: c", "2:1: cannot be read: while parsing a block collection: expected <block end>"),
+        ("a: 1\nb: \x00", "2:4: cannot be read: unacceptable character #x0000"),
+        ("? [1]\n: 2", "1:3: cannot be read: while constructing a mapping: found unhashable key"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_one_line_that_says_where(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    for read in (load_config, lambda path: read_configuration(path, "./model")):
+        with pytest.raises(RankfrontError, match=rf"^{path}:{says}.*$"):
+            read(path)
+
+
+@pytest.mark.parametrize("text", ["- a list", "", "study: 2026-13-01"])
 def test_a_file_that_is_no_config_is_said(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -62,7 +83,7 @@ def test_a_key_that_is_there_twice_is_said_and_where(raw: dict[str, Any], tmp_pa
     path, lines = tmp_path / "config.yaml", yaml.safe_dump(raw)
     path.write_text(lines + 'space: {levels: 9, group: module, "levels": 3}\n')
     where = len(lines.splitlines()) + 1
-    with pytest.raises(ConfigError, match=rf"'levels' is there twice\n.*line {where}, column 35"):
+    with pytest.raises(RankfrontError, match=rf":{where}:35: cannot be read: 'levels' is there twice$"):
         load_config(path)
     path.write_text(lines + "space: {<<: {levels: 9}, group: module, levels: 3}\n")
     assert load_config(path).space.levels == 3
@@ -110,8 +131,18 @@ def test_the_home_in_runs_is_the_users(raw: dict[str, Any], tmp_path: Path, monk
     assert config.folder == tmp_path / "home" / "runs" / "made-up"
     assert parse_config(yaml.safe_load(config.to_yaml())).runs == str(tmp_path / "home" / "runs")
     assert parse_config(put(raw, "runs", "some/~/runs")).runs == "some/~/runs"
-    with pytest.raises(ConfigError, match="runs: '~nobody-is-called-so/runs': there is no such home"):
-        parse_config(put(raw, "runs", "~nobody-is-called-so/runs"))
+
+
+@pytest.mark.parametrize("key", ["runs", "model.source", "text.source", "cache.factors", "cache.node"])
+def test_a_home_of_nobody_is_a_mistake(raw: dict[str, Any], key: str) -> None:
+    """Nothing more is asked of a saved config's cache: it may be of another machine."""
+    says = f"{key}: '~nobody-is-called-so/x': there is no such home; ~/... or another folder"
+    with pytest.raises(ConfigError, match=f"  {re.escape(says)}$"):
+        parse_config(put(raw, key, "~nobody-is-called-so/x"))
+    if key.startswith("cache."):
+        saved = parse_saved(put(raw, key, "~nobody-is-called-so/x"), "saved")
+        with pytest.raises(RankfrontError, match=f"^{re.escape(says)}$"):
+            node_folder(saved.preparation())
 
 
 def test_overrides_change_nested_keys_and_create_sections(raw: dict[str, Any], tmp_path: Path) -> None:

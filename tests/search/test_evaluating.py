@@ -58,6 +58,36 @@ def test_a_folder_refuses(llama: Path, arguments: tuple[str, ...], reason: str) 
         evaluate(llama, *arguments)
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:7", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
+    device: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
+    monkeypatch.setattr("actors.harness.whole_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(RankfrontError, match=rf"^--device {device}: .* finds no such .*; one of auto, cpu$"):
+        evaluate(llama, "--text", "./nothing.txt", "--device", device)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("there", "a folder; name the JSON file to write"),
+        ("there/file.txt/out.json", "cannot be written: "),
+        ("/proc/out.json", "cannot be written: "),  # takes a file of nobody
+        ("/proc/new/out.json", "cannot be written: "),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    name: str, reason: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.cli_evaluate.evaluate_folder", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file.txt").touch()
+    with pytest.raises(RankfrontError, match=f"^--output {tmp_path / name}: {reason}"):
+        evaluate(llama, "--text", "./nothing.txt", "--output", tmp_path / name)
+    assert [file.name for file in tmp_path.rglob("*")] == ["there", "file.txt"]
+
+
 def test_a_study_refuses_what_is_for_folders(tmp_path: Path) -> None:
     for name, value in {"text": "mine.txt", "device": "auto", "window": 512, "output": "o.json"}.items():
         with pytest.raises(RankfrontError, match=rf"--{name}: for a model folder, and {tmp_path} is none"):
