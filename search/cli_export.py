@@ -69,9 +69,7 @@ def export_command(
 ) -> None:
     """Write allocations as model folders that transformers loads, each checked against the record."""
     if check is not None:
-        refuse_given(
-            context, OF_STUDY, f"not with --check {check}, which writes nothing and reads that folder"
-        )
+        refuse_given(context, OF_STUDY, f"not with --check {check}, which reads that folder alone")
         _check(check, study, set_ or [])
         return
     if study is None:
