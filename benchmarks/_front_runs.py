@@ -2,7 +2,7 @@
 
     uniform, seeds      every target at one share, or seeds of equal marginal loss, at a ladder of budgets
     ladder              the seeds, and more of them at budgets spread evenly: as many trials as ours
-    exchange            ours, from the seeds
+    exchange            ours, from the seeds; it aims at no budget below those that count
     random, nsga2, tpe  Optuna's, bare (from the dense model alone) or warm (from the same seeds)
     surgical/paper      arXiv 2405.13039: `feature` factors, stored factored, its ladder scanned upwards
     surgical/ours       the same walk over our factors, shares halved

@@ -118,6 +118,7 @@ class Setup:
             "space": {"group": "target", "levels": self.levels, "floor": self.floor},
             "surgical": {"skip_blocks": 0},
             "finalists": {"budgets": [*self.budgets]},  # where results are given: ours aims there too
+            "sampler": {"name": "exchange", "lowest": self.lowest},  # and nowhere else below what counts
         }
         if self.model is not None:
             sections["model"] = {"source": self.model}
