@@ -202,12 +202,12 @@ def test_beside_a_study_nothing_is_scored_twice(study: Study, resumed: Resumed, 
 def test_a_folder_of_targets_alone_has_a_report_of_no_trial(
     study: Study, resumed: Resumed, tmp_path: Path
 ) -> None:
-    """`rankfront report` on a folder without a journal says nothing wrong."""
+    """`rankfront report` on a folder without a journal, whose tables list no trial, says nothing wrong."""
     import shutil
 
     copy = tmp_path / "runs" / "alone"
     shutil.copytree(study.folder, copy)
-    for name in ("study.journal", "evaluations.jsonl"):
+    for name in ("study.journal", "trials.parquet", "evaluations.jsonl"):
         (copy / name).unlink(missing_ok=True)
     assert study.here("report", copy).code == 0
     assert json.loads((copy / "front.json").read_text())["front"] == []
