@@ -82,7 +82,8 @@ class Reading:
         spec, known, found = self.setup.refinement, self._book.asked, {}
         for run in asked_runs(self.setup):
             under = 1.0 if run == DENSE else self.setup.task_budget
-            for name in (run.name, refined_name(run, spec)):
+            current = run != DENSE and self.refined(run, spec, under) is not None
+            for name in (run.name, *((refined_name(run, spec),) if current else ())):
                 pick = self._book.picks.get(name, {}).get(under)
                 if name in known and pick is not None and known[name].score == pick.score:
                     found[name] = known[name]
@@ -274,9 +275,11 @@ def draw(reading: Reading, path: Path) -> None:
     seeds = Run("seeds")
     if reading.count(seeds):
         least = reading.history(seeds)[-1]
-        most = max(reading.history(run)[-1] for run in reading.runs if reading.count(run))
+        above = [run for run in reading.runs if reading.count(run) and reading.history(run)[-1] >= least]
+        most = max(reading.history(run)[-1] for run in above)
         room = max(0.05 * (most - least), 1e-6)
-        middle.set(xlim=(reading.tokens(seeds)[-1], None), ylim=(least - room, most + room))
+        last = max(reading.tokens(run)[-1] for run in above)
+        middle.set(xlim=(reading.tokens(seeds)[-1], 1.02 * last), ylim=(least - room, most + room))
     right.set(
         xlabel="share of all parameters",
         ylabel="nats/token above dense, search split",
