@@ -39,7 +39,7 @@ def test_two_workers_refine_as_one_does_and_one_goes_on_alone(cluster: str, tmp_
         for step in worker.refine(allocation, SPEC, {}):
             told.append(step)
             if step.step == kill_at:
-                ray.kill(worker._helpers[0])
+                ray.kill(worker._actors[1])
         return told
 
     def kept() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_two_workers_refine_as_one_does_and_one_goes_on_alone(cluster: str, tmp_
 
     with refiner(folder, MACHINE, 2) as worker:
         taken(worker, allocations[0])
-        ray.get(worker._helpers[0].__ray_ready__.remote())  # type: ignore[attr-defined]
+        ray.get(worker._actors[1].__ray_ready__.remote())  # type: ignore[attr-defined]
         shared = taken(worker, allocations[1])
         assert shared[-1].workers == 2
         assert taken(worker, allocations[2], kill_at=6)[-1].workers == 1
