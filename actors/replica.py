@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LESS_MEMORY = "; refine.checkpointed: true and a smaller scoring.batch_tokens take less"
+"""What an error says of a refinement that memory did not suffice for."""
+
 
 def quieten() -> None:
     """Keep library progress bars and advice out of a worker's log."""
@@ -110,9 +113,6 @@ def _in_memory(work: Callable[[], T], where: str, hint: str = "") -> T:
     # driver would import torch to read it.
     torch.cuda.empty_cache()
     raise ScoringError(f"out of memory{where}: {reason}{hint}")
-
-
-LESS_MEMORY = "; refine.checkpointed: true and a smaller scoring.batch_tokens take less"
 
 
 class Refiner:

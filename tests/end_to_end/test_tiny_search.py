@@ -12,29 +12,19 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import yaml
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
 from studies import PATIENCE_SECONDS, Ended, Study, complete, search_windows
 
-import search.opening
-import search.session
-from actors.preparation import prepare
-from actors.types import Prepared, RankfrontError
-from search.config import load_config
-from search.pool import Machine
+from actors.types import Prepared
 
 BY_HAND = {"model.layers.0.self_attn.q_proj": 5, "model.layers.2.mlp.down_proj": 11}
 FILES = (
@@ -291,68 +281,6 @@ def test_the_new_front_has_test_scores_too(study: Study, resumed: Ended) -> None
     front = json.loads((study.folder / "front.json").read_text())["front"]
     assert front
     assert all(member["test"]["nll"] > 0 for member in front)
-
-
-# -- another config ---------------------------------------------------------------------------
-
-
-def test_other_objectives_are_refused_by_name(study: Study, resumed: Ended) -> None:
-    before = study.content()
-    refused = study.here(
-        "search", study.config, "--set", "objectives=[budget.linear, nll]", "--set", "space.levels=9"
-    )
-    assert refused.code == 2
-    assert "objectives: was ['budget.model', 'nll'], now ['budget.linear', 'nll']" in refused.err
-    assert "space.levels: was 8, now 9" in refused.err
-    assert study.content() == before
-
-
-def prepare_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepared(spec: Any, machine: Machine, count: int, say: Any, show: Any, check: Any) -> Prepared:
-        for item in prepare(spec):
-            if isinstance(item, Prepared):
-                return item
-            if isinstance(item, Mapping):
-                check(item)
-        raise AssertionError("nothing was prepared")
-
-    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
-    monkeypatch.setattr(search.opening, "prepare", prepared)
-
-
-def test_another_text_is_refused_by_name(
-    study: Study, resumed: Ended, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same name, another content: found by fingerprint. The preparation runs in this process."""
-    prepare_here(monkeypatch)
-    rows = [{"text": document.upper()} for document in tiny.documents()]
-    other = root / "other.jsonl"
-    other.write_text("\n".join(map(json.dumps, rows)))
-    before = study.content()
-    stores = len(list((root / "runs" / "factors").glob("*/manifest.json")))
-    config = load_config(study.config, {"text.source": str(other)})
-    with pytest.raises(RankfrontError, match="cannot be resumed") as caught:
-        search.session.search(config, Console(file=io.StringIO()))
-    assert "search: the content differs" in str(caught.value)
-    assert "calibration: the content differs" in str(caught.value)
-    assert "model: " not in str(caught.value)
-    assert study.content() == before
-    assert len(list((root / "runs" / "factors").glob("*/manifest.json"))) == stores, "it was late"
-
-
-def test_a_study_that_cannot_start_leaves_no_folder(
-    study: Study, first: Ended, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model's weights are gone: found by the workers, after the folder was made."""
-    broken = Study(root, "broken", None)
-    empty = root / "no-weights"
-    shutil.copytree(root / "model", empty, ignore=shutil.ignore_patterns("*.safetensors"))
-    prepare_here(monkeypatch)
-    with pytest.raises(RankfrontError, match="no-weights"):
-        search.session.search(
-            load_config(broken.config, {"model.source": str(empty)}), Console(file=io.StringIO())
-        )
-    assert not broken.folder.exists()
 
 
 # -- export and report ------------------------------------------------------------------------
