@@ -70,7 +70,7 @@ def questions(
         RankfrontError: a variant that none of the trials has.
     """
     evaluations = Evaluations(folder.path, rows)
-    there = {row.number: (FACTORS, *variants_of(folder, row)) for row in rows}
+    there = {row.number: (FACTORS, *variants_of(folder, row, evaluations)) for row in rows}
     unknown = [name for name in variants if not any(name in names for names in there.values())]
     if unknown:
         known = ", ".join(dict.fromkeys(name for names in there.values() for name in names))

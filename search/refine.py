@@ -157,10 +157,10 @@ def scored(
     }
 
 
-def variants_of(folder: StudyFolder, row: TrialRow) -> dict[str, Score]:
-    """The refined variants of a trial, each with its score on the search split."""
-    scored_on = ("search", folder.prepared.fingerprints["search"])
-    mine = (e for e in Evaluations(folder.path, [row]).rows if (e.split, e.fingerprint) == scored_on)
+def variants_of(folder: StudyFolder, row: TrialRow, evaluations: Evaluations) -> dict[str, Score]:
+    """The refined variants of a trial, each with its score on the search split as it is now."""
+    scored_on = (row.number, "search", folder.prepared.fingerprints["search"])
+    mine = (e for e in evaluations.rows if (e.trial, e.split, e.fingerprint) == scored_on)
     return {e.variant: e.score for e in mine if e.variant != FACTORS}
 
 
@@ -170,7 +170,7 @@ def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path
     Raises:
         RankfrontError: the trial has no such variant, or its file is gone.
     """
-    scores = variants_of(folder, row)
+    scores = variants_of(folder, row, Evaluations(folder.path, [row]))
     if variant not in scores:
         there = ", ".join(scores) or "none"
         raise RankfrontError(f"--variant {variant}: trial {row.number} has no such variant; it has {there}")

@@ -152,7 +152,7 @@ def _space_mistakes(space: SpaceSection) -> list[str]:
     methods = space.methods
     for index, name in enumerate(methods):
         if name not in METHOD_NAMES:
-            found.append(f"space.methods[{index}]: {_no_method(name)}")
+            found.append(f"space.methods[{index}]: {no_method(name)}")
         elif name in methods[:index]:
             found.append(f"space.methods[{index}]: {name!r} is there twice")
     if len(methods) == 1:
@@ -186,7 +186,7 @@ def _sampler_mistakes(sampler: SamplerSection, space: SpaceSection) -> list[str]
 
 
 def _factor_mistakes(factors: FactorSection) -> list[str]:
-    return [f"{key}: {_no_method(name)}" for key, name in _configured(factors) if name not in METHOD_NAMES]
+    return [f"{key}: {no_method(name)}" for key, name in _configured(factors) if name not in METHOD_NAMES]
 
 
 def _choice_mistakes(factors: FactorSection, space: SpaceSection) -> list[str]:
@@ -206,8 +206,9 @@ def _configured(factors: FactorSection) -> list[tuple[str, str]]:
     return [("factors.method", factors.method), *named]
 
 
-def _no_method(name: str) -> str:
-    return f"{name!r} is no method; one of {', '.join(METHOD_NAMES)}"
+def no_method(name: object) -> str:
+    """What is wrong with a name that is none of METHOD_NAMES."""
+    return f"{name!r} is no method of a target; there are {', '.join(METHOD_NAMES)}"
 
 
 def _surgical_mistakes(surgical: SurgicalSection, scoring: ScoringSection) -> list[str]:

@@ -30,6 +30,7 @@ from search.packing import PLAN, scored
 from search.pareto import contributions, front
 from search.plain import read_own
 from search.policy import WarmStartSection
+from search.rules import no_method
 
 ORIGIN = "warm"
 
@@ -176,7 +177,7 @@ def _factors(raw: Mapping[str, Any]) -> FactorSpec:
 def _known(method: object) -> None:
     """Raises TypeError where it names no method."""
     if method not in METHOD_NAMES:
-        raise TypeError(f"{method!r} is no method of a target; there are {', '.join(METHOD_NAMES)}")
+        raise TypeError(no_method(method))
 
 
 # -- what sources have ------------------------------------------------------------------------
