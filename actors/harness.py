@@ -102,11 +102,10 @@ class LoadedFolder:
         ids = windows(load_documents(text), text.join, self.tokenizer, window, tokens)
         return score_text(self.model, ids, batch_tokens, f"{text.source.rsplit('/', 1)[-1]}@{window}")
 
-    def harness(self, spec: HarnessSpec) -> dict[str, Any]:
-        """The harness's results on every task of `spec`.
+    def harness(self, harness: Harness) -> dict[str, Any]:
+        """The harness's results on every task it was found for.
 
         Raises:
-            RankfrontError: the harness is not installed, or knows no such task.
             ScoringError: a logit that is not finite.
         """
-        return Harness(spec).results(self.model, self.tokenizer, spec.tasks)
+        return harness.results(self.model, self.tokenizer, harness.spec.tasks)

@@ -64,6 +64,8 @@ def evaluate_command(
         refuse_given(context, OF_TASKS, "only with --tasks")
     else:
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+        if not names:
+            raise RankfrontError("evaluate: --tasks names no task; write --tasks a,b")
         own = None if include_path is None else include_path.resolve()
         harness = HarnessSpec(names, limit, batch_size, own)
     if not is_model_folder(Path(target)):
@@ -101,8 +103,6 @@ def _evaluate_study(
         raise RankfrontError(
             "evaluate: --variant is for --tasks; `rankfront refine` scores both splits itself"
         )
-    if harness is not None and not harness.tasks:
-        raise RankfrontError("evaluate: --tasks names no task; write --tasks a,b")
     if budget is not None:
         trials = [row.number for row in chosen(summarise(folder, folder.read_study()), budget=budget)]
     if harness is None:

@@ -92,11 +92,12 @@ def evaluate_folder(
     Raises:
         RankfrontError: nothing was asked, or the folder, a task or the text is not what it must be.
     """
-    if text is None and (harness is None or not harness.tasks):
+    if text is None and harness is None:
         raise RankfrontError("evaluate: name --tasks a,b or --text SOURCE, or both")
-    from actors.harness import LoadedFolder
+    from actors.harness import Harness, LoadedFolder
 
+    asked = None if harness is None else Harness(harness)  # before the long work: it may not know a task
     loaded = LoadedFolder(folder, device)
     score = None if text is None else loaded.perplexity(text, window, tokens, BATCH_TOKENS)
-    results = None if harness is None else loaded.harness(harness)
+    results = None if asked is None else loaded.harness(asked)
     return FolderEvaluation(folder, tuple(metrics_of(results)) if results else (), results, score)

@@ -24,8 +24,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a job: a score, or the reason there is none."""
+    """The end of a job: a score, or the reason there is none.
+
+    `lost` says that the reason is none of the model's: the replica died, was stopped, or met an error that
+    nobody foresaw.
+    """
 
     job: Job
     score: Score | None
     reason: str | None = None
+    lost: bool = False

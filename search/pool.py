@@ -199,7 +199,7 @@ class Pool:
         else:
             self._given_up(slot)
             self._crew.restart(slot, reason)
-        return self._again_or_fail(job, reason)
+        return self._again_or_fail(job, reason, lost=not foreseen)
 
     def _lost(self, slot: Slot, error: RayError) -> Outcome | None:
         """A replica died with its jobs."""
@@ -213,14 +213,14 @@ class Pool:
             self._note("retried", trial=job.key, attempt=job.attempt, reason="its node left")
             self._queue.appendleft(replace(job, moves=job.moves + 1))
             return None
-        return self._again_or_fail(job, reason)
+        return self._again_or_fail(job, reason, lost=True)
 
-    def _again_or_fail(self, job: Job, reason: str) -> Outcome | None:
+    def _again_or_fail(self, job: Job, reason: str, lost: bool) -> Outcome | None:
         if job.attempt < self._attempts:
             self._note("retried", trial=job.key, attempt=job.attempt, reason=reason)
             self._queue.append(replace(job, attempt=job.attempt + 1))
             return None
-        return Outcome(job, None, f"{reason} (attempt {job.attempt} of {self._attempts})")
+        return Outcome(job, None, f"{reason} (attempt {job.attempt} of {self._attempts})", lost)
 
     def _seconds(self, split: str) -> float:
         """How long a score of a split may take."""

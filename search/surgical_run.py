@@ -34,7 +34,7 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
 
     Raises:
         RankfrontError: another driver holds the study, it is another study, it cannot start, the task has
-            too few examples, or the dense model has no score.
+            too few examples, or the dense model or a candidate has no score.
     """
 
     def check(session: Session) -> None:
@@ -112,6 +112,9 @@ def accept(
 
     No candidate waits behind another: the one that ends first may make the next one needless. At the end of
     the walk those that are under way are waited for: their outcomes are nobody else's.
+
+    Raises:
+        RankfrontError: a candidate was lost with its replica, which says nothing of its rank.
     """
     flying: dict[int, Cell] = {}
     submitted = 0
@@ -128,8 +131,14 @@ def accept(
                 flying[submitted] = cell
                 submitted += 1
         for outcome in pool.wait(TICK_SECONDS):
+            cell = flying.pop(outcome.job.key)
+            if outcome.lost:
+                raise RankfrontError(
+                    f"surgical search: {cell.target.name} at rank {cell.rank} was not scored: "
+                    f"{outcome.reason}; that decides nothing, and the next run asks again"
+                )
             reason = outcome.reason or problem_of(outcome.score)
-            answers.add(flying.pop(outcome.job.key), None if reason else outcome.score, reason)
+            answers.add(cell, None if reason else outcome.score, reason)
 
 
 class _Screen(Line):

@@ -16,7 +16,7 @@ from exported_models import Case, make_case
 from lm_eval.__main__ import cli_evaluate
 from transformers import AutoModelForCausalLM
 
-from actors.harness import LoadedFolder
+from actors.harness import Harness, LoadedFolder
 from actors.harness_results import HarnessMetric, HarnessSpec, metrics_of, task_fingerprints
 from actors.reasoning import pack, score_task
 from actors.tasks import TASKS
@@ -47,7 +47,7 @@ def test_the_harness_finds_what_its_own_command_finds(
     cli_evaluate()
     (written,) = (tmp_path / "out").rglob("results_*.json")
     expected = json.loads(written.read_text())["results"]["tiny_piqa"]
-    found = LoadedFolder(case.folder, "cpu").harness(HarnessSpec(("tiny_piqa",), None, 3, mine))
+    found = LoadedFolder(case.folder, "cpu").harness(Harness(HarnessSpec(("tiny_piqa",), None, 3, mine)))
     metrics = {metric.metric: metric for metric in metrics_of(found)}
     assert metrics.keys() == {"acc", "acc_norm"}
     for name, metric in metrics.items():
@@ -58,7 +58,7 @@ def test_the_harness_finds_what_its_own_command_finds(
 
 def test_a_limit_is_kept_to_and_accuracies_are_ours(case: Case, mine: Path) -> None:
     loaded = LoadedFolder(case.folder, "cpu")
-    found = metrics_of(loaded.harness(HarnessSpec(("tiny_piqa",), 4, 1, mine)))
+    found = metrics_of(loaded.harness(Harness(HarnessSpec(("tiny_piqa",), 4, 1, mine))))
     examples = [TASKS["piqa"].ask(row) for row in tiny.piqa_rows(COUNT)][:4]
     score = score_task(loaded.model, pack("piqa", True, examples, loaded.tokenizer))
     assert [(m.metric, m.value, m.examples) for m in found] == [
@@ -68,10 +68,9 @@ def test_a_limit_is_kept_to_and_accuracies_are_ours(case: Case, mine: Path) -> N
 
 
 @pytest.mark.slow  # all of the harness's task files are listed before a name is unknown
-def test_an_unknown_task_is_named(case: Case, mine: Path) -> None:
-    loaded = LoadedFolder(case.folder, "cpu")
+def test_an_unknown_task_is_named(mine: Path) -> None:
     with pytest.raises(RankfrontError, match="has no 'tiny_piqb'; tasks of your own are YAML files"):
-        loaded.harness(HarnessSpec(("tiny_piqa", "tiny_piqb"), None, 1, mine))
+        Harness(HarnessSpec(("tiny_piqa", "tiny_piqb"), None, 1, mine))
 
 
 def test_perplexity_is_a_plain_loops(case: Case, tmp_path: Path) -> None:
@@ -87,10 +86,10 @@ def test_perplexity_is_a_plain_loops(case: Case, tmp_path: Path) -> None:
     assert score.perplexity == pytest.approx(math.exp(math.fsum(losses) / 6), rel=1e-5)
 
 
-def test_without_the_harness_it_is_said_how_to_get_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RankfrontError, match=r"pip install 'rankfront\[eval\]'"):
-        LoadedFolder(case.folder, "cpu").harness(HarnessSpec(("arc_easy",), None, 1, None))
+        Harness(HarnessSpec(("arc_easy",), None, 1, None))
 
 
 def test_a_logit_that_is_no_number_is_no_answer(case: Case, mine: Path) -> None:
@@ -98,7 +97,7 @@ def test_a_logit_that_is_no_number_is_no_answer(case: Case, mine: Path) -> None:
     loaded = LoadedFolder(case.folder, "cpu")
     loaded.model.get_output_embeddings().weight.data[7, 3] = math.nan
     with pytest.raises(ScoringError, match="a logit is not finite"):
-        loaded.harness(HarnessSpec(("tiny_piqa",), 2, 1, mine))
+        loaded.harness(Harness(HarnessSpec(("tiny_piqa",), 2, 1, mine)))
 
 
 def test_a_question_is_known_by_what_is_asked(mine: Path, tmp_path: Path) -> None:

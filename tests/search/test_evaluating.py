@@ -45,7 +45,12 @@ def test_a_folder_is_measured_on_a_text(llama: Path, tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         ((), "name --tasks a,b or --text SOURCE"),
-        (("--tasks", " , "), "name --tasks a,b or --text SOURCE"),
+        (("--tasks", " , "), "--tasks names no task"),
+        pytest.param(  # all of the harness's task files are listed first
+            ("--tasks", "no-such-task", "--text", "./nothing.txt"),
+            "has no 'no-such-task'",
+            marks=pytest.mark.slow,
+        ),
         (("--trial", "3"), "--trial, --variant and --budget choose from a study"),
         (("--text", "./nothing.txt", "--window", "32"), "no file or folder"),
         (("--text", "./nothing.txt"), "--window 512: the model reads 256 tokens"),

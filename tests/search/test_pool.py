@@ -216,6 +216,7 @@ def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: P
     assert reason is not None
     assert "died" in reason
     assert "attempt 5 of 5" in reason
+    assert found[21].lost
     assert attempts_of(tmp_path, 21) >= 3
     assert all(attempts_of(tmp_path, rank) >= 2 for rank in (7, 40))
 
@@ -227,8 +228,9 @@ def test_a_job_that_raises_is_tried_again_and_then_reported(pool_of: Any, tmp_pa
     actor = pool._slots[0].actor
     found = drain(pool, [5, 1, 2, 3, 4])
     assert {rank for rank, outcome in found.items() if outcome.score is None} == {2, 5}
-    for rank, says in ((2, "nll is nan on the search"), (5, "a mistake in")):
+    for rank, says, lost in ((2, "nll is nan on the search", False), (5, "a mistake in", True)):
         assert says in (found[rank].reason or "")
+        assert found[rank].lost == lost
         assert "attempt 3 of 3" in (found[rank].reason or "")
     assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4, 5)] == [2, 3, 1, 1, 3]
     assert pool._slots[0].actor is actor
@@ -356,6 +358,7 @@ def test_a_trial_that_always_hangs_fails_with_its_reason(pool_of: Any, tmp_path:
     found = drain(pool_of({2: ["hang"] * 9}, count=1, trial_seconds=0.5), [1, 2])
     assert found[2].score is None
     assert "no score within 0.5 seconds" in (found[2].reason or "")
+    assert found[2].lost
     assert "attempt 2 of 2" in (found[2].reason or "")
     assert attempts_of(tmp_path, 2) == 2
 

@@ -66,7 +66,13 @@ class Run:
     """A walk on a made-up pool, in a folder: what it accepted, and what it had scored."""
 
     def __init__(
-        self, folder: Path, section: SurgicalSection, score: Answer, size: int = 1, stop_after: int = 10**6
+        self,
+        folder: Path,
+        section: SurgicalSection,
+        score: Answer,
+        size: int = 1,
+        stop_after: int = 10**6,
+        dies_at: int = 10**6,
     ) -> None:
         self.study = open_study(folder)
         self.study.enqueue([(Allocation.dense(TARGETS), "dense")])
@@ -81,6 +87,8 @@ class Run:
         def answer(job: Job) -> Outcome:
             if len(self.pool.submitted) >= stop_after:
                 stop.reason = "SIGINT"
+            if len(self.pool.submitted) >= dies_at:
+                return Outcome(job, None, "replica-0 died", lost=True)
             found = score(job.allocation)
             return Outcome(job, found, None if found else "nll is nan")
 
@@ -188,6 +196,18 @@ def test_a_candidate_without_a_score_is_not_accepted(tmp_path: Path) -> None:
         expected = paper(breaking(score), task=name == "task", growth=0.02, delta=0.2)
         assert found == expected
         assert found[broken] != 1
+
+
+def test_a_candidate_that_died_with_its_replica_is_asked_again(tmp_path: Path) -> None:
+    """Neither accepted nor refused: the next run decides as if nothing had happened."""
+    folder = tmp_path / "died"
+    folder.mkdir()
+    with pytest.raises(
+        RankfrontError, match=r"at rank \d+ was not scored: replica-0 died; .* the next run asks"
+    ):
+        Run(folder, TEXT_MODE, by_text, dies_at=5)
+    assert len((folder / FILE).read_text().splitlines()) == 4
+    assert Run(folder, TEXT_MODE, by_text).ranks == Run(tmp_path, TEXT_MODE, by_text).ranks
 
 
 def test_one_replica_scores_nothing_beyond_the_accepted_rank(tmp_path: Path) -> None:
