@@ -235,7 +235,8 @@ def list_targets(
     those that share their weight (`Family.linears`).
 
     Raises:
-        RankfrontError: there is none, a block lacks one the family declares, or the model mixes experts.
+        RankfrontError: there is none, a pattern fits none, a block lacks one the family declares, or the
+            model mixes experts.
     """
     family = family_of(model)
     targets = tuple(
@@ -254,6 +255,18 @@ def list_targets(
         but = f" but {len(shared)} that share their weight, such as {shared[0]}" if shared else ""
         raise RankfrontError(
             f"{type(model).__name__} has no targets: no linear layer inside {family.blocks}{but}"
+        )
+    idle = [
+        f"targets.{key}[{index}]: {pattern!r} fits none"
+        for key, patterns in (("include", include), ("exclude", exclude))
+        for index, pattern in enumerate(patterns)
+        if not any(fnmatchcase(target.name, pattern) for target in targets)
+    ]
+    if idle:
+        modules = ", ".join(dict.fromkeys(target.module for target in targets))
+        raise RankfrontError(
+            f"{'; '.join(idle)} of the {len(targets)} linear layers that may be compressed: "
+            f"{family.blocks}.N.MODULE with {modules}"
         )
     chosen = tuple(
         target

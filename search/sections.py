@@ -45,7 +45,7 @@ class FactorSection(Section):
 
 
 class TargetSection(Section):
-    """Which linear layers may be compressed: shell patterns over their names."""
+    """Which linear layers inside the blocks may be compressed: shell patterns over their names."""
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class SamplerSection(Section):
     few parameters. `population` is that of the NSGA samplers. `lowest` is the smallest budget of all
     parameters that `exchange` aims at; without it, as small a one as may be of use (`search.exchange`)."""
 
-    name: Literal["exchange", "nsga2", "nsga3", "tpe", "gp", "random"] = "tpe"
+    name: Literal["exchange", "nsga2", "nsga3", "tpe", "gp", "random"] = "exchange"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy's RandomState takes
     population: Annotated[int, Field(ge=2)] = 32
     lowest: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None

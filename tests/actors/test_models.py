@@ -80,7 +80,19 @@ def test_include_and_exclude_choose_by_shell_patterns(llama: Path) -> None:
         "2.mlp.down_proj",
     ]
     with pytest.raises(RankfrontError, match=r"leaves none of 21 linear layers, such as model\.layers\.0\."):
-        list_targets(model, include=("*.MLP.*",))
+        list_targets(model, include=("*.mlp.*",), exclude=("*.layers.*",))
+
+
+def test_a_pattern_that_fits_no_layer_is_refused(llama: Path) -> None:
+    """A misspelt one would leave what it was to protect to the search; the head is in no block."""
+    model = load_model(llama, ModelSource(str(llama)))
+    with pytest.raises(RankfrontError) as error:
+        list_targets(model, include=("*", "lm_head"), exclude=("*.v_proj", "*.MLP.*"))
+    assert str(error.value) == (
+        "targets.include[1]: 'lm_head' fits none; targets.exclude[1]: '*.MLP.*' fits none of the 21 linear "
+        "layers that may be compressed: model.layers.N.MODULE with self_attn.q_proj, self_attn.k_proj, "
+        "self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj"
+    )
 
 
 def test_a_loaded_model_computes_what_was_saved(llama: Path) -> None:

@@ -130,8 +130,9 @@ def test_a_mistake_is_named(raw: dict[str, Any], key: str, value: Any, path: str
 def test_exchange_needs_a_level_of_each_target(raw: dict[str, Any]) -> None:
     curves = put(raw, "space", {"group": "curve"})
     assert parse_config(put(curves, "sampler.name", "tpe"))
-    [line] = mistakes(put(curves, "sampler.name", "exchange"))
-    assert line.startswith("sampler.name: 'exchange' moves parameters between levels of targets")
+    for config in (curves, put(curves, "sampler.name", "exchange")):  # which is who proposes if none is named
+        [line] = mistakes(config)
+        assert line.startswith("sampler.name: 'exchange' moves parameters between levels of targets")
 
 
 def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ FIXED = {
     "space.methods": ["curvature", "weight"],
 }
 # What a key's other value needs besides.
-NEEDS = {"space.knots": {"space.group": "curve"}}
+NEEDS = {"space.knots": {"space.group": "curve", "sampler.name": "tpe"}}
 CONTENT = {
     "model.source": "other/model",
     "text.source": "other/text",
