@@ -15,7 +15,8 @@ A proposal is made in four steps, all on arrays.
 
 Invariant: a proposal follows from the study's trials, the trial's number and the generators' state alone.
 What is kept between proposals is what was read of finished trials, which never change; so a restart goes on
-the same. Trials that failed or were pruned are not learned from, nor are those that are not of this space.
+the same. Losses of trials that failed or were pruned are not learned from, nor are those of another space.
+Where small trials failed or violate a bound, ever fewer are proposed (`search.reach`).
 
 Tried on made-up losses and no help: multipliers of single parameters without those of module types and
 blocks (less hypervolume up to 100 trials); aiming at a plain sequence, without the expected gain; mixing for
@@ -25,7 +26,7 @@ learned until eight trials of its own are done, though the first two after a lad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,6 +43,7 @@ from search.aims import draw, expected_gains, part_of, staircase
 from search.features import Features
 from search.landscape import Landscape
 from search.multipliers import Learned, learn, of_size
+from search.reach import Reach, reach
 from search.reading import MOVE, Finding, Place, Reader
 from search.trades import Steps
 
@@ -68,8 +70,6 @@ NEAREST = 256
 REACH = 0.2
 # Share of the parameters that a `trade` takes from `fill`, at least one; restoring the size moves others.
 TRADED = 0.1
-# How far below the smallest trial that keeps to the constraints another may, as a share of the dense size.
-BEYOND = 0.05
 # Members of the front, nearest in size, that a `mix` chooses two from.
 PARENTS = 4
 # No parameter is taken to lose less than this share of what is predicted: the prediction is a sum of squares.
@@ -84,7 +84,8 @@ class _Trials:
 
     `losses` (n, o) are increases over dense of the objectives that are no budget, all minimised; `loss` (n,)
     is one mixture of them. `kept` index those that keep to the constraints or, where none does, violate them
-    least; `members` are the front of these, of size and the mixture.
+    least; `members` are the front of these, of size and the mixture. `broken` are sizes of all others, and of
+    trials that failed.
     """
 
     findings: list[Finding]
@@ -94,6 +95,7 @@ class _Trials:
     loss: Floats
     kept: NDArray[np.intp]
     members: NDArray[np.intp]
+    broken: Integers
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ class ExchangeSampler(BaseSampler):
                 f"the study has {len(study.directions)} objectives, "
                 f"the landscape {len(self._landscape.budgets)}"
             )
-        findings, taken = self._reader.read(study)
-        trials = self._trials(findings)
+        findings, failed, taken = self._reader.read(study)
+        trials = self._trials(findings, failed)
         for _ in range(ATTEMPTS):
             move, place = self._propose(trial.number, trials)
             if place.key not in taken:
@@ -188,7 +190,7 @@ class ExchangeSampler(BaseSampler):
 
     # -- arrays --------------------------------------------------------------------------------
 
-    def _trials(self, findings: list[Finding]) -> _Trials:
+    def _trials(self, findings: list[Finding], failed: Sequence[int] = ()) -> _Trials:
         """The trials, their losses mixed by random weights where several objectives are no budget."""
         land, rng = self._landscape, self._rng.rng
         kept = ~land.budgets
@@ -204,20 +206,21 @@ class ExchangeSampler(BaseSampler):
         violations = np.array([each.violation for each in findings], dtype=np.float64)
         best = np.flatnonzero(violations == violations.min(initial=np.inf))
         members = best[staircase(sizes[best], loss[best])]
-        return _Trials(findings, sizes, totals, losses, loss, best, members)
+        broken = np.append(np.delete(sizes, best), np.array(failed, dtype=np.int64))
+        return _Trials(findings, sizes, totals, losses, loss, best, members, broken)
 
     def _propose(self, number: int, trials: _Trials) -> tuple[str, Place]:
         """The move made, and where it leads."""
         rng, steps = self._rng.rng, self._steps
-        low, high = self._range(trials)
-        candidates = self._candidates(number, low, high)
+        within = self._reach(trials)
+        candidates = self._candidates(number, within)
         near = self._nearest(trials, float(candidates.mean()))
         learned = self._learn(near)
         count = len(trials.findings)
         heat = HEATS[rng.randint(len(HEATS))] * count / (count + WARM_UP) if learned.scale > 0 else 0.0
         coefficients = learned.mean + heat * (learned.draw - learned.mean)
         multipliers = np.maximum(self._features.multipliers(coefficients), LEAST)
-        aim = self._aim(candidates, trials, near, learned.scale, multipliers, high)
+        aim = self._aim(candidates, trials, near, learned.scale, multipliers, within.high)
         methods = self._features.methods(coefficients if learned.scale > 0 else learned.draw)
         move = self._move(trials)
         levels = steps.fill(multipliers, aim)
@@ -234,26 +237,20 @@ class ExchangeSampler(BaseSampler):
             levels = steps.restore(mixed, multipliers, aim)
         return move, Place(levels, methods)
 
-    def _candidates(self, number: int, low: int, high: int) -> Floats:
+    def _candidates(self, number: int, within: Reach) -> Floats:
         """Sizes (c,) that a trial of this number may aim at; one that is wanted may be below the range."""
-        wanted, smallest = self._landscape.wanted, self._steps.size(self._steps.lowest)
-        wanted = wanted[(wanted >= smallest) & (wanted < high)]
+        wanted = self._landscape.wanted
+        wanted = wanted[(wanted >= within.limit) & (wanted < within.high)]
         if len(wanted) and number % WANTED_EVERY == 0:
             turn = number // WANTED_EVERY % len(wanted)
             return wanted[turn : turn + 1].astype(np.float64)
-        return part_of(number, low, high)
+        return part_of(number, within.low, within.high)
 
-    def _range(self, trials: _Trials) -> tuple[int, int]:
-        """The smallest and the largest size worth aiming at.
-
-        Where smaller trials violated the constraints, no further than a little below what keeps to them.
-        """
-        low, width = self._smallest(trials), round(BEYOND * self._dense)
-        if len(trials.kept) < len(trials.findings):
-            least = int(trials.sizes[trials.kept].min())
-            if least > trials.sizes.min():
-                low = max(low, least - width)
-        return low, min(self._dense, max(self._landscape.most, low + width))
+    def _reach(self, trials: _Trials) -> Reach:
+        """The sizes worth aiming at."""
+        smallest, most = int(self._steps.size(self._steps.lowest)), self._landscape.most
+        kept = trials.sizes[trials.kept]
+        return reach(smallest, self._smallest(trials), most, self._dense, kept, trials.broken)
 
     def _smallest(self, trials: _Trials) -> int:
         """The smallest size worth aiming at: where some loss would be all the room there is, or what is told.

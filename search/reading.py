@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,34 +60,40 @@ class Reader:
     def __init__(self, landscape: Landscape) -> None:
         self._landscape = landscape
         self._storage: BaseStorage | None = None
-        self._findings: dict[int, Finding | None] = {}
+        self._ends: dict[int, Finding | int | None] = {}  # of a trial that failed, its size
         self._places: dict[int, bytes] = {}
 
-    def read(self, study: Study) -> tuple[list[Finding], set[bytes]]:
-        """Findings by number, and the places of all trials, whatever their state.
+    def read(self, study: Study) -> tuple[list[Finding], list[int], set[bytes]]:
+        """Findings by number, the sizes of trials that failed, and the places of all trials, whatever their
+        state.
 
         A trial with parameters that are not of this space, or with a value that is not finite, is left out.
         """
         if study._storage is not self._storage:
-            self._storage, self._findings, self._places = study._storage, {}, {}
-        return list(self._found(study)), set(self._places.values())
-
-    def _found(self, study: Study) -> Iterator[Finding]:
+            self._storage, self._ends, self._places = study._storage, {}, {}
         signs = np.where([way == StudyDirection.MAXIMIZE for way in study.directions], -1.0, 1.0)
-        for trial in study.get_trials(deepcopy=False):
-            number, finished = trial.number, trial.state.is_finished()
-            if number not in self._findings:
-                place = self._place(trial)
-                if place is not None:
-                    self._places[number] = place.key
-                if finished:
-                    finding = None
-                    if place is not None and trial.state == TrialState.COMPLETE:
-                        finding = self._finding(trial, place, signs)
-                    self._findings[number] = finding
-            known = self._findings[number] if finished else None
-            if known is not None:
-                yield known
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.number not in self._ends:
+                self._look(trial, signs)
+        ends = [self._ends[trial.number] for trial in trials if trial.state.is_finished()]
+        findings = [end for end in ends if isinstance(end, Finding)]
+        failed = [end for end in ends if isinstance(end, int)]
+        return findings, failed, set(self._places.values())
+
+    def _look(self, trial: FrozenTrial, signs: Floats) -> None:
+        """Keep where a trial is, and how it ended if it did."""
+        place = self._place(trial)
+        if place is not None:
+            self._places[trial.number] = place.key
+        if not trial.state.is_finished():
+            return
+        end: Finding | int | None = None
+        if place is not None and trial.state == TrialState.COMPLETE:
+            end = self._finding(trial, place, signs)
+        elif place is not None and trial.state == TrialState.FAIL:
+            _, end = self._scored_at(trial, place)
+        self._ends[trial.number] = end
 
     def _place(self, trial: FrozenTrial) -> Place | None:
         land, params = self._landscape, trial.params
@@ -105,8 +110,11 @@ class Reader:
         values = np.array(trial.values) * signs
         if not np.isfinite(values).all():
             return None
-        land, ranks = self._landscape, trial.user_attrs.get(PLAN, {}).get("ranks", ())
-        of_ranks = len(ranks) == len(land.owner)
-        predicted, size = land.of_ranks(ranks) if of_ranks else land.of_levels(place.levels)
+        predicted, size = self._scored_at(trial, place)
         violation, move = total(trial.constraints), trial.system_attrs.get(MOVE)
         return Finding(place, predicted, float(predicted.sum()), size, values, violation, move)
+
+    def _scored_at(self, trial: FrozenTrial, place: Place) -> tuple[Floats, int]:
+        """Predicted losses (p,) and size of a trial, by its ranks where it has a plan."""
+        land, ranks = self._landscape, trial.user_attrs.get(PLAN, {}).get("ranks", ())
+        return land.of_ranks(ranks) if len(ranks) == len(land.owner) else land.of_levels(place.levels)

@@ -24,6 +24,7 @@ from search import aims, exchange
 from search.exchange import FILL, MIX, MOVES, TRADE, ExchangeSampler
 from search.landscape import Landscape
 from search.packing import PLAN
+from search.reach import BEYOND
 from search.reading import MOVE
 from search.records import Objective
 from search.samplers import reseed
@@ -117,9 +118,10 @@ def test_budgets_are_covered_evenly_from_dense_to_the_smallest_of_use() -> None:
     assert counts.min() >= 4
 
 
-@pytest.mark.parametrize(("least", "lowest"), [(0.8, 0.8), (0.3, 0.3), (0.95, 0.9)])
+@pytest.mark.parametrize(("least", "lowest"), [(0.8, 0.8), (0.3, 0.3), (0.95, 0.85)])
 def test_no_size_below_the_smallest_of_interest_is_aimed_at(least: float, lowest: float) -> None:
-    """Unless it is one that a model is to be chosen at, or bounds on costs are below it."""
+    """Unless it is one that a model is to be chosen at, or bounds on costs are below it: then right below
+    these."""
     land = replace(LAND, least=int(least * DENSE), most=int(0.9 * DENSE), wanted=np.array([0.55 * DENSE]))
     sampler = sampler_of(land)
     study = warm(sampler)
@@ -197,7 +199,7 @@ def test_multipliers_are_learned_and_proposals_beat_their_seeds(monkeypatch: pyt
     study = warm(sampler)
     for _ in range(60):
         ask(study, sampler)
-    findings, _ = sampler._reader.read(study)
+    findings = sampler._reader.read(study)[0]
     learned = sampler._learn(sampler._nearest(sampler._trials(findings), 0.75 * DENSE))
     found = learned.scale * sampler._features.multipliers(learned.mean)
     ranks = [np.argsort(np.argsort(each)) for each in (found, TRUE)]
@@ -268,9 +270,44 @@ def test_sizes_that_the_constraints_rule_out_are_not_aimed_at() -> None:
 def test_where_no_size_keeps_to_the_bounds_the_smallest_are_tried() -> None:
     land = replace(LAND, most=0)
     sampler = sampler_of(land)
-    low, high = sampler._range(sampler._trials(sampler._reader.read(study_of(sampler))[0]))
-    assert low == sampler._steps.size(sampler._steps.lowest)
-    assert high == low + round(exchange.BEYOND * DENSE)
+    within = sampler._reach(sampler._trials([]))
+    assert within.low == within.limit == sampler._steps.size(sampler._steps.lowest)
+    assert within.high == within.low + round(BEYOND * DENSE)
+
+
+@pytest.mark.parametrize("room", [0.2, np.inf])
+def test_a_bound_on_costs_below_all_that_was_scored_is_kept_to(room: float) -> None:
+    """Though a model loses all that is of use there, or nobody says what is."""
+    land = replace(LAND, most=round(0.45 * DENSE), rooms=np.array([np.inf, room]))
+    sampler = sampler_of(land)
+    study = warm(sampler)
+    sizes = [land.of_levels(levels_of(ask(study, sampler).params))[1] for _ in range(12)]
+    assert 0.35 * DENSE < min(sizes) < max(sizes) <= land.most
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_where_small_models_break_ever_fewer_are_proposed(fails: bool) -> None:
+    """By a bound that they violate or without a score; the smallest that do not break are found all the same,
+    and no size that a model was to be chosen at is asked for in vain."""
+    room = float(LAND.losses[:, 0].sum())
+    land = replace(LAND, wanted=np.array([round(0.62 * DENSE)]), rooms=np.array([np.inf, room]))
+    sampler = sampler_of(land)
+    study = study_of(sampler, land)
+    bound = values_of(sampler._steps.fill(TRUE, 0.7 * DENSE))[1]  # the loss of the best model at 70%
+    broken, sizes = [], []
+    add(study, np.full(len(LAND.names), 20))
+    for _ in range(100):
+        trial = ask(study, sampler, tell=False)
+        values = values_of(levels_of(trial.params))
+        broken.append(values[1] > bound)
+        sizes.append(values[0])
+        if fails and broken[-1]:
+            study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            study._storage.set_trial_system_attr(trial._trial_id, "constraints:nll", values[1] - bound)
+            study.tell(trial.number, values)
+    assert 1 <= sum(broken) <= 20  # half of all, where the strip stays as it is
+    assert min(size for size, bad in zip(sizes, broken, strict=True) if not bad) < 0.72
 
 
 def test_what_is_in_the_study_is_not_proposed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +381,7 @@ def test_several_objectives_are_mixed_anew_for_each_proposal() -> None:
         levels = sampler._steps.fill(np.ones(len(land.names)), budget * DENSE)
         size, nll = values_of(levels)
         add(study, levels, land=land, values=[size, nll, 0.7 - 0.3 * (1 - size)])
-    findings, _ = sampler._reader.read(study)
+    findings = sampler._reader.read(study)[0]
     assert [each.values[2] for each in findings] == [-trial.values[2] for trial in study.trials]
     mixtures = [sampler._trials(findings).loss for _ in range(5)]
     assert all((np.diff(loss) > 0).all() and loss[0] == 0 for loss in mixtures)
