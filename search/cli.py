@@ -65,6 +65,8 @@ def search_command(
     again = given if trials is None else f"{given} --trials {trials}"
     _print_end(folder, summary, reason, f"search {again}", given)
     exit_if_stopped(reason)
+    if not any(row.finished for row in summary.rows):
+        raise typer.Exit(1)  # a script that goes on with the front must not
 
 
 def _given(config: Path, set_: list[str] | None) -> str:

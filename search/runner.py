@@ -28,6 +28,9 @@ TICK_SECONDS = 0.25
 KNOWN_PER_LOOK = 16
 # That many in a row without a new allocation: the sampler has run out of them.
 EXHAUSTED = 500
+# So many failures in a study without a single score: more than one round on many GPUs, and it is not one
+# allocation that is wrong, but what all have in common.
+HOPELESS = 16
 
 # Room the hypervolume leaves beyond the dense model, by metric: a front point outside adds nothing.
 # Ten times the dense perplexity is a broken model; so is accuracy at zero. A divergence as large is as bad.
@@ -133,6 +136,7 @@ class Runner:
         self._planned: dict[int, Planned] = {}
         self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
         self._known_in_a_row = 0
+        self._failures: list[str] = []  # of this run, which tries again what an earlier one failed at
         self._judged: tuple[int, str | None] = (-1, None)
         self.progress = Progress()
 
@@ -221,6 +225,7 @@ class Runner:
         twins = self._twins.pop(planned.allocation.key)
         reason = outcome.reason or problem_of(outcome.score)
         if outcome.score is None or reason:
+            self._failures.append(f"trial {planned.number}: {reason or 'no score'}")
             for each in (planned, *twins):
                 with suppress(TakenError):  # what the other program wrote stays
                     self._study.fail(each.number, reason or "no score")
@@ -248,6 +253,8 @@ class Runner:
         rules = self._rules
         if rules.trials is not None and self._study.started >= rules.trials and not self._study.waiting:
             return f"{rules.trials} trials"
+        if len(self._failures) >= HOPELESS and not self._study.count(TrialState.COMPLETE):
+            return f"no trial has a score, {len(self._failures)} failed; the last, {self._failures[-1]}"
         if self._known_in_a_row >= EXHAUSTED:
             return f"nothing new in the last {EXHAUSTED} proposals"
         if rules.hours is not None and time.monotonic() - self.progress.started > rules.hours * 3600:

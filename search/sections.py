@@ -194,7 +194,8 @@ class PlateauSection(Section):
 
 
 class StopSection(Section):
-    """The search stops at the first of these; None never stops."""
+    """The search stops at the first of these; None never stops. It stops as well where nothing is left to
+    propose, or where trials fail and none has a score."""
 
     trials: Positive | None = 200
     tokens: Positive | None = None

@@ -187,6 +187,18 @@ def test_the_exit_code_says_what_stopped_the_search(
     assert ("goes on where it stopped" in said) == (code > 0)
 
 
+def test_a_search_without_a_single_score_fails(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = summarise(folder, folder.open_study())
+    unscored = tuple(row for row in summary.rows if not row.finished)
+    none = replace(summary, rows=unscored, front=())
+    reason = "no trial has a score, 16 failed; the last, trial 15: out of memory"
+    monkeypatch.setattr("search.cli.search", lambda config, console: (folder, none, reason))
+    assert run(monkeypatch, "search", folder.path / CONFIG) == 1
+    assert reason in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_closing_screen_gives_commands_that_a_shell_reads_as_they_were_given(
     folder: StudyFolder,
     tmp_path: Path,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from fakes import (
 
 from actors.types import Allocation
 from search.pool import Job, Outcome
-from search.runner import Stop, hypervolumes
+from search.runner import HOPELESS, Stop, hypervolumes
 from search.sections import PlateauSection
 
 
@@ -126,3 +128,24 @@ def test_a_small_space_without_a_number_of_trials_does_not_hang(
         return Outcome(job, score_of(job.allocation))
 
     assert runner(study, MadeUpPool(answer, size=8), stop, tokens=10**6).run() == "SIGINT"
+
+
+@pytest.mark.parametrize("rule", [{"trials": 200}, {"trials": None, "tokens": 1000}, {"hours": 9.0}])
+def test_a_search_in_which_everything_fails_ends(tmp_path: Path, rule: dict[str, Any]) -> None:
+    """It is tried again by the next run, and one score is enough to go on."""
+    study = open_study(tmp_path)
+    broken = MadeUpPool(lambda job: Outcome(job, None, "CUDA out of memory"))
+    for _ in range(2):
+        before = study.started
+        reason = runner(study, broken, **rule).run()
+        assert HOPELESS <= study.started - before <= HOPELESS + 4
+        assert re.fullmatch(
+            r"no trial has a score, \d+ failed; the last, trial \d+: CUDA out of memory", reason
+        )
+    answers = cycle([True] + [False] * 30)
+
+    def rarely(job: Job) -> Outcome:
+        good = next(answers)
+        return Outcome(job, score_of(job.allocation) if good else None, None if good else "broken")
+
+    assert runner(study, MadeUpPool(rarely), trials=study.started + 40).run().endswith(" trials")
