@@ -97,19 +97,23 @@ def hypervolume_history(points: ArrayLike, reference: ArrayLike) -> Floats:
     return history
 
 
-def plateaued(history: Sequence[float] | Floats, window: int, tolerance: float) -> bool:
-    """Whether the last `window` entries raised the hypervolume by at most `tolerance` of its current value.
+def plateaued(points: ArrayLike, reference: ArrayLike, window: int, tolerance: float) -> bool:
+    """Whether the last `window` rows of `points` (n, d) raised the hypervolume by at most `tolerance` of what
+    it is now.
 
-    False until there are `window` + 1 entries. A hypervolume that is still 0 has not grown.
+    False until there are more rows than that. A hypervolume that is still 0 has not grown. Two hypervolumes
+    are computed, whatever the number of rows.
 
     Raises:
-        ValueError: `window` below 1 or `tolerance` negative.
+        ValueError: `window` below 1, `tolerance` negative, or as `hypervolume`.
     """
     if window < 1 or not tolerance >= 0:
         raise ValueError(f"window is {window}, tolerance {tolerance}; need window >= 1 and tolerance >= 0")
-    if len(history) <= window:
+    array = _points(points)
+    if len(array) <= window:
         return False
-    return bool(history[-1] - history[-1 - window] <= tolerance * history[-1])
+    now = hypervolume(array, reference)
+    return now - hypervolume(array[:-window], reference) <= tolerance * now
 
 
 def _points(points: ArrayLike, objectives: int | None = None) -> Floats:

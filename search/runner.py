@@ -17,7 +17,7 @@ from search.pareto import front, hypervolume, hypervolume_history, plateaued
 from search.pool import Job, Outcome, Pool
 from search.records import Objective, TrialRow
 from search.rivals import ASKED_FOR, rivals_of
-from search.sections import StopSection
+from search.sections import PlateauSection, StopSection
 from search.study import ForeignError, SearchStudy, TakenError
 from search.view import Planned
 
@@ -92,16 +92,15 @@ def minimised(study: SearchStudy, below: int | None = None) -> tuple[np.ndarray,
     return values * study.signs, np.array([number for number, _ in rows], dtype=int)
 
 
-def hypervolumes(study: SearchStudy, below: int | None = None) -> np.ndarray:
-    """Hypervolume after each finished trial, (n,), or each `below` a number; empty until there is a reference
-    point.
+def hypervolumes(study: SearchStudy) -> np.ndarray:
+    """Hypervolume after each finished trial, (n,); empty until there is a reference point.
 
     A trial that violates a constraint adds nothing, and counts.
     """
     reference = reference_point(study)
     if reference is None:
         return np.empty(0)
-    points = [row.point(study.objectives) for row in study.rows()[:below] if row.finished]
+    points = [row.point(study.objectives) for row in study.rows() if row.finished]
     return hypervolume_history(points, study.signs * reference)
 
 
@@ -280,12 +279,19 @@ class Runner:
             if scored >= rules.tokens:
                 return f"{rules.tokens:,} scored tokens"
         if rules.plateau is not None:
-            history = hypervolumes(self._study, below)
-            if plateaued(history, rules.plateau.trials, rules.plateau.tolerance):
+            if self._flat(rules.plateau, below):
                 return f"hypervolume flat over {rules.plateau.trials} trials"
             if (rules.trials, rules.tokens, rules.hours) == (None, None, None):
                 return self._dense_lost(below)
         return None
+
+    def _flat(self, plateau: PlateauSection, below: int | None) -> bool:
+        """Whether the last finished trials, or the last of those below a number, added next to nothing."""
+        study, reference = self._study, reference_point(self._study)
+        if reference is None:
+            return False
+        points = [row.point(study.objectives) for row in study.rows()[:below] if row.finished]
+        return plateaued(points, study.signs * reference, plateau.trials, plateau.tolerance)
 
     def _dense_lost(self, below: int | None) -> str | None:
         """That the dense model failed: without its score there is no hypervolume, and so never a plateau."""

@@ -164,15 +164,19 @@ def test_five_thousand_points_are_quick() -> None:
     assert time.process_time() - started < 5  # 0.3 s here; a quadratic Python loop takes a minute
 
 
-def test_plateau() -> None:
-    assert not plateaued([1.0, 1.0], window=2, tolerance=0.0)
-    assert plateaued([1.0, 1.0, 1.0], window=2, tolerance=0.0)
-    assert not plateaued([1.0, 1.0, 1.01], window=2, tolerance=0.0)
-    assert plateaued([0.5, 0.875, 1.0, 1.0], window=2, tolerance=0.125)
-    assert not plateaued([0.5, 0.875, 1.0, 1.0], window=2, tolerance=0.12)
-    assert plateaued(np.zeros(4), window=3, tolerance=0.01)
+@settings(max_examples=200, deadline=None)
+@given(grids(), st.integers(1, 4), st.sampled_from([0.0, 0.1, 0.125, 0.5]))
+def test_a_plateau_is_a_history_that_no_longer_grows(points: Floats, window: int, tolerance: float) -> None:
+    """Of whole numbers, so that both ways of adding up volumes are exact."""
+    reference = np.full(points.shape[1], 6.0)
+    history = hypervolume_history(points, reference)
+    grown = history[-1] - history[-1 - window] if len(history) > window else np.inf
+    assert plateaued(points, reference, window, tolerance) == bool(grown <= tolerance * history[-1:].sum())
+
+
+def test_a_plateau_needs_a_window() -> None:
     with pytest.raises(ValueError, match="window is 0"):
-        plateaued([1.0], window=0, tolerance=0.1)
+        plateaued([(1.0, 1.0)], (2.0, 2.0), window=0, tolerance=0.1)
 
 
 def test_a_contribution_is_what_only_that_point_dominates() -> None:
