@@ -89,7 +89,7 @@ def follow(
     failed = []
     if left and not stop.reason:
         workers = worker_count(folder.config, session.machine)
-        with refiner(folder, session.machine, workers) as worker:
+        with refiner(folder, session.machine, workers, say) as worker:
             for place, row in enumerate(left, start=1):
                 kept = f"{row.budget_model:.1%} of all parameters"
                 say(f"finalist {place} of {len(left)}: refining trial {row.number}, {kept}")

@@ -52,7 +52,7 @@ def evaluate_tasks(
         if queue:
             session.say(f"lm-evaluation-harness: {len(queue)} questions of a task and a model")
             with (
-                refiner(session.folder, session.machine) as worker,
+                refiner(session.folder, session.machine, say=session.say) as worker,
                 stop_on_signals(stop, console),
                 mistakes_named(),
                 ProgressBar(console) as bar,

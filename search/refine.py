@@ -57,11 +57,11 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
         raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
     if row.allocation.is_dense:
         raise RankfrontError(f"--trial {row.number}: every target is dense; there are no factors to refine")
-    stop, machine = Stop(), connect()
+    stop, machine, say = Stop(), connect(), partial(console.print, markup=False)
     with (
         driver_lock(folder.path),
-        logged(folder, partial(console.print, markup=False), "refine", stop),
-        refiner(folder, machine, worker_count(folder.config, machine)) as worker,
+        logged(folder, say, "refine", stop),
+        refiner(folder, machine, worker_count(folder.config, machine), say) as worker,
         stop_on_signals(stop, console),
         mistakes_named(),
     ):

@@ -49,7 +49,7 @@ def started(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield MadeUpPool(answer)
 
     @contextlib.contextmanager
-    def refiner(folder: StudyFolder, machine: Any, workers: int) -> Iterator[Any]:
+    def refiner(folder: StudyFolder, machine: Any, workers: int, say: Any) -> Iterator[Any]:
         started.append("refiner")
         with study.refiner(folder, machine) as worker:
             yield worker

@@ -60,7 +60,9 @@ class Tiny:
         return refine(self.folder, self.row(number), Console(file=io.StringIO()))
 
     @contextlib.contextmanager
-    def refiner(self, folder: StudyFolder, machine: Machine, workers: int = 1) -> Iterator[Refiner]:
+    def refiner(
+        self, folder: StudyFolder, machine: Machine, workers: int = 1, say: Any = None
+    ) -> Iterator[Refiner]:
         """What `search.worker.refiner` does, in this process."""
         asked = self.asked
 
