@@ -37,9 +37,17 @@ class Worker(Protocol):
         self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
     ) -> Iterator[RefinementStep]: ...
 
+    def find(self, file: str) -> None:
+        """Raises RankfrontError where it does not see a file of the driver's in its folder."""
+        ...
+
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score: ...
 
     def ask(self, allocation: Allocation, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore: ...
+
+    def close(self) -> None:
+        """End its processes; what it is asked next starts new ones."""
+        ...
 
 
 class _Remote:
@@ -75,6 +83,10 @@ class _Remote:
             helpers = [ActorHelper(each) for each in self._actors[1:]]
             for reference in method.remote(allocation, spec, facts, helpers):
                 yield ray.get(reference)
+
+    def find(self, file: str) -> None:
+        with self._asked() as actor:
+            ray.get(actor.find.remote(file))
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         with self._asked() as actor:
