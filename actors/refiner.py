@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -97,6 +98,15 @@ class Refiner:
                 f"{preparation.calibration.text.source}: no longer the text the factors were made from"
             )
         return ids
+
+    def find(self, file: str) -> None:
+        """Raises RankfrontError where the folder here has no such `file`, which the driver sees in it."""
+        if not (self._folder / file).exists():
+            raise RankfrontError(
+                f"{self._folder}: node {platform.node()}, which refines, does not see the driver's files "
+                "in it, and the driver would not see what is refined; set runs to a folder that both share, "
+                "or start the driver on that node"
+            )
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         """Score an allocation by the refined factors of `file`, or by the study's where none is named.

@@ -154,6 +154,9 @@ class Refiner:
     def piece(self, number: int) -> Tensor:
         return self._refiner.helping.piece(number)
 
+    def find(self, file: str) -> None:
+        self._refiner.find(file)
+
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         return _in_memory(lambda: self._refiner.score(allocation, split, file), f" on the {split} split")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ class Machine:
     memory: int
     grows: bool = False
     rooms: tuple[Room, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[Room, ...]:
+        """Its nodes, each by itself; where they were not looked at, all of it as one."""
+        return self.rooms or (Room(self.cores, self.gpus, self.memory),)
 
 
 def connect() -> Machine:
@@ -142,3 +148,29 @@ def thread_environment(threads: int) -> dict[str, Any]:
     """Ray's runtime environment of a worker that may use so many threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {"env_vars": {**dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}}
+
+
+def threads_each(machine: Machine, count: int, gpus: int) -> int:
+    """Threads of each of `count` actors that `actor_options` are for: what the smallest node with room for
+    one has for each of those that may be there together.
+
+    Where no node has room, one is waited for: it is taken to be as the largest of those there are.
+    """
+    rooms = [room for room in machine.nodes if room.places(Need(1, gpus))]
+    if not rooms:
+        return max(1, int(max(room.cpus for room in machine.nodes)) // count)
+    if gpus:
+        shares = [int(room.cpus) // min(count, gpu_places(room.gpus, gpus)) for room in rooms]
+    else:
+        shares = [int(room.cpus) // math.ceil(count / len(rooms)) for room in rooms]
+    return max(1, min(shares))
+
+
+def actor_options(machine: Machine, threads: int, gpus: int) -> dict[str, Any]:
+    """Ray's options of an actor that computes beside no replica, of so many threads and GPUs.
+
+    It asks for one core, as more might never be free at once on a cluster that others use too. So Ray would
+    put those without a GPU on one node until half of its cores are asked for; they are spread instead.
+    """
+    options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": thread_environment(threads)}
+    return options | ({"scheduling_strategy": "SPREAD"} if not gpus and len(machine.nodes) > 1 else {})

@@ -16,7 +16,7 @@ from actors.types import RankfrontError, ReplicaSpec
 from search.cluster import Nodes
 from search.elastic import LOOK_SECONDS, Elastic
 from search.events import Note
-from search.failures import cause_of
+from search.failures import cause_of, last_line
 from search.health import ReplicaHealth
 from search.jobs import Job
 from search.restarts import Restarts
@@ -207,9 +207,3 @@ class Crew:
             return
         for actor in there:
             ray.kill(actor)
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error's text: what Ray and Python say at last is what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

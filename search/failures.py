@@ -59,3 +59,9 @@ def process_died(error: RayError) -> bool:
     """
     found = [cause for cause in causes(error) if isinstance(cause, GONE)]
     return bool(found) and not any(getattr(cause, "actor_init_failed", False) for cause in found)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: what Ray and Python say at last is what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -10,10 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import cache
 
+from ray.exceptions import RayError
 from rich.console import Console
 
 from actors.types import CHOICE, RankfrontError
 from search.choosing import chosen, untold
+from search.failures import last_line
 from search.finals import reopened, score_finished, unscored
 from search.folder import StudyFolder, report, summarise
 from search.opening import Session
@@ -59,7 +61,7 @@ def reported(folder: StudyFolder, study: SearchStudy) -> Iterator[None]:
     """An error in here leaves a report of what there is all the same."""
     try:
         yield
-    except RankfrontError:
+    except Exception:
         report(folder, study)
         raise
 
@@ -89,16 +91,20 @@ def follow(
     failed = []
     if left and not stop.reason:
         workers = worker_count(folder.config, session.machine)
-        with refiner(folder, session.machine, workers) as worker:
+        with refiner(folder, session.machine, workers, say) as worker:
             for place, row in enumerate(left, start=1):
                 kept = f"{row.budget_model:.1%} of all parameters"
                 say(f"finalist {place} of {len(left)}: refining trial {row.number}, {kept}")
                 try:
                     with mistakes_named():
                         found = refine_by(worker, folder, row, stop, console)
-                except RankfrontError as error:
+                except (RankfrontError, RayError) as error:
                     failed.append(str(row.number))
-                    say(f"trial {row.number} is not refined: {error}")
+                    reason = str(error)
+                    if isinstance(error, RayError):  # nobody foresaw it, and it may be the process that broke
+                        reason = last_line(error)
+                        worker.close()
+                    say(f"trial {row.number} is not refined: {reason}")
                     continue
                 if stop.reason:
                     break

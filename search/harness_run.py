@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from actors.harness_results import HarnessSpec, task_fingerprints
+from actors.refinement import FOLDER as REFINED
 from actors.types import Progress, RankfrontError, ScoringError
 from search.evaluations import Evaluations
 from search.finals import finished_numbers, reopened
 from search.folder import StudyFolder, report
 from search.records import FACTORS, HARNESS, HarnessEvaluation, StudySummary, TrialRow
-from search.refine import refined_file, variants_of
+from search.refine import kept_file, refined_file, variants_of
 from search.runner import Stop
 from search.screen import ProgressBar
 from search.signals import stop_on_signals
@@ -47,12 +48,12 @@ def evaluate_tasks(
     with reopened(folder, console) as session:
         study = session.folder.open_study()
         rows = [study.rows()[number] for number in finished_numbers(study, numbers)]
-        queue = questions(session.folder, rows, variants, prints)
+        queue = questions(session.folder, rows, variants, prints, session.say)
         stop = Stop()
         if queue:
             session.say(f"lm-evaluation-harness: {len(queue)} questions of a task and a model")
             with (
-                refiner(session.folder, session.machine) as worker,
+                refiner(session.folder, session.machine, say=session.say) as worker,
                 stop_on_signals(stop, console),
                 mistakes_named(),
                 ProgressBar(console) as bar,
@@ -62,12 +63,18 @@ def evaluate_tasks(
 
 
 def questions(
-    folder: StudyFolder, rows: Sequence[TrialRow], variants: Sequence[str], prints: dict[str, str]
+    folder: StudyFolder,
+    rows: Sequence[TrialRow],
+    variants: Sequence[str],
+    prints: dict[str, str],
+    say: Callable[[str], None],
 ) -> list[Question]:
     """What the evaluations table has no answer to, trial by trial; `prints` are fingerprints by task.
 
+    Where no variant is named, one whose file is gone is told to `say` and passed over.
+
     Raises:
-        RankfrontError: a variant that none of the trials has.
+        RankfrontError: a variant that none of the trials has, or a named one whose file is gone.
     """
     evaluations = Evaluations(folder.path, rows)
     there = {row.number: (FACTORS, *variants_of(folder, row, evaluations)) for row in rows}
@@ -83,7 +90,10 @@ def questions(
             missing = [
                 task for task, key in prints.items() if (row.number, name, HARNESS, key) not in evaluations
             ]
-            if missing:
+            if missing and name != FACTORS and not variants and kept_file(folder, name) is None:
+                gone = f"its file in {folder.path / REFINED} is gone; refine again"
+                say(f"trial {row.number}, {name}, is passed over: {gone}")
+            elif missing:
                 file = None if name == FACTORS else refined_file(folder, row, name)[0].name
                 found += [Question(row, name, file, task, prints[task]) for task in missing]
     return found

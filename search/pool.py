@@ -20,11 +20,10 @@ from actors.types import RankfrontError, ReplicaSpec
 from search.cluster import OBJECT_STORE_BYTES as OBJECT_STORE_BYTES
 from search.cluster import Machine as Machine
 from search.cluster import connect as connect
-from search.cluster import thread_environment as thread_environment
-from search.crew import Crew, last_line
+from search.crew import Crew
 from search.elastic import FIXED, Elastic
 from search.events import Note, silent
-from search.failures import GONE, cause_of
+from search.failures import GONE, cause_of, last_line
 from search.health import ReplicaHealth
 from search.jobs import Job as Job
 from search.jobs import Outcome as Outcome

@@ -12,8 +12,8 @@ from ray.exceptions import RayError
 
 from actors.replica import Preparer
 from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
+from search.cluster import Machine, actor_options, threads_each
 from search.failures import cause_of, process_died
-from search.pool import Machine, thread_environment
 
 # Activations are megabytes each and of many sizes: kept in the C library's heap they leave holes that add
 # up to hundreds of MB beyond the memory budget, mapped one by one they go back when they are freed.
@@ -127,10 +127,10 @@ def _steps(spec: PreparationSpec, machine: Machine, builders: int) -> Generator[
 
 
 def _start(spec: PreparationSpec, machine: Machine, builders: int) -> Any:
-    threads = max(1, machine.cores // builders)
-    environment = thread_environment(threads)
-    environment["env_vars"].update(MEMORY_ENVIRONMENT)
-    options = {"num_cpus": 1, "num_gpus": min(1, machine.gpus), "runtime_env": environment}
+    gpus = min(1, machine.gpus)
+    threads = threads_each(machine, builders, gpus)
+    options = actor_options(machine, threads, gpus)
+    options["runtime_env"]["env_vars"].update(MEMORY_ENVIRONMENT)
     return ray.remote(Preparer).options(**options).remote(spec, threads)
 
 

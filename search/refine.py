@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,11 +59,11 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
         raise RankfrontError(f"the factor store {store} is gone; run the search command again to rebuild it")
     if row.allocation.is_dense:
         raise RankfrontError(f"--trial {row.number}: every target is dense; there are no factors to refine")
-    stop, machine = Stop(), connect()
+    stop, machine, say = Stop(), connect(), partial(console.print, markup=False)
     with (
         driver_lock(folder.path),
-        logged(folder, partial(console.print, markup=False), "refine", stop),
-        refiner(folder, machine, worker_count(folder.config, machine)) as worker,
+        logged(folder, say, "refine", stop),
+        refiner(folder, machine, worker_count(folder.config, machine), say) as worker,
         stop_on_signals(stop, console),
         mistakes_named(),
     ):
@@ -69,17 +71,56 @@ def refine(folder: StudyFolder, row: TrialRow, console: Console) -> Refined:
 
 
 def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, console: Console) -> Refined:
-    """The same by a worker that is there. The caller holds the study's lock."""
+    """The same by a worker that is there. The caller holds the study's lock.
+
+    Raises:
+        RankfrontError: also where the worker's files are not the driver's.
+    """
     spec = folder.config.refinement
     variant, path = refined_path(folder, row)
+    _tidy(path)
     ended = "it was refined before"
     if not path.exists():
         facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
-        steps = worker.refine(row.allocation, spec, facts)
-        ended = _watch(steps, stop, console) or ended
+        with _seen(path) as file:
+            worker.find(file)
+            steps = worker.refine(row.allocation, spec, facts)
+            ended = _watch(steps, stop, console) or ended
+        if not stop.reason and not path.exists():
+            raise RankfrontError(
+                f"{path}: refined, and not there for the driver: what the worker wrote is elsewhere or was "
+                "removed; set runs to a folder that both share, or start the driver on the worker's node"
+            )
     say = partial(console.print, markup=False)
     scores = {} if stop.reason else scored(folder, row, variant, path.name, worker, say)
     return Refined(variant, path, stop.reason or ended, scores)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what drivers and workers that were killed left beside a refined file: what was not written to
+    its end and, where the file is there, the checkpoint it came of. The caller holds the study's lock."""
+    left = "*" if path.exists() else "*.tmp"
+    for stale in path.parent.glob(f"{path.name}.{left}"):
+        stale.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _seen(path: Path) -> Iterator[str]:
+    """An empty file beside a refined one, by name, for the worker to find; gone at the end.
+
+    A new name each time, and gone only when the work is done: over NFS a name that was not there may be
+    taken to be absent for a minute, unless one's own change of the folder makes one look again.
+    """
+    file = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise RankfrontError(f"{file}: {error}") from error
+    try:
+        yield file.name
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def refined_path(folder: StudyFolder, row: TrialRow) -> tuple[str, Path]:
@@ -164,6 +205,12 @@ def variants_of(folder: StudyFolder, row: TrialRow, evaluations: Evaluations) ->
     return {e.variant: e.score for e in mine if e.variant != FACTORS}
 
 
+def kept_file(folder: StudyFolder, variant: str) -> Path | None:
+    """The file of refined factors by their variant's name; None where it is gone."""
+    files = list((folder.path / FOLDER).glob(pattern_of(variant)))
+    return files[0] if len(files) == 1 else None
+
+
 def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path, Score]:
     """The file of a trial's refined factors by their variant's name, and their score on the search split.
 
@@ -174,10 +221,10 @@ def refined_file(folder: StudyFolder, row: TrialRow, variant: str) -> tuple[Path
     if variant not in scores:
         there = ", ".join(scores) or "none"
         raise RankfrontError(f"--variant {variant}: trial {row.number} has no such variant; it has {there}")
-    files = list((folder.path / FOLDER).glob(pattern_of(variant)))
-    if len(files) != 1:
+    file = kept_file(folder, variant)
+    if file is None:
         raise RankfrontError(f"--variant {variant}: its file in {folder.path / FOLDER} is gone; refine again")
-    return files[0], scores[variant]
+    return file, scores[variant]
 
 
 def comparison_cells(scores: dict[str, Pair]) -> Cells:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
@@ -18,10 +19,11 @@ from actors.helper import ActorHelper
 from actors.refinement import FOLDER, REFIT, RefinementSpec, RefinementStep, windows_of
 from actors.replica import Refiner
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score, ScoringError
+from search.cluster import Machine, actor_options, cluster_nodes, threads_each
 from search.config import Config
 from search.failures import cause_of, process_died
 from search.folder import StudyFolder
-from search.pool import Machine, thread_environment
+from search.gpus import gpus_awaited, places_by_gpu, worker_gpus
 from search.preparing import places
 
 
@@ -35,9 +37,17 @@ class Worker(Protocol):
         self, allocation: Allocation, spec: RefinementSpec, facts: Mapping[str, Any]
     ) -> Iterator[RefinementStep]: ...
 
+    def find(self, file: str) -> None:
+        """Raises RankfrontError where it does not see a file of the driver's in its folder."""
+        ...
+
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score: ...
 
     def ask(self, allocation: Allocation, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore: ...
+
+    def close(self) -> None:
+        """End its processes; what it is asked next starts new ones."""
+        ...
 
 
 class _Remote:
@@ -74,6 +84,10 @@ class _Remote:
             for reference in method.remote(allocation, spec, facts, helpers):
                 yield ray.get(reference)
 
+    def find(self, file: str) -> None:
+        with self._asked() as actor:
+            ray.get(actor.find.remote(file))
+
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         with self._asked() as actor:
             return ray.get(actor.score.remote(allocation, split, file))  # type: ignore[no-any-return]
@@ -96,7 +110,8 @@ class _Remote:
 
 
 def worker_count(config: Config, machine: Machine) -> int:
-    """How many workers `refine.workers` asks for: no more than a step has windows.
+    """How many workers `refine.workers` asks for: no more than a step has windows. `auto` is one for each GPU
+    or, where they are yet to come, for each that the replicas wait for.
 
     Raises:
         RankfrontError: so many never run at once, on a machine that stays as it is.
@@ -106,7 +121,8 @@ def worker_count(config: Config, machine: Machine) -> int:
     if section.method == REFIT:
         return 1
     if section.workers == "auto":
-        return max(1, min(room, windows)) if machine.gpus else 1
+        gpus = room if machine.gpus else gpus_awaited(config.replicas, machine)
+        return max(1, min(gpus, windows))
     if section.workers > room and not machine.grows:
         each = "a CPU and a GPU" if machine.gpus else "a CPU"
         raise RankfrontError(
@@ -116,19 +132,23 @@ def worker_count(config: Config, machine: Machine) -> int:
 
 
 @contextlib.contextmanager
-def refiner(folder: StudyFolder, machine: Machine, workers: int = 1) -> Iterator[Worker]:
-    """A worker with all of a node's cores or a GPU, its files in the study's folder; gone at the end.
+def refiner(
+    folder: StudyFolder, machine: Machine, workers: int = 1, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Worker]:
+    """A worker with the cores of one node or a GPU, its files in the study's folder; gone at the end.
 
-    Where `workers` are to share a refinement, each has its share of the cores.
+    Where `workers` are to share a refinement, those on one node share its cores. That a node with a GPU is
+    waited for is told to `say`.
     """
-    threads = folder.config.replicas.threads
-    count = max(1, machine.cores // workers) if threads == "auto" else threads
+    if machine.grows:  # nodes may have come since it was joined
+        machine = replace(machine, rooms=tuple(cluster_nodes().rooms.values()))
+    section = folder.config.replicas
+    gpus = worker_gpus(section, machine)
+    if gpus and not places_by_gpu(machine, gpus):
+        say("the worker takes a GPU, and no node has one: waiting for a node that has")
+    count = threads_each(machine, workers, gpus) if section.threads == "auto" else section.threads
     files = str((folder.path / FOLDER).resolve())
-    options = {
-        "num_cpus": 1,
-        "num_gpus": min(1, machine.gpus),
-        "runtime_env": thread_environment(count),
-    }
+    options = actor_options(machine, count, gpus)
 
     def start(place: int) -> Any:
         name = f"refiner-{place}" if place else "refiner"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import MadeUpPool, open_study, propose_and_complete
+from ray.exceptions import ActorDiedError, RayTaskError
 from tiny_study import MACHINE, Tiny
 from typer.testing import CliRunner
 
@@ -19,7 +20,7 @@ from search.choosing import chosen, untold
 from search.cli import app
 from search.evaluations import Evaluations
 from search.finalist_table import finalist_cells
-from search.finalists import finalists
+from search.finalists import finalists, reported
 from search.folder import StudyFolder, summarise
 from search.journal import driver_lock
 from search.opening import Session
@@ -49,7 +50,7 @@ def started(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield MadeUpPool(answer)
 
     @contextlib.contextmanager
-    def refiner(folder: StudyFolder, machine: Any, workers: int) -> Iterator[Any]:
+    def refiner(folder: StudyFolder, machine: Any, workers: int, say: Any) -> Iterator[Any]:
         started.append("refiner")
         with study.refiner(folder, machine) as worker:
             yield worker
@@ -146,9 +147,28 @@ def test_a_larger_text_chooses_among_trials_that_the_search_text_cannot_tell_apa
     assert sorted(untold(summary, 0.99)) == [1, 2], "scores on what that text was before are no answers"
 
 
+@pytest.mark.parametrize(
+    ("error", "said", "closed"),
+    [
+        (RankfrontError("no step before it was better"), "no step before it was better", 0),
+        (
+            RayTaskError("refine", "File x\nLinAlgError: no such root", ValueError()),
+            "LinAlgError: no such",
+            1,
+        ),
+        (ActorDiedError(), "the worker's process died", 0),
+    ],
+    ids=["a mistake", "unforeseen", "a death"],
+)
 def test_a_finalist_that_cannot_be_refined_is_passed_over(
-    study: Tiny, started: list[str], monkeypatch: pytest.MonkeyPatch
+    study: Tiny,
+    started: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str,
+    closed: int,
 ) -> None:
+    """A process in which an error came that nobody foresaw may be broken: it is replaced."""
     opened = study.folder.open_study()
     opened.enqueue([(study.folder.cost.uniform(0.4), "uniform")])
     planned = opened.propose("random")
@@ -158,16 +178,25 @@ def test_a_finalist_that_cannot_be_refined_is_passed_over(
 
     def refused(worker: Any, folder: StudyFolder, row: TrialRow, *others: Any) -> Any:
         if row.number == 1:
-            raise RankfrontError("no step before it was better")
+            raise error
         return usual(worker, folder, row, *others)
 
     monkeypatch.setattr(search.finalists, "refine_by", refused)
     (study.folder.path / "report.html").unlink(missing_ok=True)
-    with pytest.raises(RankfrontError, match="finalists: trial 1 is not refined, as is said above"):
-        command(study, "--count", "2")
+    result = CliRunner().invoke(app, ["finalists", str(study.folder.path), "--count", "2"])
+    assert "finalists: trial 1 is not refined, as is said above" in str(result.exception)
+    assert f"trial 1 is not refined: {said}" in " ".join(result.output.split())
+    assert study.closed == closed
     variants = {e.trial for e in evaluations(study).rows if e.variant.startswith("refined")}
     assert variants == {2}
     assert "Refined finalists" in (study.folder.path / "report.html").read_text()
+
+
+def test_an_error_of_our_own_leaves_a_report(study: Tiny) -> None:
+    (study.folder.path / "report.html").unlink(missing_ok=True)
+    with pytest.raises(ZeroDivisionError), reported(study.folder, study.folder.open_study()):
+        raise ZeroDivisionError
+    assert (study.folder.path / "report.html").exists()
 
 
 def test_what_was_not_asked_for_is_said(study: Tiny, started: list[str]) -> None:

@@ -137,12 +137,24 @@ def test_a_stopped_run_keeps_its_answers_and_a_broken_model_has_none(study: Tiny
     rows = list(study.folder.open_study().rows())
     stop, said = Stop(), io.StringIO()
     worker: Any = Answering(stop, broken=2)
-    queue = questions(study.folder, rows, (), prints)
+    queue = questions(study.folder, rows, (), prints, pytest.fail)
     ask(study.folder, queue, spec, worker, stop, lambda line: print(line, file=said), lambda progress: None)
     assert worker.asked == 3
     assert said.getvalue() == "trial 0, factors, has no score on b: made-up reason\n"
-    left = [(q.row.number, q.task) for q in questions(study.folder, rows, (), prints)]
+    left = [(q.row.number, q.task) for q in questions(study.folder, rows, (), prints, pytest.fail)]
     assert left == [(0, "b"), (1, "b")]
+
+
+def test_a_variant_whose_file_is_gone_is_passed_over_unless_it_is_named(study: Tiny, tasks: Path) -> None:
+    refined = study.refine()
+    refined.path.unlink()
+    study.asked.clear()
+    with pytest.raises(RankfrontError, match=f"--variant {refined.variant}: its file in .* is gone"):
+        evaluate(study, tasks, "--variant", refined.variant)
+    assert study.asked == []
+    out = " ".join(evaluate(study, tasks).split())
+    assert f"trial 1, {refined.variant}, is passed over: its file in {refined.path.parent} is gone" in out
+    assert study.asked == [("tiny_piqa", None)] * 2
 
 
 def test_what_cannot_be_asked_is_said(study: Tiny, tasks: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import search.preparing
 from actors.factors import FactorStore, store_problem
 from actors.replica import Preparer
 from actors.types import PreparationSpec, Prepared, Progress, RankfrontError
+from search.cluster import Room
 from search.config import parse_config
 from search.pool import Machine
 from search.preparing import builder_count, places, prepare
@@ -237,6 +239,22 @@ def test_a_builder_takes_a_cpu_and_a_gpu_where_there_are_any(machine: Machine, r
     assert places(machine) == room
     assert builder_count("auto", machine) == auto
     assert builder_count(3, machine) == 3
+
+
+def test_builders_of_several_nodes_have_threads_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cores of the cluster, shared, would be more than a node has."""
+    asked: list[Any] = []
+
+    def class_with(**options: Any) -> Any:
+        asked.append((options["num_cpus"], options["num_gpus"], options["scheduling_strategy"]))
+        asked.append(options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"])
+        return SimpleNamespace(remote=lambda spec, threads: asked.append(threads))
+
+    remote = SimpleNamespace(options=class_with)
+    monkeypatch.setattr(search.preparing, "ray", SimpleNamespace(remote=lambda kind: remote))
+    rooms = tuple(Room(cpus, 0, 1) for cpus in (8, 8, 6))
+    search.preparing._start(None, Machine(22, 0, 1, True, rooms), 2)  # type: ignore[arg-type]
+    assert asked == [(1, 0, "SPREAD"), "6", 6]
 
 
 def test_no_more_builders_than_windows(root: Path, by_one: Prepared, tmp_path: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import platform
 import re
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +21,13 @@ from tiny_study import Tiny
 import search.refine
 from actors.refined import RefinedFactors
 from actors.refinement import RefinementStep
+from actors.refiner import Refiner
 from actors.types import RankfrontError
 from search.cli import main
 from search.evaluations import Evaluations
 from search.event_log import LOG
-from search.refine import comparison_cells, refined_file
+from search.folder import StudyFolder
+from search.refine import comparison_cells, refine_by, refined_file, refined_path
 from search.runner import Stop
 
 
@@ -112,6 +119,69 @@ def test_a_stopped_run_goes_on(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
     assert [file.suffix for file in found.path.parent.iterdir()] == [".partial"]
     assert study.refine().ended == "6 steps"
     assert [file.suffix for file in found.path.parent.iterdir()] == [".safetensors"]
+
+
+def test_a_worker_whose_files_the_driver_does_not_see_is_refused(
+    study: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything is computed; and what is gone afterwards is no success."""
+
+    @contextlib.contextmanager
+    def elsewhere(folder: StudyFolder, *others: Any) -> Iterator[Refiner]:
+        with study.refiner(folder, *others) as worker:
+            worker._folder = tmp_path / "of its node"
+            monkeypatch.setattr(worker, "find", finds or worker.find)
+            yield worker
+
+    finds: Any = None
+    monkeypatch.setattr(search.refine, "refiner", elsewhere)
+    said = rf"of its node: node {re.escape(platform.node())}, which refines, does not see .* set runs to a"
+    with pytest.raises(RankfrontError, match=said):
+        study.refine()
+    assert not (tmp_path / "of its node").exists()
+
+    finds = lambda file: None  # noqa: E731 (a folder that is lost while it works)
+    with pytest.raises(RankfrontError, match=r"safetensors: refined, and not there for the driver"):
+        study.refine()
+    assert len(list((tmp_path / "of its node").iterdir())) == 1
+    assert list((study.folder.path / "refined").iterdir()) == []
+    assert study.asked == []
+
+
+def test_what_killed_processes_left_is_removed_and_a_checkpoint_is_kept(study: Tiny) -> None:
+    row, seen = study.row(), list[str]()
+    _, path = refined_path(study.folder, row)
+
+    class Looking:
+        """A worker that only looks at its folder."""
+
+        def find(self, file: str) -> None:
+            assert (path.parent / file).exists()
+            seen.append(file)
+
+        def refine(self, *asked: Any) -> Any:
+            seen.extend(file.name for file in path.parent.iterdir())
+            raise RankfrontError("enough")
+
+    def left(*endings: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        for ending in endings:
+            path.with_name(path.name + ending).touch()
+
+    other = path.with_name(f"another.safetensors.{os.getpid()}.tmp")
+    left(".partial", ".partial.71.tmp", ".72.tmp")
+    other.touch()
+    with pytest.raises(RankfrontError, match="enough"):
+        refine_by(Looking(), study.folder, row, Stop(), Console(file=io.StringIO()))  # type: ignore[arg-type]
+    probe, *there = seen
+    assert sorted(there) == sorted([probe, f"{path.name}.partial", other.name])
+    assert {file.name for file in path.parent.iterdir()} == {f"{path.name}.partial", other.name}
+
+    path.with_name(f"{path.name}.partial").unlink()
+    study.refine()
+    left(".partial", ".73.tmp")
+    assert study.refine().ended == "it was refined before"
+    assert {file.name for file in path.parent.iterdir()} == {path.name, other.name}
 
 
 def test_what_cannot_be_refined_is_said(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

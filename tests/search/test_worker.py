@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,14 @@ from ray.exceptions import ActorDiedError
 
 import search.worker
 from actors.refinement import RefinementSpec
-from actors.types import Allocation, RankfrontError
-from search.cluster import Machine
+from actors.types import Allocation, Prepared, RankfrontError, ReplicaSpec
+from search.cluster import Machine, Nodes, Room
 from search.config import Config, parse_config
-from search.worker import _Remote, mistakes_named, worker_count
+from search.folder import StudyFolder
+from search.worker import _Remote, mistakes_named, refiner, worker_count
 
 
-def config(**refine: Any) -> Config:
+def config(replicas: dict[str, Any] | None = None, **refine: Any) -> Config:
     """Of a step of six windows."""
     return parse_config(
         {
@@ -26,6 +28,7 @@ def config(**refine: Any) -> Config:
             "text": {"source": "org/text"},
             "calibration": {"window": 256},
             "refine": refine,
+            "replicas": replicas or {},
         }
     )
 
@@ -54,6 +57,78 @@ def test_more_than_ever_run_at_once_are_refused_where_no_node_joins(gpus: int, e
     with pytest.raises(RankfrontError, match=f"refine.workers: 4 never run at once: each needs {each}"):
         worker_count(config(workers=4), Machine(2, gpus, memory=0))
     assert worker_count(config(workers=4), Machine(2, gpus, memory=0, grows=True)) == 4
+
+
+@pytest.mark.parametrize(
+    ("replicas", "expected"),
+    [({"gpus": 1, "max": 4}, 4), ({"gpus": 0.5, "count": 4}, 2), ({"gpus": 1}, 1), ({"max": 4}, 1)],
+    ids=str,
+)
+def test_where_gpus_are_yet_to_come_workers_are_one_for_each_that_replicas_wait_for(
+    replicas: dict[str, Any], expected: int
+) -> None:
+    machine = Machine(cores=8, gpus=0, memory=0, grows=True)
+    assert worker_count(config(replicas, workers="auto"), machine) == expected
+
+
+HEAD, GPU_NODE = Room(cpus=4, gpus=0, memory=1), Room(cpus=16, gpus=4, memory=1)
+WAITS = ["the worker takes a GPU, and no node has one: waiting for a node that has"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "now", "replicas", "workers", "asked", "said"),
+    [
+        (Machine(2, 0, 1), (), {}, 1, (0, 2, None), []),
+        (Machine(16, 4, 1), (), {"gpus": 2}, 4, (1, 4, None), []),
+        (Machine(16, 4, 1), (), {"threads": 3}, 1, (1, 3, None), []),
+        (
+            Machine(4, 0, 1),
+            (),
+            {"gpus": 1},
+            1,
+            (0, 4, None),
+            [],
+        ),  # its study is from where there was one
+        (Machine(4, 0, 1, grows=True), (HEAD,), {"gpus": 1}, 1, (1, 4, None), WAITS),
+        (Machine(4, 0, 1, grows=True), (HEAD, GPU_NODE), {"gpus": 0.5}, 2, (1, 8, None), []),
+        (Machine(4, 0, 1, grows=True), (HEAD,), {}, 1, (0, 4, None), []),
+        (Machine(64, 0, 1, grows=True), (Room(8, 0, 1),) * 8, {}, 1, (0, 8, "SPREAD"), []),
+    ],
+    ids=str,
+)
+def test_a_worker_takes_a_gpu_where_replicas_do_and_threads_of_one_node(
+    machine: Machine,
+    now: tuple[Room, ...],
+    replicas: dict[str, Any],
+    workers: int,
+    asked: tuple[int, int, str | None],
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`now` are the nodes when it starts."""
+    options: list[dict[str, Any]] = []
+    specs: list[ReplicaSpec] = []
+
+    def class_with(**given: Any) -> Any:
+        options.append(given)
+        return SimpleNamespace(remote=lambda spec, files: specs.append(spec))
+
+    remote = SimpleNamespace(options=class_with)
+    monkeypatch.setattr(
+        search.worker, "ray", SimpleNamespace(remote=lambda kind: remote, kill=lambda actor: None)
+    )
+    nodes = Nodes(dict(zip("abcdefgh", now, strict=False)))
+    monkeypatch.setattr(search.worker, "cluster_nodes", lambda: nodes)
+    prepared = Prepared("", "", (), 1, {}, {}, {}, {}, reused=True)
+    heard: list[str] = []
+    with refiner(StudyFolder(tmp_path, config(replicas), prepared), machine, workers, heard.append):
+        pass
+    ([given], [spec]) = (options, specs)
+    threads = int(given["runtime_env"]["env_vars"]["OMP_NUM_THREADS"])
+    assert (given["num_cpus"], given["num_gpus"], threads) == (1, *asked[:2])
+    assert (given.get("scheduling_strategy"), spec.threads) == (asked[2], threads)
+    assert heard == said
 
 
 class Actor:

@@ -48,10 +48,12 @@ def make_study(root: Path) -> StudyFolder:
 
 @dataclass
 class Tiny:
-    """A copy of its own of the study; `asked` are the scores and the tasks that its worker was asked for."""
+    """A copy of its own of the study; `asked` are the scores and the tasks that its worker was asked for,
+    `closed` is how often its processes were ended."""
 
     folder: StudyFolder
     asked: list[tuple[str, str | None]]
+    closed: int = 0
 
     def row(self, number: int = 1) -> TrialRow:
         return self.folder.open_study().rows()[number]
@@ -60,11 +62,16 @@ class Tiny:
         return refine(self.folder, self.row(number), Console(file=io.StringIO()))
 
     @contextlib.contextmanager
-    def refiner(self, folder: StudyFolder, machine: Machine, workers: int = 1) -> Iterator[Refiner]:
+    def refiner(
+        self, folder: StudyFolder, machine: Machine, workers: int = 1, say: Any = None
+    ) -> Iterator[Refiner]:
         """What `search.worker.refiner` does, in this process."""
-        asked = self.asked
+        asked, study = self.asked, self
 
         class Asked(Refiner):
+            def close(self) -> None:
+                study.closed += 1
+
             def score(self, allocation: Any, split: str, file: str | None) -> Score:
                 asked.append((split, file))
                 return super().score(allocation, split, file)
