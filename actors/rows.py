@@ -21,6 +21,27 @@ Row = Mapping[str, Any]
 JSON = (".jsonl", ".json")
 TABLES = {".parquet": "parquet", ".csv": "csv"}
 ARROW, TEXT = ".arrow", ".txt"
+HUB_SPLIT, HUB_REVISION = "validation", "main"
+HUB_SUBSET = "default"
+"""What `datasets` takes where none is named and one is called so."""
+
+
+def place_of_rows(source: str, subset: str | None = None, split: str | None = None) -> tuple[str, ...]:
+    """Where `load_rows` reads, however that is written: equal places hold equal rows.
+
+    Locally that is the file or folder behind all links; a subset, and a split that decides nothing, do not
+    count. On the hub it is a data set at a revision, and of it a subset and a split.
+
+    Raises:
+        RankfrontError: there is no such source.
+    """
+    place = Source.parse(source)
+    if place.path is not None:
+        return (str(_folder_of(place.path, split).resolve()),)
+    assert place.hub_id is not None
+    # The hub holds no two names that differ in case alone.
+    name = place.hub_id.casefold()
+    return (name, place.revision or HUB_REVISION, subset or HUB_SUBSET, split or HUB_SPLIT)
 
 
 def load_rows(source: str, subset: str | None = None, split: str | None = None) -> Sequence[Row]:
@@ -94,7 +115,7 @@ def _load_table(place: Source, source: str, subset: str | None, split: str | Non
     try:
         if place.hub_id is not None:
             return datasets.load_dataset(
-                place.hub_id, subset, split=split or "validation", revision=place.revision
+                place.hub_id, subset, split=split or HUB_SPLIT, revision=place.revision
             )
         assert place.path is not None
         return _local(place.path, source, split)
@@ -122,11 +143,17 @@ def _local(path: Path, source: str, split: str | None) -> datasets.Dataset:
     return datasets.load_dataset(kind, data_files=str(path), split="train")
 
 
+def _folder_of(path: Path, split: str | None) -> Path:
+    """A file, or the folder of a single data set, itself; of a folder of several the split's."""
+    if split is None or not path.is_dir() or (path / "state.json").exists():
+        return path
+    return path / split
+
+
 def _load_folder(path: Path, split: str | None) -> datasets.Dataset:
     import datasets
 
-    if split is not None and not (path / "state.json").exists():
-        path = path / split
+    path = _folder_of(path, split)
     if not (path / "state.json").exists():
         inside = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
         raise RankfrontError(f"{path} holds no saved data set; beside it: {', '.join(inside) or 'nothing'}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.rows import columns_of, load_rows
+from actors.rows import columns_of, load_rows, place_of_rows
 from actors.types import CalibrationSpec, PreparationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
@@ -57,6 +57,29 @@ def text_name(text: str, window: int, stride: int, join: str) -> str:
     other = "" if stride == window else f"/{stride}"
     joined = "" if join == STANDARD_JOIN else f" joined by {json.dumps(join)}"
     return f"{text}@{window}{other}{joined}"
+
+
+def place_of(text: TextSource) -> tuple[str, ...]:
+    """Where its documents are, however that is written: equal for texts of the same documents, whatever
+    becomes of them. Raises as `place_of_rows` does."""
+    return (*place_of_rows(text.source, text.subset, text.split), text.column)
+
+
+def is_divided(calibration: TextSource, scoring: TextSource) -> bool:
+    """Whether both are of the same documents, which are then divided; each joins its own as it says.
+
+    Raises:
+        RankfrontError: repeats are dropped for one of them only: no division is that of both.
+    """
+    if place_of(calibration) != place_of(scoring):
+        return False
+    if calibration.deduplicate != scoring.deduplicate:
+        here, there = (json.dumps(each.deduplicate) for each in (calibration, scoring))
+        raise RankfrontError(
+            f"calibration.text.deduplicate: {here}, but text.deduplicate is {there} and both are of the same "
+            "documents, which are divided between them; give both the same, or name another text"
+        )
+    return True
 
 
 def load_documents(text: TextSource) -> list[str]:
@@ -114,11 +137,11 @@ def text_parts(
 ) -> dict[str, list[str]]:
     """Documents of the calibration, search and test parts: disjoint, contiguous regions.
 
-    Where calibration and scoring name the same text, calibration takes the first
-    `calibration_fraction` of it; otherwise it has its own text whole.
+    Where calibration and scoring are of the same documents, calibration takes the first
+    `calibration_fraction` of them; otherwise it has its own text whole. Raises as `is_divided` does.
     """
     search = scoring.search_fraction
-    if calibration.text == scoring.text:
+    if is_divided(calibration.text, scoring.text):
         rest = 1 - calibration_fraction
         fractions = (calibration_fraction, rest * search, rest * (1 - search))
         parts = divide(load_documents(scoring.text), fractions)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -11,7 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.text import divide, fingerprint_windows, load_documents, text_name, text_parts, windows
+from actors.text import (
+    divide,
+    fingerprint_windows,
+    load_documents,
+    place_of,
+    text_name,
+    text_parts,
+    windows,
+)
 from actors.types import CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 TEXTS = ["first, „quoted”", 'second "line"', "third"]
@@ -116,9 +127,75 @@ def test_a_calibration_text_of_its_own_is_taken_whole(tmp_path: Path) -> None:
     parts = text_parts(CalibrationSpec(own, 64, 32), scoring, 0.4)
     assert parts["calibration"] == TEXTS
     assert [*parts["search"], *parts["test"]] == tiny.documents()
-    # the same folder read otherwise is another text: it is whole and may overlap, as asked
-    joined = text_parts(CalibrationSpec(TextSource(text.source, join=" "), 64, 32), scoring, 0.4)
-    assert joined["calibration"] == tiny.documents()
+
+
+HUB = {"subset": "raw"}
+# Two ways each to write where the same documents are, below the folder that `everywhere` makes.
+SPELLINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "join": ({"source": "./a.jsonl"}, {"source": "./a.jsonl", "join": " "}),
+    "path": ({"source": "./a.jsonl"}, {"source": "./folder/../a.jsonl"}),
+    "link": ({"source": "./a.jsonl"}, {"source": "./link.jsonl"}),
+    "split of a file": ({"source": "./a.jsonl"}, {"source": "./a.jsonl", "split": "train"}),
+    "subset of a file": ({"source": "./a.jsonl"}, {"source": "./a.jsonl", "subset": "raw"}),
+    "split of one data set": ({"source": "./folder/dev"}, {"source": "./folder/dev", "split": "test"}),
+    "folder of a split": ({"source": "./folder/dev"}, {"source": "./folder", "split": "dev"}),
+    "default split": ({"source": "o/x", **HUB}, {"source": "o/x", **HUB, "split": "validation"}),
+    "default revision": ({"source": "o/x", **HUB}, {"source": "o/x@main", **HUB}),
+    "default subset": ({"source": "o/x"}, {"source": "o/x", "subset": "default"}),
+    "hub": ({"source": "o/x", **HUB}, {"source": "hub:o/x", **HUB}),
+    "letter case of the hub": ({"source": "o/x", **HUB}, {"source": "O/X", **HUB}),
+}
+
+
+@pytest.fixture
+def everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny documents in a file, a link to it, a saved dictionary and whatever is on the hub."""
+    table = datasets.Dataset.from_dict({"text": tiny.documents()})
+    table.to_json(tmp_path / "a.jsonl")
+    datasets.DatasetDict({"dev": table}).save_to_disk(tmp_path / "folder")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("named", SPELLINGS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_same_documents_are_divided_however_they_are_named(named: str, turned: bool) -> None:
+    one, other = (TextSource(**each) for each in SPELLINGS[named])
+    own, scored = (other, one) if turned else (one, other)
+    parts = text_parts(CalibrationSpec(own, 64, 32), ScoringSpec(scored, 32, {}, search_fraction=0.25), 0.4)
+    assert all(parts.values())
+    assert [*parts["calibration"], *parts["search"], *parts["test"]] == tiny.documents()
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("named", SPELLINGS)
+@pytest.mark.parametrize("own", [False, True])
+def test_the_same_documents_less_repeats_are_refused(named: str, own: bool) -> None:
+    """Divided as one of them is read, the parts of the other could share a document."""
+    one, other = (TextSource(**each) for each in SPELLINGS[named])
+    calibration = CalibrationSpec(replace(one, deduplicate=own), 64, 32)
+    scoring = ScoringSpec(replace(other, deduplicate=not own), 32, {})
+    key = rf"^calibration\.text\.deduplicate: {json.dumps(own)}, but text\.deduplicate is"
+    with pytest.raises(RankfrontError, match=key):
+        text_parts(calibration, scoring, 0.4)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(
+    ("own", "scored"),
+    [
+        ({"source": "o/x", "split": "train"}, {"source": "o/x"}),
+        ({"source": "o/x@v1"}, {"source": "o/x"}),
+        ({"source": "o/x", **HUB}, {"source": "o/x", "subset": "other"}),
+        ({"source": "o/x"}, {"source": "p/x"}),
+        ({"source": "./a.jsonl"}, {"source": "./folder/dev"}),
+        ({"source": "./a.jsonl", "column": "summary"}, {"source": "./a.jsonl"}),
+    ],
+)
+def test_other_documents_are_another_place(own: dict[str, Any], scored: dict[str, Any]) -> None:
+    assert place_of(TextSource(**own)) != place_of(TextSource(**scored))
 
 
 def test_windows_are_consecutive_pieces_of_the_joined_text() -> None:
