@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 STANDARD_JOIN = "\n\n"
 """How perplexities are reported, so that a text joined otherwise says so in its name."""
 
+_MARGIN = 256
+"""Tokens read behind those that are wanted. What a text ends with changes the tokens of its last word, or the
+last few of a word that long; so those before the margin are the same whatever follows."""
+
 
 class TooShortError(RankfrontError):
     """Not one window of text."""
@@ -166,6 +170,23 @@ def corpus_part(text: TextSource, search_fraction: float, split: str) -> list[st
     return search if split == "search" else test
 
 
+def first_ids(text: str, tokenizer: Any, count: int) -> list[int]:
+    """The first `count` token ids of a text, or all it has: those that tokenising the whole begins with.
+
+    Only as much of the text is tokenised as that takes, at first a character for each token, then as many as
+    the tokens so far have. No special token is added.
+    """
+    wanted = count + _MARGIN
+    size = wanted
+    while True:
+        ids: list[int] = tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= wanted or size >= len(text):
+            return ids[:count]
+        # a tenth more, since the rest may have shorter words; no more than eight times as much, since a text
+        # may begin with what makes no token
+        size = min(8 * size, 1 + int(1.1 * size * wanted / max(1, len(ids))))
+
+
 def windows(
     documents: Sequence[str],
     join: str,
@@ -188,8 +209,7 @@ def windows(
 
     stride = window if stride is None else stride
 
-    ids = tokenizer(join.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = ids[skip : skip + tokens]
+    ids = first_ids(join.join(documents), tokenizer, skip + tokens)[skip:]
     if len(ids) < window:
         raise TooShortError(
             f"text too short: {len(ids)} tokens in {len(documents)} documents, a window needs {window}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from actors.text import (
     divide,
     fingerprint_windows,
+    first_ids,
     load_documents,
     place_of,
     text_name,
@@ -206,6 +208,81 @@ def test_windows_are_consecutive_pieces_of_the_joined_text() -> None:
     assert found.shape == (len(expected) // 32, 32)
     assert found.flatten().tolist() == expected[: found.numel()]
     assert windows(documents, "\n--\n", tokenizer, 32, 100).tolist() == found[:3].tolist()
+
+
+def _trained(model: Any, trainer: Any, normalizer: Any, pre_tokenizer: Any) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator(tiny.documents(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@cache
+def tokenizer_of(kind: str) -> Any:
+    """Byte-level BPE, as GPT-2's; BPE over a text in one piece, as Gemma's; unigrams of words, as T5's."""
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    if kind == "bytes":
+        return tiny.tiny_tokenizer()
+    if kind == "whole":
+        trainer = trainers.BpeTrainer(vocab_size=384, show_progress=False)
+        return _trained(models.BPE(), trainer, normalizers.Replace(" ", "\u2581"), None)
+    unigrams = trainers.UnigramTrainer(
+        vocab_size=384, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+    )
+    return _trained(models.Unigram(), unigrams, normalizers.NFKC(), pre_tokenizers.Metaspace())
+
+
+class Counted:
+    """A tokenizer, and how many tokens it made."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.tokens = tokenizer, 0
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        found = self._tokenizer(*arguments, **keywords)
+        self.tokens += len(found["input_ids"])
+        return found
+
+
+@pytest.mark.parametrize("kind", ["bytes", "whole", "unigrams"])
+@pytest.mark.parametrize("documents", [tiny.documents(), ["".join(tiny.documents()).replace(" ", "")]])
+@pytest.mark.parametrize("skip", [0, 7, 1_500])
+def test_windows_are_those_of_the_whole_text_and_not_all_of_it_is_read(
+    kind: str, documents: list[str], skip: int
+) -> None:
+    """In a text of words, and in one that is a single word."""
+    tokenizer = tokenizer_of(kind)
+    whole = tokenizer("\n\n".join(documents), add_special_tokens=False)["input_ids"]
+    assert len(whole) > 8_000
+    for cap in (32, 33, 95, 500, 1_024, 1_025, 2_600, 5_000, len(whole), 10**9):
+        counted = Counted(tokenizer)
+        found = windows(documents, "\n\n", counted, 32, cap, skip=skip)
+        expected = torch.tensor(whole[skip : skip + cap]).unfold(0, 32, 32)
+        assert found.tolist() == expected.tolist()
+        assert counted.tokens <= min(2 * (skip + cap) + 1_000, 2 * len(whole))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "whole", "unigrams"])
+def test_no_token_is_of_a_word_that_was_cut(kind: str) -> None:
+    """Few tokens are a short beginning, which ends right behind them but for what is read further."""
+    tokenizer, text = tokenizer_of(kind), " ".join(tiny.documents(5))
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for count in range(1, 100):
+        assert first_ids(text, tokenizer, count) == whole[:count]
+
+
+def test_a_text_that_begins_with_no_token_is_not_read_whole() -> None:
+    plain = tokenizer_of("unigrams")
+    counted = Counted(lambda text, **keywords: plain(text.strip(), **keywords))
+    found = windows([" " * 5_000, *tiny.documents() * 20], "", counted, 32, 320)
+    assert found.shape == (10, 32)
+    assert counted.tokens < 20_000
 
 
 def test_windows_that_overlap_begin_a_stride_apart() -> None:
