@@ -32,7 +32,7 @@ class ScoredText:
 
     Where windows overlap, each after the first is scored on its last `stride` tokens only, with the tokens
     before them as context: every token of the text but the first is scored once. Where they do not overlap
-    the first token of each is never scored.
+    the first token of each is never scored: one of the text, or BOS where windows begin with it (`windows`).
     """
 
     name: str
@@ -51,7 +51,7 @@ class ScoredText:
 
     @property
     def length(self) -> int:
-        """Tokens of the text, those in several windows once."""
+        """Tokens that are read, those in several windows once."""
         count, window = self.windows.shape
         return window + (count - 1) * self.stride
 
@@ -187,6 +187,15 @@ def first_ids(text: str, tokenizer: Any, count: int) -> list[int]:
         size = min(8 * size, 1 + int(1.1 * size * wanted / max(1, len(ids))))
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer puts before every text unless told not to: BOS, or none.
+
+    Models that learned to read behind it may make nothing of a text without.
+    """
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else []
+
+
 def windows(
     documents: Sequence[str],
     join: str,
@@ -199,8 +208,9 @@ def windows(
     """Joined documents as int64 token ids (windows, window), no padding.
 
     Each window begins `stride` tokens behind the one before it, by default a whole window: consecutive, not
-    overlapping. At most `tokens` tokens behind the first `skip`, rounded down to whole windows. No special
-    token is added.
+    overlapping. At most `tokens` tokens behind the first `skip`, rounded down to whole windows. Where the
+    tokenizer puts BOS before a text, each window is BOS and `window` - 1 tokens of the text, and there are as
+    many as without it; no other special token is added.
 
     Raises:
         TooShortError: the text is too short for one window.
@@ -208,13 +218,17 @@ def windows(
     import torch
 
     stride = window if stride is None else stride
-
-    ids = first_ids(join.join(documents), tokenizer, skip + tokens)[skip:]
-    if len(ids) < window:
+    begin = beginning(tokenizer)
+    own = window - len(begin)
+    ids = first_ids(join.join(documents), tokenizer, skip + tokens - len(begin))[skip:]
+    if len(ids) < own:
         raise TooShortError(
-            f"text too short: {len(ids)} tokens in {len(documents)} documents, a window needs {window}"
+            f"text too short: {len(ids)} tokens in {len(documents)} documents, a window needs {own}"
         )
-    return torch.tensor(ids, dtype=torch.int64).unfold(0, window, stride).contiguous()
+    # windows that do not overlap follow each other in the text, not counting what is put before them
+    cut = torch.tensor(ids, dtype=torch.int64).unfold(0, own, min(stride, own))
+    cut = cut[: (tokens - window) // stride + 1]
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(len(cut), -1), cut], 1)
 
 
 def fingerprint_windows(ids: torch.Tensor) -> str:

@@ -66,6 +66,34 @@ def test_the_text_that_chooses_is_behind_that_of_the_search(
     assert load_choice(spec, tokenizer) is None, "the search takes all"
 
 
+@pytest.mark.parametrize("stride", [None, 8])
+def test_a_tokenizer_that_begins_with_bos_makes_splits_of_its_own(
+    spec: PreparationSpec, tokenizer: Any, stride: int | None
+) -> None:
+    """Of other fingerprints, as large, each window behind BOS; they share no token of the text."""
+    tokens = {"search": 70, "test": 64, "choice": 96}
+    spec = replace(spec, scoring=replace(spec.scoring, tokens=tokens, stride=stride, tasks=()))
+    found = [load_split(spec, split, tiny.beginning_with_bos(), 256) for split in ("search", "test")]
+    plain = [load_split(spec, split, tokenizer, 256) for split in ("search", "test")]
+    choices = load_choice(spec, tiny.beginning_with_bos()), load_choice(spec, tokenizer)
+    for one, other in [*zip(found, plain, strict=True), choices]:
+        assert one is not None
+        assert other is not None
+        assert one.fingerprint != other.fingerprint
+        assert one.windows.shape == other.windows.shape
+        assert one.text.scored.tolist() == other.text.scored.tolist()
+        assert one.windows[:, 0].unique().tolist() == [tokenizer.bos_token_id]
+        assert one.windows[0, 1:].tolist() == other.windows[0, :-1].tolist()
+    searched = text_parts(spec.calibration, spec.scoring, spec.calibration_fraction)["search"]
+    ids = tokenizer("\n\n".join(searched))["input_ids"]
+    step = stride or 31
+    last = step * (len(found[0].windows) - 1)
+    assert found[0].windows[-1, 1:].tolist() == ids[last : last + 31]
+    assert last + 31 <= 70
+    assert choices[0] is not None
+    assert choices[0].windows[0, 1:].tolist() == ids[70 : 70 + 31]
+
+
 def test_caps_take_the_first_of_the_same_order(spec: PreparationSpec, tokenizer: Any) -> None:
     """A larger cap adds examples and windows; it never exchanges them."""
     capped = replace(spec.scoring, examples={"search": 2, "test": 7}, tokens={"search": 96, "test": 64})

@@ -241,6 +241,8 @@ def tokenizer_of(kind: str) -> Any:
 class Counted:
     """A tokenizer, and how many tokens it made."""
 
+    bos_token_id = None
+
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self.tokens = tokenizer, 0
 
@@ -306,14 +308,40 @@ def test_a_name_says_whatever_is_not_the_standard(stride: int, join: str, name: 
     assert text_name("wikitext2", 2048, stride, join) == name
 
 
-def test_windows_of_a_tokenizer_that_adds_special_tokens_have_none() -> None:
+@pytest.mark.parametrize("stride", [None, 32, 31, 8])
+@pytest.mark.parametrize("skip", [0, 45])
+def test_windows_of_a_tokenizer_that_begins_with_bos_begin_with_it(stride: int | None, skip: int) -> None:
+    """As many windows, each of a token of text less; consecutive ones still leave none of the text out."""
+    tokenizer, plain, text = tiny.beginning_with_bos(), tiny.tiny_tokenizer(), " ".join(tiny.documents(5))
+    [bos, *ids] = tokenizer(text)["input_ids"]
+    assert bos == tokenizer.bos_token_id
+    assert ids == plain(text)["input_ids"]
+    step = min(stride or 32, 31)
+    for cap in (32, 63, 64, 320, 331):
+        found = windows([text], "", tokenizer, 32, cap, stride, skip)
+        assert found.shape == windows([text], "", plain, 32, cap, stride, skip).shape
+        assert found.dtype == torch.int64
+        assert found.is_contiguous()
+        begins = range(skip, skip + step * len(found), step)
+        assert found.tolist() == [[bos, *ids[start : start + 31]] for start in begins]
+        assert begins[-1] + 31 < skip + cap, "what is behind the cap is another split's"
+    assert windows([text], "", tokenizer, 32, 320)[0].tolist() == tokenizer(text)["input_ids"][:32]
+    with pytest.raises(RankfrontError, match="30 tokens in 1 documents, a window needs 31"):
+        windows([tokenizer.decode(ids[:30])], "", tokenizer, 32, 320)
+
+
+def test_only_bos_is_put_before_windows() -> None:
+    """Neither what is put behind a text, nor another token before it."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny.tiny_tokenizer()
     plain = windows(tiny.documents(5), " ", tokenizer, 32, 320)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
-    )
+    eos = [("<eos>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=eos)
+    assert tokenizer("text")["input_ids"][-1] == tokenizer.eos_token_id
+    assert windows(tiny.documents(5), " ", tokenizer, 32, 320).tolist() == plain.tolist()
+    tokenizer = tiny.beginning_with_bos()
+    tokenizer.bos_token = None
     assert tokenizer("text")["input_ids"][0] == tokenizer.eos_token_id
     assert windows(tiny.documents(5), " ", tokenizer, 32, 320).tolist() == plain.tolist()
 
