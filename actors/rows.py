@@ -6,6 +6,7 @@ Rows are counted from 0, as everywhere; lines of a file from 1, as in an editor.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,8 @@ def load_rows(source: str, subset: str | None = None, split: str | None = None) 
     """Rows in order, of at least one: JSON objects as they are written, anything else as a table of columns.
 
     `source` is a hub id, a folder saved by `datasets`, or a file: parquet, Arrow, JSON (one object a line, or
-    one array of objects in a .json), CSV, or text (a row is a line, in the column `text`).
+    one array of objects in a .json), CSV, or text: a row is a line with its end and the blank lines behind
+    it, in the column `text`, so that all rows together are the file. Line ends are read as "\\n".
 
     Raises:
         RankfrontError: there is no such source or split, it cannot be read (the file, the line, why), it
@@ -63,6 +65,12 @@ def load_rows(source: str, subset: str | None = None, split: str | None = None) 
     if len(rows) == 0:
         raise RankfrontError(f"{source}: holds no rows")
     return rows
+
+
+def is_plain(source: str) -> bool:
+    """Whether rows are the lines of a text file, which bring their ends with them."""
+    path = Source.parse(source).path
+    return path is not None and path.suffix == TEXT and path.is_file()
 
 
 def columns_of(rows: Sequence[Row]) -> list[str] | None:
@@ -109,6 +117,15 @@ def _text(path: Path, source: str) -> str:
         raise RankfrontError(f"{source}: byte {error.start} is no UTF-8 text") from error
 
 
+def _lines(content: str) -> list[str]:
+    """Each line with its end and the blank lines behind it, the first with those before it too."""
+    first, *others = re.split(r"(?<=\n)(?=[^\S\n]*\S)", content)
+    if others and not first.strip():
+        others[0] = first + others[0]
+        return others
+    return [first, *others] if content else []
+
+
 def _load_table(place: Source, source: str, subset: str | None, split: str | None) -> datasets.Dataset:
     import datasets
 
@@ -133,7 +150,7 @@ def _local(path: Path, source: str, split: str | None) -> datasets.Dataset:
     if path.is_dir():
         return _load_folder(path, split)
     if path.suffix == TEXT:
-        return datasets.Dataset.from_dict({"text": _text(path, source).splitlines()})
+        return datasets.Dataset.from_dict({"text": _lines(_text(path, source))})
     if path.suffix == ARROW:
         return datasets.Dataset.from_file(str(path))
     kind = TABLES.get(path.suffix)

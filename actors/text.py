@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.rows import columns_of, load_rows, place_of_rows
+from actors.rows import columns_of, is_plain, load_rows, place_of_rows
 from actors.types import CalibrationSpec, PreparationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def is_divided(calibration: TextSource, scoring: TextSource) -> bool:
     """Whether both are of the same documents, which are then divided; each joins its own as it says.
 
     Raises:
-        RankfrontError: repeats are dropped for one of them only: no division is that of both.
+        RankfrontError: repeats are dropped for one of them only: no division is that of both; or no such
+            `between`.
     """
     if place_of(calibration) != place_of(scoring):
         return False
@@ -83,15 +84,35 @@ def is_divided(calibration: TextSource, scoring: TextSource) -> bool:
             f"calibration.text.deduplicate: {here}, but text.deduplicate is {there} and both are of the same "
             "documents, which are divided between them; give both the same, or name another text"
         )
+    between(calibration)  # of the two only the scored text is loaded
     return True
+
+
+def between(text: TextSource) -> str:
+    """What stands between two documents: nothing between lines of a text file, which bring their ends.
+
+    Raises:
+        RankfrontError: a text file whose lines are to be joined by something.
+    """
+    if not is_plain(text.source):
+        return text.join
+    if text.join != STANDARD_JOIN:
+        raise RankfrontError(
+            f"{text.source}: join {json.dumps(text.join)}: a .txt file is read as it is, line ends and all; "
+            "leave join out"
+        )
+    return ""
 
 
 def load_documents(text: TextSource) -> list[str]:
     """The documents of one column, in order; empty ones dropped, exact repeats too if asked.
 
+    With what stands `between` them they are the text; of a text file, the file as it is.
+
     Raises:
-        RankfrontError: a row without the column, or with something other than text in it.
+        RankfrontError: a row without the column, or with something other than text in it; no such `between`.
     """
+    between(text)  # before anything is read
     column = _column(text)
     for number, document in enumerate(column):
         if not isinstance(document, str):
@@ -161,7 +182,8 @@ def calibration_windows(spec: PreparationSpec, tokenizer: Any) -> torch.Tensor:
     """Windows (windows, window) of the calibration part; raises as `windows` does."""
     calibration = spec.calibration
     documents = text_parts(calibration, spec.scoring, spec.calibration_fraction)["calibration"]
-    return windows(documents, calibration.text.join, tokenizer, calibration.window, calibration.tokens)
+    text = calibration.text
+    return windows(documents, between(text), tokenizer, calibration.window, calibration.tokens)
 
 
 def corpus_part(text: TextSource, search_fraction: float, split: str) -> list[str]:

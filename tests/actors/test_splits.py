@@ -12,7 +12,7 @@ import torch
 
 from actors.models import load_tokenizer
 from actors.splits import load_choice, load_split
-from actors.text import text_parts
+from actors.text import calibration_windows, text_parts
 from actors.types import CorpusSource, PreparationSpec, RankfrontError, TextSource
 from search.config import parse_config
 
@@ -64,6 +64,29 @@ def test_the_text_that_chooses_is_behind_that_of_the_search(
     assert found.windows[0].tolist() == whole[70:102].tolist()
     assert found.tokens == found.windows.numel()
     assert load_choice(spec, tokenizer) is None, "the search takes all"
+
+
+def test_windows_of_a_text_file_are_those_of_the_file(
+    spec: PreparationSpec, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Of its own line ends, whichever part they are of."""
+    (tmp_path / "t.txt").write_text("\n".join(tiny.documents()), encoding="utf-8")
+    text = TextSource(str(tmp_path / "t.txt"))
+    scoring = replace(spec.scoring, text=text, tokens={"search": 320, "test": 320, "choice": 320}, tasks=())
+    scoring = replace(scoring, corpora=(CorpusSource("again", text, {"search": 320, "test": 320}),))
+    spec = replace(spec, scoring=scoring, calibration=replace(spec.calibration, text=text))
+    parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
+    assert "".join(map("".join, parts.values())) == "\n".join(tiny.documents())
+    ids = {name: tokenizer("".join(part))["input_ids"] for name, part in parts.items()}
+    search, choice = load_split(spec, "search", tokenizer, 256), load_choice(spec, tokenizer)
+    assert choice is not None
+    assert search.text.name == choice.text.name == "t.txt@32"
+    assert search.windows.flatten().tolist() == ids["search"][:320]
+    assert choice.windows.flatten().tolist() == ids["search"][320:640]
+    calibrated = calibration_windows(spec, tokenizer).flatten()
+    assert calibrated.tolist() == ids["calibration"][: len(calibrated)]
+    again = tokenizer("\n".join(tiny.documents()))["input_ids"]
+    assert search.corpora["again"].windows.flatten().tolist() == again[:320]
 
 
 @pytest.mark.parametrize("stride", [None, 8])

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.text import (
+    between,
     divide,
     fingerprint_windows,
     first_ids,
@@ -74,6 +75,43 @@ def test_documents_of_json_rows_of_different_fields(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text('[{"n": 1, "text": "a"}, {"text": "b", "n": "two"}]')
     assert load_documents(TextSource(str(path))) == ["a", "b"]
+
+
+LINES = "\n\n = A title = \n\n First\x0cpage.\u2028Same line.\n\n\n\tSecond; café.\nThird.\n Third. \n" * 40
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> TextSource:
+    (tmp_path / "t.txt").write_text(LINES, encoding="utf-8")
+    return TextSource(str(tmp_path / "t.txt"))
+
+
+def test_a_text_file_is_read_as_it_is(plain: TextSource) -> None:
+    documents = load_documents(plain)
+    assert "".join(documents) == LINES
+    assert len(documents) == 5 * 40
+    scoring = ScoringSpec(plain, 32, {}, search_fraction=0.25)
+    parts = text_parts(CalibrationSpec(plain, 64, 32), scoring, 0.4)
+    assert "".join([*parts["calibration"], *parts["search"], *parts["test"]]) == LINES
+    tokenizer = tiny.tiny_tokenizer()
+    for documents in parts.values():
+        text = "".join(documents)
+        found = windows(documents, between(plain), tokenizer, 32, 10**6)
+        assert found.numel() > len(tokenizer(text)["input_ids"]) - 32
+        assert text.startswith(tokenizer.decode(found.flatten()[:-4]))  # the last character may be cut
+
+
+def test_repeated_lines_of_a_text_file_go_with_the_blank_ones_behind_them(plain: TextSource) -> None:
+    kept = load_documents(replace(plain, deduplicate=True))
+    assert "".join(kept) == LINES[: len(LINES) // 40].removesuffix(" Third. \n")
+
+
+def test_a_text_file_is_not_joined_by_anything(plain: TextSource) -> None:
+    with pytest.raises(RankfrontError, match=r't\.txt: join " ": a \.txt file is read as it is'):
+        load_documents(replace(plain, join=" "))
+    with pytest.raises(RankfrontError, match=r't\.txt: join " ": a \.txt file is read as it is'):
+        text_parts(CalibrationSpec(replace(plain, join=" "), 64, 32), ScoringSpec(plain, 32, {}), 0.4)
+    assert between(replace(plain, source=str(Path(plain.source).parent), join=" ")) == " "
 
 
 def test_empty_documents_are_dropped_and_repeats_kept_unless_asked(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_corpus_too_short_or_without_its_column_is_named(raw: dict[str, Any], 
     (tmp_path / "short.txt").write_text("few words\n" * 5)
     short = {"name": "short", "source": str(tmp_path / "short.txt")}
     [line] = mistakes(put(raw, "scoring.corpora", [short]))
-    assert line.startswith("scoring.corpora[0]: text too short: its search part has 9 characters")
+    assert line.startswith("scoring.corpora[0]: text too short: its search part has 10 characters")
     [line] = mistakes(put(raw, "scoring.corpora", [C4, {**short, "column": "passage"}]))
     assert line.startswith("scoring.corpora[1]: ")
     assert "no column 'passage'; there are text" in line
