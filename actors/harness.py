@@ -16,7 +16,7 @@ from actors.models import load_tokenizer, whole_model
 from actors.nonfinite import all_finite
 from actors.perplexity import score_text
 from actors.replica import quieten
-from actors.text import load_documents, windows
+from actors.text import between, load_documents, windows
 from actors.types import ModelSource, RankfrontError, ScoringError, TextScore, TextSource
 
 
@@ -99,7 +99,7 @@ class LoadedFolder:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and window > limit:
             raise RankfrontError(f"--window {window}: the model reads {limit} tokens")
-        ids = windows(load_documents(text), text.join, self.tokenizer, window, tokens)
+        ids = windows(load_documents(text), between(text), self.tokenizer, window, tokens)
         return score_text(self.model, ids, batch_tokens, f"{text.source.rsplit('/', 1)[-1]}@{window}")
 
     def harness(self, harness: Harness) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from actors.tasks import load_examples, task_of
 from actors.text import (
     ScoredText,
     TooShortError,
+    between,
     corpus_part,
     fingerprint_windows,
     text_name,
@@ -100,13 +101,14 @@ def load_choice(spec: PreparationSpec, tokenizer: Any) -> SplitData | None:
     """The text of the search part behind that of the search split; None where no window of it is left."""
     scoring = spec.scoring
     documents = text_parts(spec.calibration, scoring, spec.calibration_fraction)["search"]
-    cap, skip, join = scoring.tokens[CHOICE], scoring.tokens["search"], scoring.text.join
+    cap, skip, text = scoring.tokens[CHOICE], scoring.tokens["search"], scoring.text
     try:
-        ids = windows(documents, join, tokenizer, scoring.window, cap, scoring.step, skip)
+        ids = windows(documents, between(text), tokenizer, scoring.window, cap, scoring.step, skip)
     except TooShortError:
         return None
-    text = ScoredText(text_name(_name(scoring), scoring.window, scoring.step, join), ids, scoring.step)
-    return SplitData(CHOICE, text, {}, (), (), digest([CHOICE, fingerprint_windows(ids)]))
+    name = text_name(_name(scoring), scoring.window, scoring.step, text.join)
+    found = ScoredText(name, ids, scoring.step)
+    return SplitData(CHOICE, found, {}, (), (), digest([CHOICE, fingerprint_windows(ids)]))
 
 
 def _name(scoring: ScoringSpec) -> str:
@@ -123,7 +125,7 @@ def _windowed(
         RankfrontError: they are too short for one window; names the text.
     """
     try:
-        ids = windows(documents, text.join, tokenizer, scoring.window, tokens, scoring.step)
+        ids = windows(documents, between(text), tokenizer, scoring.window, tokens, scoring.step)
     except RankfrontError as error:
         raise RankfrontError(f"{text.source}: {error}") from error
     return ScoredText(text_name(name, scoring.window, scoring.step, text.join), ids, scoring.step)

@@ -131,7 +131,8 @@ class Allocation:
 class TextSource:
     """Where documents come from and how they become one text.
 
-    `source` is a hub id, a local path or `package:name/path` (see `actors.sources`).
+    `source` is a hub id, a local path or `package:name/path` (see `actors.sources`). Documents are rows of
+    `column`, joined by `join`; a .txt file is one text as it is, and its documents are its lines.
     """
 
     source: str

@@ -42,7 +42,10 @@ class ModelSection(Section):
 
 
 class TextSection(Section):
-    """Documents: a column of a data set, joined into one text."""
+    """Documents: a column of a data set, joined into one text; or the lines of a .txt file, as they are.
+
+    With `deduplicate`, of those that differ in case and white space alone only the first is kept.
+    """
 
     source: str
     subset: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from actors.sources import Source
-from actors.text import corpus_part, text_parts
+from actors.text import corpus_part, is_divided, place_of, text_parts
 from actors.types import SPLITS, CalibrationSpec, RankfrontError, ScoringSpec, TextSource
 
 if TYPE_CHECKING:
@@ -24,31 +24,31 @@ def stride_mistakes(scoring: ScoringSection) -> list[str]:
 def corpus_mistakes(text: TextSection, calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
     """Names that repeat, texts that are read already, and texts that are certainly too short."""
     found = []
-    read = {_place(text): "text"}
+    read = {place_of(_source(text)): "text"}
     if calibration.text is not None:
-        read.setdefault(_place(calibration.text), "calibration.text")
+        read.setdefault(place_of(_source(calibration.text)), "calibration.text")
     for index, corpus in enumerate(scoring.corpora):
         where = f"scoring.corpora[{index}]"
         if corpus.name in [other.name for other in scoring.corpora[:index]]:
             found.append(f"{where}.name: {corpus.name!r} is there twice")
-        if _place(corpus) in read:
-            found.append(
-                f"{where}: is the text of {read[_place(corpus)]}; name another source, split or column"
-            )
+        place = place_of(_source(corpus))
+        if place in read:
+            found.append(f"{where}: is the text of {read[place]}; name another source, split or column")
         elif Source.parse(corpus.source).path is not None:
             found += [f"{where}: {line}" for line in _too_short(corpus, scoring)]
-        read.setdefault(_place(corpus), where)
+        read.setdefault(place, where)
     return found
 
 
-def _place(text: TextSection) -> tuple[str | None, ...]:
-    return text.source, text.subset, text.split, text.column
+def _source(text: TextSection) -> TextSource:
+    """The text of a section, a corpus's less what is not of its text."""
+    return TextSource(**text.model_dump(exclude={"name", "tokens"}))
 
 
 def _too_short(corpus: CorpusSection, scoring: ScoringSection) -> list[str]:
-    text = TextSource(**corpus.model_dump(exclude={"name", "tokens"}))
+    text, share = _source(corpus), scoring.search_fraction
     try:
-        sizes = {split: sum(map(len, corpus_part(text, scoring.search_fraction, split))) for split in SPLITS}
+        sizes = {split: sum(map(len, corpus_part(text, share, split))) for split in SPLITS}
     except (RankfrontError, OSError, ValueError) as error:
         return [str(error)]
     return [
@@ -59,19 +59,23 @@ def _too_short(corpus: CorpusSection, scoring: ScoringSection) -> list[str]:
 
 
 def text_mistakes(text: TextSection, calibration: CalibrationSection, scoring: ScoringSection) -> list[str]:
-    """Texts that are certainly too short: a token is at least one character long.
+    """One text that two keys would read in two ways; texts that are certainly too short: a token is at least
+    one character long.
 
     Texts on the hub are not fetched to check a config; the workers check every text in tokens.
     """
-    sources = [text, calibration.text or text]
-    if any(Source.parse(section.source).path is None for section in sources):
+    scored, own = _source(text), _source(calibration.text or text)
+    try:
+        is_divided(own, scored)
+    except RankfrontError as error:
+        return [str(error)]
+    if any(Source.parse(each.source).path is None for each in (scored, own)):
         return []
-    own = TextSource(**(calibration.text or text).model_dump())
     try:
         parts = text_parts(
             CalibrationSpec(own, calibration.tokens, calibration.window),
             ScoringSpec(
-                TextSource(**text.model_dump()),
+                scored,
                 scoring.window,
                 scoring.tokens.model_dump(),
                 search_fraction=scoring.search_fraction,

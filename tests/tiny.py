@@ -74,6 +74,16 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>")
 
 
+def beginning_with_bos() -> Any:
+    """The tiny tokenizer, but that it puts BOS before every text, as those of Llama 3 and Gemma do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    bos = [("<eos>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=bos)
+    return tokenizer
+
+
 def tiny_model(folder: Path, model_type: str, seed: int = 0, **config_overrides: Any) -> Path:
     """Save a random causal language model (3 blocks, hidden 32, tied embeddings) and its tokenizer.
 

@@ -84,6 +84,9 @@ def test_perplexity_is_a_plain_loops(case: Case, tmp_path: Path) -> None:
         losses = [model(w[None], labels=w[None]).loss.item() for w in torch.tensor(ids).view(6, 32)]
     assert score.tokens == 6 * 31
     assert score.perplexity == pytest.approx(math.exp(math.fsum(losses) / 6), rel=1e-5)
+    (tmp_path / "text.txt").write_text("\n\n".join(tiny.documents()))
+    plain = loaded.perplexity(TextSource(str(tmp_path / "text.txt")), 32, 200, 64)
+    assert (plain.name, plain.windows) == ("text.txt@32", score.windows)
 
 
 def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

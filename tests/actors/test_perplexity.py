@@ -74,6 +74,28 @@ def test_a_stride_scores_each_token_once_with_more_before_it(
     assert found.nll == pytest.approx(sum(nats) / sum(counts), rel=1e-5)
 
 
+@pytest.mark.parametrize("stride", [8, 32])
+def test_behind_bos_every_token_of_the_text_is_scored(stride: int, llama: Path) -> None:
+    """Against windows made by hand, each what the tokenizer makes of its text unless told not to."""
+    tokenizer = tiny.beginning_with_bos()
+    ids = tokenizer("\n\n".join(tiny.documents()))["input_ids"][1:]
+    cut = windows(tiny.documents(), "\n\n", tokenizer, 32, 32 + 7 * stride, stride)
+    text = ScoredText("text", cut, stride)
+    model = load_model(llama, ModelSource(str(llama)))
+    losses = window_losses(model, text.windows, 1024, "text", scored=text.scored)
+    found = text_score(losses.nats, text.scored, "text")
+    step, nats, seen = min(stride, 31), [], 0
+    for begin in range(0, 8 * step, step):
+        end = begin + 31
+        inputs = torch.tensor([[tokenizer.bos_token_id, *ids[begin:end]]])
+        labels = inputs.clone()
+        labels[:, : 32 - (end - seen)] = -100
+        nats.append(model(inputs, labels=labels).loss.item() * (end - seen))
+        seen = end
+    np.testing.assert_allclose(losses.nats.numpy(), nats, rtol=1e-5)
+    assert found.tokens == seen
+
+
 def test_the_standard_error_is_of_the_token_weighted_mean() -> None:
     """Windows of unequally many tokens: that of the ratio, by the textbook's formula; values of that mean."""
     nats, counts = np.array([62.0, 25.0, 18.0, 22.0]), np.array([31, 8, 8, 8])

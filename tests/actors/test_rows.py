@@ -49,9 +49,22 @@ def test_every_kind_of_table_gives_the_same_rows(name: str, tmp_path: Path) -> N
     assert columns_of(rows) == (None if "json" in name else ["text", "n"])
 
 
-def test_a_text_file_is_a_table_of_lines(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    assert [row["text"] for row in load_rows(str(tmp_path / "t.txt"))] == TEXTS
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("a\nb\nc\n", ["a\n", "b\n", "c\n"]),
+        ("a\n\n\nb\n  \nc", ["a\n\n\n", "b\n  \n", "c"]),
+        ("\n \na\n  b\n\n ", ["\n \na\n", "  b\n\n "]),
+        ("a\x0cb\u2028c\x1dd\x85e\x0b\n\x0c\nf", ["a\x0cb\u2028c\x1dd\x85e\x0b\n\x0c\n", "f"]),
+        ("a\r\nb", ["a\n", "b"]),
+        (" \n\n", [" \n\n"]),
+    ],
+)
+def test_a_text_file_is_its_lines_with_what_ends_them(content: str, lines: list[str], tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(content, encoding="utf-8", newline="")
+    rows = load_rows(str(tmp_path / "t.txt"))
+    assert columns_of(rows) == ["text"]
+    assert [row["text"] for row in rows] == lines
 
 
 def test_a_split_of_a_saved_dictionary(tmp_path: Path) -> None:

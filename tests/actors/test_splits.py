@@ -12,7 +12,7 @@ import torch
 
 from actors.models import load_tokenizer
 from actors.splits import load_choice, load_split
-from actors.text import text_parts
+from actors.text import calibration_windows, text_parts
 from actors.types import CorpusSource, PreparationSpec, RankfrontError, TextSource
 from search.config import parse_config
 
@@ -64,6 +64,57 @@ def test_the_text_that_chooses_is_behind_that_of_the_search(
     assert found.windows[0].tolist() == whole[70:102].tolist()
     assert found.tokens == found.windows.numel()
     assert load_choice(spec, tokenizer) is None, "the search takes all"
+
+
+def test_windows_of_a_text_file_are_those_of_the_file(
+    spec: PreparationSpec, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Of its own line ends, whichever part they are of."""
+    (tmp_path / "t.txt").write_text("\n".join(tiny.documents()), encoding="utf-8")
+    text = TextSource(str(tmp_path / "t.txt"))
+    scoring = replace(spec.scoring, text=text, tokens={"search": 320, "test": 320, "choice": 320}, tasks=())
+    scoring = replace(scoring, corpora=(CorpusSource("again", text, {"search": 320, "test": 320}),))
+    spec = replace(spec, scoring=scoring, calibration=replace(spec.calibration, text=text))
+    parts = text_parts(spec.calibration, scoring, spec.calibration_fraction)
+    assert "".join(map("".join, parts.values())) == "\n".join(tiny.documents())
+    ids = {name: tokenizer("".join(part))["input_ids"] for name, part in parts.items()}
+    search, choice = load_split(spec, "search", tokenizer, 256), load_choice(spec, tokenizer)
+    assert choice is not None
+    assert search.text.name == choice.text.name == "t.txt@32"
+    assert search.windows.flatten().tolist() == ids["search"][:320]
+    assert choice.windows.flatten().tolist() == ids["search"][320:640]
+    calibrated = calibration_windows(spec, tokenizer).flatten()
+    assert calibrated.tolist() == ids["calibration"][: len(calibrated)]
+    again = tokenizer("\n".join(tiny.documents()))["input_ids"]
+    assert search.corpora["again"].windows.flatten().tolist() == again[:320]
+
+
+@pytest.mark.parametrize("stride", [None, 8])
+def test_a_tokenizer_that_begins_with_bos_makes_splits_of_its_own(
+    spec: PreparationSpec, tokenizer: Any, stride: int | None
+) -> None:
+    """Of other fingerprints, as large, each window behind BOS; they share no token of the text."""
+    tokens = {"search": 70, "test": 64, "choice": 96}
+    spec = replace(spec, scoring=replace(spec.scoring, tokens=tokens, stride=stride, tasks=()))
+    found = [load_split(spec, split, tiny.beginning_with_bos(), 256) for split in ("search", "test")]
+    plain = [load_split(spec, split, tokenizer, 256) for split in ("search", "test")]
+    choices = load_choice(spec, tiny.beginning_with_bos()), load_choice(spec, tokenizer)
+    for one, other in [*zip(found, plain, strict=True), choices]:
+        assert one is not None
+        assert other is not None
+        assert one.fingerprint != other.fingerprint
+        assert one.windows.shape == other.windows.shape
+        assert one.text.scored.tolist() == other.text.scored.tolist()
+        assert one.windows[:, 0].unique().tolist() == [tokenizer.bos_token_id]
+        assert one.windows[0, 1:].tolist() == other.windows[0, :-1].tolist()
+    searched = text_parts(spec.calibration, spec.scoring, spec.calibration_fraction)["search"]
+    ids = tokenizer("\n\n".join(searched))["input_ids"]
+    step = stride or 31
+    last = step * (len(found[0].windows) - 1)
+    assert found[0].windows[-1, 1:].tolist() == ids[last : last + 31]
+    assert last + 31 <= 70
+    assert choices[0] is not None
+    assert choices[0].windows[0, 1:].tolist() == ids[70 : 70 + 31]
 
 
 def test_caps_take_the_first_of_the_same_order(spec: PreparationSpec, tokenizer: Any) -> None:

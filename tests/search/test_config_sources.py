@@ -46,11 +46,40 @@ def test_a_corpus_that_is_read_already_is_refused(raw: dict[str, Any], tmp_path:
     assert line.startswith(f"scoring.corpora[0]: is the text of {key};")
 
 
+@pytest.mark.parametrize(
+    ("text", "corpus"),
+    [
+        ({"source": "{here}/text.txt"}, {"source": "{here}/text.txt", "split": "train"}),
+        ({"source": "{here}/text.txt"}, {"source": "{here}/link.txt", "deduplicate": True}),
+        ({"source": "org/x"}, {"source": "hub:org/x@main", "split": "validation"}),
+    ],
+)
+def test_a_corpus_that_is_read_already_under_another_name_is_refused(
+    raw: dict[str, Any], tmp_path: Path, text: dict[str, Any], corpus: dict[str, Any]
+) -> None:
+    (tmp_path / "link.txt").symlink_to(tmp_path / "text.txt")
+    text, corpus = ({**each, "source": each["source"].format(here=tmp_path)} for each in (text, corpus))
+    [line] = mistakes(put(raw | {"text": text}, "scoring.corpora", [{"name": "it", **corpus}]))
+    assert line.startswith("scoring.corpora[0]: is the text of text;")
+
+
+@pytest.mark.parametrize("source", ["{here}/text.txt", "org/x"])
+def test_one_text_with_and_without_repeats_is_refused(
+    raw: dict[str, Any], tmp_path: Path, source: str
+) -> None:
+    """On the hub too, where nothing is read to check a config."""
+    named = {"source": source.format(here=tmp_path)}
+    raw = put(raw | {"text": {**named, "deduplicate": True}}, "calibration.text", named)
+    [line] = mistakes(raw)
+    assert line.startswith("calibration.text.deduplicate: false, but text.deduplicate is true")
+    parse_config(put(raw, "calibration.text.deduplicate", True))
+
+
 def test_a_corpus_too_short_or_without_its_column_is_named(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("few words\n" * 5)
     short = {"name": "short", "source": str(tmp_path / "short.txt")}
     [line] = mistakes(put(raw, "scoring.corpora", [short]))
-    assert line.startswith("scoring.corpora[0]: text too short: its search part has 9 characters")
+    assert line.startswith("scoring.corpora[0]: text too short: its search part has 10 characters")
     [line] = mistakes(put(raw, "scoring.corpora", [C4, {**short, "column": "passage"}]))
     assert line.startswith("scoring.corpora[1]: ")
     assert "no column 'passage'; there are text" in line

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def found(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     program: Any = importlib.import_module("surgical_speed")
-    (tmp_path / "text.txt").write_text("\n".join(tiny.documents()))
+    (tmp_path / "text.txt").write_text("\n\n".join(tiny.documents()))
     settings = f"--model {llama} --text {tmp_path / 'text.txt'} --folder {tmp_path} --targets 14 --tokens 256"
     more = "--test-tokens 64 --calibration-tokens 256 --window 32 --growth 0.0002"
     arguments = program.parser().parse_args([*settings.split(), *more.split()])
