@@ -16,7 +16,7 @@ from torch import nn
 from actors.factors import FactorStore
 from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
-from actors.models import load_model, load_tokenizer, whole_model
+from actors.models import context_limit, load_model, load_tokenizer, whole_model
 from actors.refined import RefinedFactors
 from actors.scoring import score_split
 from actors.splits import load_split
@@ -99,7 +99,7 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Check
     counted = whole + (_difference(scored) if added_bytes is None else added_bytes)
     if size != counted:
         raise RankfrontError(f"the files hold {size:,} bytes of tensors; {counted:,} were counted")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_limit(model)
     data = load_split(preparation, "search", tokenizer, limit)
     probe = data.windows[:1]
     TrialModel(model, prepared.targets, store).install(scored.allocation, data.tokens)
@@ -163,7 +163,7 @@ def recheck(folder: Path, preparation: PreparationSpec, recorded: Mapping[str, f
     found = model(torch.tensor([remembered["ids"]])).logits.float()[0][:, remembered["words"]]
     searched, exact = (torch.tensor(remembered[name]) for name in ("searched", "exact"))
     logits = compare_logits(found, searched, exact)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_limit(model)
     data = load_split(preparation, "search", load_tokenizer(folder, preparation.model), limit)
     score = score_split(model, data, preparation.scoring.batch_tokens, "check")
     hold_loss(score.text.nll, recorded["nll"], preparation.model.dtype)
