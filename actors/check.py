@@ -52,20 +52,20 @@ class Scored:
     score: Score
     refined: Path | None = None
 
-    def factors(self) -> Ranks:
-        """The factors it is cut from.
+    def factors(self, device: str = "cpu") -> Ranks:
+        """The factors it is cut from, read to a device.
 
         Raises:
             RankfrontError: they are gone.
         """
         if self.refined is not None:
-            return RefinedFactors(self.refined)
+            return RefinedFactors(self.refined, device)
         store = self.prepared.factor_store
         if not (Path(store) / "manifest.json").exists():
             raise RankfrontError(
                 f"the factor store {store} is gone; run the search command again to rebuild it"
             )
-        return FactorStore(store)
+        return FactorStore(store, device)
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Checked:
 
 
 @torch.inference_mode()
-def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Checked:
-    """Reload a written folder and hold it against the searched model, its cost and its recorded score.
+def check(folder: Path, scored: Scored, added_bytes: int | None = None, device: str = "cpu") -> Checked:
+    """Reload a written folder and hold it against the searched model, its cost and its recorded loss.
 
     `added_bytes` is what it holds more than the dense model; None where the search counted that. Models
-    are in memory one after the other, never two at a time.
+    are on `device` one after the other, never two at a time.
 
     Raises:
         RankfrontError: the files hold other bytes than were counted; logits or loss differ by more than
@@ -93,30 +93,31 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Check
     """
     preparation, prepared = scored.preparation, scored.prepared
     tokenizer = load_tokenizer(folder, preparation.model)
-    store = scored.factors()
-    model = load_model(prepared.model_folder, preparation.model)
+    store = scored.factors(device)
+    model = load_model(prepared.model_folder, preparation.model, device)
     size, whole = tensor_bytes(folder), own_bytes(model)
     counted = whole + (_difference(scored) if added_bytes is None else added_bytes)
     if size != counted:
         raise RankfrontError(f"the files hold {size:,} bytes of tensors; {counted:,} were counted")
     limit = context_limit(model)
-    data = load_split(preparation, "search", tokenizer, limit)
+    data = load_split(_of_text(preparation), "search", tokenizer, limit)
     probe = data.windows[:1]
-    TrialModel(model, prepared.targets, store).install(scored.allocation, data.tokens)
-    expected = model(probe).logits.float()
+    # of the whole split: the products that the search picked for it
+    TrialModel(model, prepared.targets, store).install(scored.allocation, prepared.tokens["search.forward"])
+    expected = _logits(model, probe)
     del model
-    loaded = reload(folder)
-    found = loaded(probe).logits.float()
+    loaded = reload(folder, device)
+    found = _logits(loaded, probe)
     score = score_split(loaded, data, preparation.scoring.batch_tokens, "export")
     stored = sum(parameter.numel() for parameter in loaded.parameters())
     forms = _forms(loaded)
     del loaded
     exact = expected
     if preparation.model.dtype != "float32":
-        model = load_model(prepared.model_folder, replace(preparation.model, dtype="float32"))
+        model = load_model(prepared.model_folder, replace(preparation.model, dtype="float32"), device)
         # for one token no product of factors is made: the model's own weights are all it holds
         TrialModel(model, prepared.targets, store).install(scored.allocation, tokens=1)
-        exact = model(probe).logits
+        exact = _logits(model, probe)
         del model
     logits = compare_logits(found, expected, exact)
     nll, recorded = score.text.nll, scored.score.text.nll
@@ -134,6 +135,18 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Check
     return Checked(stored, size, prepared.model_parameters, whole, lines, remembered)
 
 
+def _of_text(preparation: PreparationSpec) -> PreparationSpec:
+    """The same, with nothing to score but its text."""
+    scoring = replace(preparation.scoring, tasks=(), bias=(), corpora=(), kl_top_k=None)
+    return replace(preparation, scoring=scoring)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """In float32, on the CPU: (rows, positions, words) of ids (rows, positions)."""
+    logits: Tensor = model(ids.to(model.device)).logits
+    return logits.float().cpu()
+
+
 def _probe(ids: Tensor, expected: Tensor, exact: Tensor) -> dict[str, Any]:
     """Ids (positions,) of a text, and the logits (positions, words) of evenly spaced words after each."""
     ids = ids[0, :PROBE_POSITIONS]
@@ -144,7 +157,9 @@ def _probe(ids: Tensor, expected: Tensor, exact: Tensor) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def recheck(folder: Path, preparation: PreparationSpec, recorded: Mapping[str, float]) -> list[str]:
+def recheck(
+    folder: Path, preparation: PreparationSpec, recorded: Mapping[str, float], device: str = "cpu"
+) -> list[str]:
     """Reload a folder and hold it against what it remembers of the searched model; what was found, in words.
 
     `recorded` are metrics of the search split by name. The text is found by its source, the rest in the
@@ -159,8 +174,8 @@ def recheck(folder: Path, preparation: PreparationSpec, recorded: Mapping[str, f
         raise RankfrontError(
             f"{folder}: its files hold {size:,} bytes of tensors, {remembered['bytes']:,} were written"
         )
-    model = reload(folder)
-    found = model(torch.tensor([remembered["ids"]])).logits.float()[0][:, remembered["words"]]
+    model = reload(folder, device)
+    found = _logits(model, torch.tensor([remembered["ids"]]))[0][:, remembered["words"]]
     searched, exact = (torch.tensor(remembered[name]) for name in ("searched", "exact"))
     logits = compare_logits(found, searched, exact)
     limit = context_limit(model)
@@ -197,14 +212,14 @@ def read_probe(folder: Path) -> dict[str, Any]:
     return remembered
 
 
-def reload(folder: Path) -> Any:
-    """The model of an exported folder, as everyone loads it.
+def reload(folder: Path, device: str = "cpu") -> Any:
+    """The model of an exported folder, as everyone loads it, on a device.
 
     Raises:
         RankfrontError: it cannot be loaded, or lacks a weight.
     """
     assert RankfrontConfig.model_type == "rankfront", "imported: transformers knows the type from now on"
-    return whole_model(folder, str(folder), dtype="auto", use_safetensors=True).eval()
+    return whole_model(folder, str(folder), dtype="auto", use_safetensors=True).to(device).eval()
 
 
 def hold_loss(nll: float, recorded: float, dtype: str) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import actors.modeling_rankfront as modeling
 from actors.check import PROBE, Checked, Scored, check, own_bytes
 from actors.dense_weights import dense_model
+from actors.devices import device_here, room_on
 from actors.licence import copy_licence_files
 from actors.linears import bias_of, weight_of
 from actors.low_rank import Ranks
@@ -108,17 +109,19 @@ def export(
     facts: Mapping[str, Any],
     card: Callable[[Checked], str],
     form: str = LOW_RANK,
+    device: str = "auto",
 ) -> list[str]:
     """Write `destination` whole or not at all; returns what was checked, in words.
 
     `facts` go into ranks.yaml before the ranks; `card` writes the model card once the folder is measured.
-    `form` is one of FORMATS.
+    `form` is one of FORMATS; it is checked on `device`.
 
     Raises:
-        RankfrontError: the folder exists, the disk is full, the model has no dense form, or the reloaded
-            model is not the scored one.
+        RankfrontError: the folder exists, the disk is full, the device is not there or has no room, the model
+            has no dense form, or the reloaded model is not the scored one.
     """
     quieten()
+    device = device_here(device)
     refuse_existing(destination)
     destination = from_home(destination, "--to").resolve()
     prepared, allocation = scored.prepared, scored.allocation
@@ -134,7 +137,8 @@ def export(
         copy_licence_files(prepared.model_folder, partial)
         text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        checked = check(partial, scored, added)
+        with room_on(device):
+            checked = check(partial, scored, added, device)
         (partial / PROBE).write_text(json.dumps(checked.probe), encoding="utf-8")
         (partial / CARD).write_text(card(checked), encoding="utf-8")
         for file in partial.iterdir():

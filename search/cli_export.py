@@ -29,6 +29,7 @@ class Form(StrEnum):
 FormOption = Annotated[
     Form, typer.Option("--format", help="rankfront: low rank; dense: ordinary weights, no smaller.")
 ]
+DeviceOption = Annotated[str, typer.Option(help="Where it is checked: auto, cpu, cuda, cuda:1, ...")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -64,13 +65,14 @@ def export_command(
         typer.Option(help="Instead: reload an exported folder and compare it with its own record."),
     ] = None,
     to: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
+    device: DeviceOption = "auto",
     set_: SetOption = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Write allocations as model folders that transformers loads, each checked against the record."""
     if check is not None:
         refuse_given(context, OF_STUDY, f"not with --check {check}, which reads that folder alone")
-        _check(check, study, set_ or [])
+        _check(check, study, set_ or [], device)
         return
     if study is None:
         raise RankfrontError("export: name a study, or a folder with --check")
@@ -79,7 +81,7 @@ def export_command(
     if variant is not None and (config_only or all_front):
         raise RankfrontError("export: --variant names the factors of one trial; ranks alone have none")
     if config_only:
-        refuse_given(context, ["format_"], "not with --config-only, which writes no model")
+        refuse_given(context, ["format_", "device"], "not with --config-only, which writes no model")
     folder = find_study(study, runs)
     summary = summarise(folder, folder.read_study())
     rows = chosen(summary, trial, budget, max_nll, all_front)
@@ -92,16 +94,16 @@ def export_command(
             write_configuration(folder, summary, row, place)
             tell(f"Trial {row.number}: ranks.yaml, ranks.json in ", (f"{place}/", "bold"))
             continue
-        lines = export_trial(folder, summary, row, place, format_, variant or FACTORS)
+        lines = export_trial(folder, summary, row, place, format_, variant or FACTORS, device)
         kept = f"{row.budget_model:.1%} of all parameters"
         tell(f"Trial {row.number} ({kept}) written to ", (f"{place}/", "bold"))
         _print_written(lines, place, format_)
 
 
-def _check(folder: Path, study: str | None, settings: list[str]) -> None:
+def _check(folder: Path, study: str | None, settings: list[str], device: str) -> None:
     if study is not None:
         raise RankfrontError(f"export: give a study or --check FOLDER, not both ({study}, {folder})")
-    for line in check_folder(folder, dict(map(override, settings))):
+    for line in check_folder(folder, dict(map(override, settings)), device):
         tell(f"  {line}")
     tell((f"{folder}/", "bold"), " is the model that was written")
 
@@ -111,12 +113,13 @@ def apply_command(
     model: Annotated[str, typer.Argument(help="The model to decompose, named as in a study's config.")],
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     format_: FormOption = Form.rankfront,
+    device: DeviceOption = "auto",
     set_: SetOption = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Decompose a model as a configuration says that someone else found, and write it as a folder."""
     overrides = dict(map(override, set_ or []))
-    lines = apply_configuration(config, model, overrides, to, format_, runs, tell)
+    lines = apply_configuration(config, model, overrides, to, format_, runs, tell, device)
     tell(f"{config} applied to {model}, written to ", (f"{to}/", "bold"))
     _print_written(lines, to, format_)
 

@@ -52,13 +52,17 @@ def export_trial(
     destination: Path,
     form: str,
     variant: str = FACTORS,
+    device: str = "auto",
 ) -> list[str]:
-    """Write a trial, of its own factors or a refined variant, as a folder; what was checked, in words."""
+    """Write a trial, of its own factors or a refined variant, as a folder, checked on `device`; what was
+    checked, in words."""
     from actors.check import Scored
+    from actors.devices import device_here
     from actors.export import export
     from actors.licence import base_licence
     from actors.resident import local_source, resident
 
+    device = device_here(device)
     refined = None
     if variant != FACTORS:
         refined, score = refined_file(folder, row, variant)
@@ -81,7 +85,7 @@ def export_trial(
         trial=row.number,
     )
     scored = Scored(preparation, prepared, row.allocation, config.storage, row.score, refined)
-    return export(scored, destination, described, lambda checked: model_card(told, checked), form)
+    return export(scored, destination, described, lambda checked: model_card(told, checked), form, device)
 
 
 def _commands(folder: StudyFolder, row: TrialRow, form: str, variant: str) -> tuple[str, ...]:
@@ -130,11 +134,12 @@ def write_configuration(folder: StudyFolder, summary: StudySummary, row: TrialRo
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_folder(path: Path, overrides: Mapping[str, Any]) -> list[str]:
-    """Reload an exported folder and hold it against its own record; what was found, in words.
+def check_folder(path: Path, overrides: Mapping[str, Any], device: str = "auto") -> list[str]:
+    """Reload an exported folder on `device` and hold it against its own record; what was found, in words.
 
     Raises:
-        RankfrontError: it is no export, its text is not here, or it is not what was written.
+        RankfrontError: there is no such device, it is no export, its text is not here, or it is not what was
+            written.
     """
     if not path.is_dir():
         raise RankfrontError(f"--check {path}: no such folder")
@@ -142,7 +147,10 @@ def check_folder(path: Path, overrides: Mapping[str, Any]) -> list[str]:
     if "nll" not in found.recorded:
         raise RankfrontError(f"{path / DESCRIPTION}: scores.search.nll is missing: nothing to compare with")
     from actors.check import recheck
+    from actors.devices import device_here, room_on
     from actors.replica import quieten
 
     quieten()
-    return recheck(path, found.config.preparation(), found.recorded)
+    device = device_here(device)
+    with room_on(device):
+        return recheck(path, found.config.preparation(), found.recorded, device)

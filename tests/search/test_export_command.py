@@ -228,6 +228,26 @@ def test_a_configuration_makes_the_same_model_again(
     assert told["scores"]["search"]["nll"] == pytest.approx(nll, rel=1e-5)
 
 
+@pytest.mark.parametrize("command", ["export", "check", "apply"])
+def test_a_device_that_is_not_there_is_refused_before_the_work(
+    command: str,
+    folder: StudyFolder,
+    exported: Path,
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = {
+        "export": ("export", folder.path, "--trial", "1", "--to", tmp_path / "new"),
+        "check": ("export", "--check", exported),
+        "apply": ("apply", exported / "ranks.yaml", root / "model", "--to", tmp_path / "new",
+                  "--runs", tmp_path / "runs"),
+    }[command]  # fmt: skip
+    assert run(*arguments, "--device", "meta") == 2
+    assert "--device meta: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mistakes_of_a_configuration_are_listed_at_once(
     exported: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
