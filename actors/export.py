@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import nn
 
 import actors.modeling_rankfront as modeling
 from actors.check import PROBE, Checked, Scored, check, own_bytes
+from actors.claimed import claimed
 from actors.dense_weights import dense_model
 from actors.devices import device_here, room_on
 from actors.licence import copy_licence_files
@@ -129,25 +128,23 @@ def export(
     description = {**facts, "storage": scored.storage, "ranks": allocation.to_dict()}
     if allocation.methods:
         description["methods"] = dict(allocation.methods)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        added = _write_model(scored, store, partial, form)
-        copy_side_files(prepared.model_folder, partial)
-        copy_licence_files(prepared.model_folder, partial)
-        text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
-        (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        with room_on(device):
-            checked = check(partial, scored, added, device)
-        (partial / PROBE).write_text(json.dumps(checked.probe), encoding="utf-8")
-        (partial / CARD).write_text(card(checked), encoding="utf-8")
-        for file in partial.iterdir():
-            settle(file)
-        partial.rename(destination)
+        with claimed(destination) as partial:
+            refuse_existing(destination)  # by one that was waited for
+            added = _write_model(scored, store, partial, form)
+            copy_side_files(prepared.model_folder, partial)
+            copy_licence_files(prepared.model_folder, partial)
+            text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
+            (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+            with room_on(device):
+                checked = check(partial, scored, added, device)
+            (partial / PROBE).write_text(json.dumps(checked.probe), encoding="utf-8")
+            (partial / CARD).write_text(card(checked), encoding="utf-8")
+            for file in partial.iterdir():
+                settle(file)
+            partial.rename(destination)
     except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"export to {destination}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return list(checked.lines)
 
 

@@ -11,7 +11,14 @@ import typer
 from actors.types import RankfrontError
 from search.applying import apply_configuration
 from search.choosing import chosen
-from search.exporting import check_folder, destinations, export_trial, write_configuration
+from search.exporting import (
+    already_there,
+    check_folder,
+    destinations,
+    export_trial,
+    refuse_taken,
+    write_configuration,
+)
 from search.folder import find_study, summarise
 from search.records import FACTORS
 from search.terminal import Runs, note_untold, override, refuse_given, tell, warn_infeasible
@@ -51,7 +58,11 @@ def export_command(
         float | None, typer.Option(help="The smallest front point at or under this loss, nats/token.")
     ] = None,
     all_front: Annotated[
-        bool, typer.Option("--all-front", help="Every compressed point of the front, a folder each.")
+        bool,
+        typer.Option(
+            "--all-front",
+            help="Every compressed point of the front that is not there yet, a folder each.",
+        ),
     ] = False,
     variant: Annotated[
         str | None, typer.Option(help="Refined factors of the trial, such as refined-0a1b2c3d.")
@@ -89,7 +100,13 @@ def export_command(
     warn_infeasible(summary, rows)
     suffix = "-config" if config_only else "" if variant is None else f"-{variant}"
     places = destinations(folder, rows, to, all_front, suffix)
+    form = None if config_only else format_
+    there = already_there(folder, summary, rows, places, form) if all_front else set()
+    refuse_taken(place for place in places if place not in there)
     for row, place in zip(rows, places, strict=True):
+        if place in there:
+            tell(f"Trial {row.number}: there already, in ", (f"{place}/", "bold"))
+            continue
         if config_only:
             write_configuration(folder, summary, row, place)
             tell(f"Trial {row.number}: ranks.yaml, ranks.json in ", (f"{place}/", "bold"))

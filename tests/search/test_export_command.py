@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,50 @@ def test_the_whole_front_gets_a_folder_each(
     (tmp_path / "all" / f"trial-{members[0]:05d}-config" / "ranks.json").unlink()
     assert run("export", folder.path, "--all-front", "--config-only", "--to", tmp_path / "all") == 2
     assert f"trial-{members[0]:05d}-config exists already" in capsys.readouterr().err
+
+
+def test_the_front_goes_on_where_it_was_stopped_or_has_grown(
+    folder: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is there stays as it is; what a killed process left half-way is gone."""
+    arguments = ("export", folder.path, "--all-front", "--to", tmp_path)
+    assert run(*arguments) == 0
+    first, last = sorted(tmp_path.iterdir())
+    before = {file.name: file.stat().st_ino for file in first.iterdir()}
+    shutil.rmtree(last)
+    partial = tmp_path / f".{last.name}.partial"
+    partial.mkdir()
+    (partial / "model-00002.safetensors").write_bytes(b"half")
+    (tmp_path / f".{last.name}.lock").touch()
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    said = capsys.readouterr().out
+    assert f"Trial {int(first.name[-5:])}: there already, in {first}/" in said
+    assert f"Trial {int(last.name[-5:])} (" in said
+    assert sorted(tmp_path.iterdir()) == [first, last]
+    assert "model-00002.safetensors" not in [file.name for file in last.iterdir()]
+    assert {file.name: file.stat().st_ino for file in first.iterdir()} == before
+
+
+@pytest.mark.parametrize("changed", ["form", "ranks", "factors"])
+def test_a_folder_of_another_model_is_not_passed_over(
+    changed: str, folder: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before any other member is written."""
+    arguments = ("export", folder.path, "--all-front", "--to", tmp_path)
+    assert run("export", folder.path, "--trial", "2", "--to", tmp_path / "trial-00002") == 0
+    told = description(tmp_path / "trial-00002")
+    if changed == "form":
+        arguments += ("--format", "dense")
+    elif changed == "ranks":
+        told["ranks"] |= dict.fromkeys([*told["ranks"]][:1], 1)
+    else:
+        told["fingerprints"]["factors"] = "0" * 64
+    (tmp_path / "trial-00002" / "ranks.yaml").write_text(yaml.safe_dump(told))
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    assert "trial-00002 exists already; name another folder with --to" in capsys.readouterr().err
+    assert [place.name for place in tmp_path.iterdir()] == ["trial-00002"]
 
 
 @pytest.mark.parametrize(
