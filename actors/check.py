@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.agreement import compare_logits, hold
 from actors.factors import FactorStore
 from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
@@ -24,15 +25,6 @@ from actors.storage import FORMS, ITEMSIZE, stored_target
 from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, Score
 
 Tensor = torch.Tensor
-
-# float32 rounding in the order of a long sum, relative to the largest logit; beyond it the folder is
-# not the model that was scored.
-LOGIT_TOLERANCE = 1e-3
-# In half precision, how much further off a float32 run the export may be than the searched model is: 0.8 to
-# 1.2 times as far on random models of three families, and pivoted forms round up to 4 times as much.
-ROUNDING_RATIO = 4
-# Means over thousands of tokens, of which rounding moves some up and some down.
-NLL_TOLERANCE_HALF = 0.05
 
 PROBE = "check.json"
 # What a folder remembers of the searched model's logits: 64 positions by 32 words, 20 kB as text.
@@ -121,7 +113,7 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None, device: 
         del model
     logits = compare_logits(found, expected, exact)
     nll, recorded = score.text.nll, scored.score.text.nll
-    hold_loss(nll, recorded, preparation.model.dtype)
+    hold(score, {"nll": recorded}, preparation.model.dtype)
     lines = (
         f"parameters: {stored:,} stored, {stored / prepared.model_parameters:.4f} of the dense model's",
         f"bytes: {size:,} stored, {size / whole:.4f} of the dense model's",
@@ -162,11 +154,11 @@ def recheck(
 ) -> list[str]:
     """Reload a folder and hold it against what it remembers of the searched model; what was found, in words.
 
-    `recorded` are metrics of the search split by name. The text is found by its source, the rest in the
-    folder.
+    `recorded` are metrics of the search split by name. Text and tasks are found by their sources, the rest in
+    the folder.
 
     Raises:
-        RankfrontError: no whole export; bytes, logits or loss are not those it was written with.
+        RankfrontError: no whole export; bytes, logits or a metric are not those it was written with.
     """
     remembered = read_probe(folder)
     size = tensor_bytes(folder)
@@ -181,17 +173,8 @@ def recheck(
     limit = context_limit(model)
     data = load_split(preparation, "search", load_tokenizer(folder, preparation.model), limit)
     score = score_split(model, data, preparation.scoring.batch_tokens, "check")
-    hold_loss(score.text.nll, recorded["nll"], preparation.model.dtype)
-    again = score.metrics
-    return [
-        f"bytes: {size:,}, as written",
-        f"logits: {logits}",
-        *(
-            f"{name} on the search split: {again[name]:.6f} reloaded, {value:.6f} recorded"
-            for name, value in recorded.items()
-            if name in again
-        ),
-    ]
+    metrics = hold(score, recorded, preparation.model.dtype)
+    return [f"bytes: {size:,}, as written", f"logits: {logits}", *metrics]
 
 
 def read_probe(folder: Path) -> dict[str, Any]:
@@ -220,48 +203,6 @@ def reload(folder: Path, device: str = "cpu") -> Any:
     """
     assert RankfrontConfig.model_type == "rankfront", "imported: transformers knows the type from now on"
     return whole_model(folder, str(folder), dtype="auto", use_safetensors=True).to(device).eval()
-
-
-def hold_loss(nll: float, recorded: float, dtype: str) -> None:
-    """Raises RankfrontError where a loss (nats/token) is off the recorded one by more than rounding."""
-    tolerance = LOGIT_TOLERANCE if dtype == "float32" else NLL_TOLERANCE_HALF
-    if not abs(nll - recorded) <= tolerance * recorded:
-        raise RankfrontError(f"nll is {nll:.6f} nats/token reloaded, {recorded:.6f} recorded")
-
-
-def compare_logits(found: Tensor, expected: Tensor, exact: Tensor) -> str:
-    """Hold reloaded logits against the searched model's, in words.
-
-    `exact` are those of a float32 run of the same factors: `expected` itself where that is one. Else both
-    are off it by rounding, which a model may amplify as it likes: the reloaded ones may not be much
-    further off than the searched ones are.
-
-    Raises:
-        RankfrontError: the difference is more than rounding, or not a number.
-    """
-    largest = exact.abs().max().item()
-    difference = (found - expected).abs().max().item()
-    rounding, apart = _rms(expected - exact), _rms(found - exact)
-    if rounding == 0:
-        if not difference <= LOGIT_TOLERANCE * largest:
-            raise RankfrontError(
-                f"the reloaded logits differ by {difference:.3g} (largest logit {largest:.3g})"
-            )
-        return f"max abs difference {difference:.2e} (largest logit {largest:.1f})"
-    if not apart <= ROUNDING_RATIO * rounding:
-        raise RankfrontError(
-            f"the reloaded logits are {apart:.3g} off a float32 run of the same factors, the searched "
-            f"model's are {rounding:.3g} (root mean squares; largest logit {largest:.3g}): beyond "
-            f"{ROUNDING_RATIO} times as much it is not rounding"
-        )
-    return (
-        f"{apart:.2e} off a float32 run of the same factors, the searched model's are {rounding:.2e} "
-        f"(root mean squares; largest logit {largest:.1f})"
-    )
-
-
-def _rms(difference: Tensor) -> float:
-    return difference.square().mean().sqrt().item()
 
 
 def tensor_bytes(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -223,6 +224,28 @@ def test_a_folder_is_checked_against_its_own_record(
     (other / "ranks.yaml").write_text(yaml.safe_dump(told))
     assert run("export", "--check", other) == 2
     assert "nats/token reloaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("reasoning.acc", 0.9, r"reasoning\.acc is 0\.\d{6} reloaded, 0\.900000 recorded"),
+        ("nll.mine", 2.5, r"nll\.mine is 2\.500000 recorded, and not measured"),
+    ],
+)
+def test_every_recorded_metric_is_held(
+    name: str, value: float, says: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = description(exported)
+    recorded = told["scores"]["search"]
+    assert name == "nll.mine" or recorded[name] < 0.5
+    recorded[name] = value
+    other = _copy(exported, tmp_path / "other")
+    (other / "ranks.yaml").write_text(yaml.safe_dump(told))
+    assert run("export", "--check", other) == 2
+    captured = capsys.readouterr()
+    assert re.search(says, " ".join(captured.err.split()))
+    assert "is the model that was written" not in captured.out
 
 
 def _copy(folder: Path, to: Path) -> Path:
