@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from actors.check import Scored
+from actors.devices import device_here, room_on
 from actors.models import list_targets, load_model, materialise
 from actors.node_cache import store_folder
 from actors.preparation import prepare
@@ -24,17 +25,20 @@ def applied(
     methods: Mapping[str, str],
     where: str,
     say: Callable[[str], None],
+    device: str = "auto",
 ) -> Scored:
-    """The scored model of `ranks`, in this process.
+    """The scored model of `ranks`, in this process, scored on `device`.
 
     Only targets with a rank are decomposed, each by its method.
     `methods` names those whose method is not the one `preparation` has for them; `where` is the file the
     ranks are from, for errors.
 
     Raises:
-        RankfrontError: every rank that does not fit the model, before anything is decomposed.
+        RankfrontError: the device is not there, or every rank that does not fit the model, before anything
+            is decomposed; the device has no room.
     """
     quieten()
+    device = device_here(device)
     folder = materialise(local_source(preparation), store_folder(preparation))
     model = load_model(folder, preparation.model)
     targets = list_targets(model, preparation.include, preparation.exclude)
@@ -57,5 +61,6 @@ def applied(
         if isinstance(item, Prepared):
             prepared = resident(preparation, item)
     kept = Allocation.of({name: rank for name, rank in allocation if rank is not None}, prepared.targets)
-    replica = ReplicaSpec("apply", preparation, prepared, torch.get_num_threads())
-    return Scored(preparation, prepared, kept, storage, Scorer(replica).score(kept))
+    replica = ReplicaSpec("apply", preparation, prepared, torch.get_num_threads(), device)
+    with room_on(device):
+        return Scored(preparation, prepared, kept, storage, Scorer(replica).score(kept))

@@ -24,6 +24,7 @@ from actors.factors import (
 from actors.families import family_of
 from actors.linears import weight_of
 from actors.models import (
+    context_limit,
     count_parameters,
     fingerprint,
     fingerprint_tokenizer,
@@ -104,7 +105,7 @@ class Builder:
         shared = family.shared(self._model)
         if shared:
             yield f"model: {len(shared)} linear layers share their weight and stay dense, such as {shared[0]}"
-        limit = getattr(self._model.config, "max_position_embeddings", None)
+        limit = context_limit(self._model)
         window = self._spec.calibration.window
         if limit is not None and window > limit:
             raise RankfrontError(f"calibration.window: {window} tokens, the model reads {limit}")

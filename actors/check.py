@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.agreement import compare_logits, hold
 from actors.factors import FactorStore
 from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
-from actors.models import load_model, load_tokenizer, whole_model
+from actors.models import context_limit, load_model, load_tokenizer, whole_model
 from actors.refined import RefinedFactors
 from actors.scoring import score_split
 from actors.splits import load_split
@@ -24,15 +25,6 @@ from actors.storage import FORMS, ITEMSIZE, stored_target
 from actors.types import Allocation, PreparationSpec, Prepared, RankfrontError, Score
 
 Tensor = torch.Tensor
-
-# float32 rounding in the order of a long sum, relative to the largest logit; beyond it the folder is
-# not the model that was scored.
-LOGIT_TOLERANCE = 1e-3
-# In half precision, how much further off a float32 run the export may be than the searched model is: 0.8 to
-# 1.2 times as far on random models of three families, and pivoted forms round up to 4 times as much.
-ROUNDING_RATIO = 4
-# Means over thousands of tokens, of which rounding moves some up and some down.
-NLL_TOLERANCE_HALF = 0.05
 
 PROBE = "check.json"
 # What a folder remembers of the searched model's logits: 64 positions by 32 words, 20 kB as text.
@@ -52,20 +44,20 @@ class Scored:
     score: Score
     refined: Path | None = None
 
-    def factors(self) -> Ranks:
-        """The factors it is cut from.
+    def factors(self, device: str = "cpu") -> Ranks:
+        """The factors it is cut from, read to a device.
 
         Raises:
             RankfrontError: they are gone.
         """
         if self.refined is not None:
-            return RefinedFactors(self.refined)
+            return RefinedFactors(self.refined, device)
         store = self.prepared.factor_store
         if not (Path(store) / "manifest.json").exists():
             raise RankfrontError(
                 f"the factor store {store} is gone; run the search command again to rebuild it"
             )
-        return FactorStore(store)
+        return FactorStore(store, device)
 
 
 @dataclass(frozen=True)
@@ -81,11 +73,11 @@ class Checked:
 
 
 @torch.inference_mode()
-def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Checked:
-    """Reload a written folder and hold it against the searched model, its cost and its recorded score.
+def check(folder: Path, scored: Scored, added_bytes: int | None = None, device: str = "cpu") -> Checked:
+    """Reload a written folder and hold it against the searched model, its cost and its recorded loss.
 
     `added_bytes` is what it holds more than the dense model; None where the search counted that. Models
-    are in memory one after the other, never two at a time.
+    are on `device` one after the other, never two at a time.
 
     Raises:
         RankfrontError: the files hold other bytes than were counted; logits or loss differ by more than
@@ -93,34 +85,35 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Check
     """
     preparation, prepared = scored.preparation, scored.prepared
     tokenizer = load_tokenizer(folder, preparation.model)
-    store = scored.factors()
-    model = load_model(prepared.model_folder, preparation.model)
+    store = scored.factors(device)
+    model = load_model(prepared.model_folder, preparation.model, device)
     size, whole = tensor_bytes(folder), own_bytes(model)
     counted = whole + (_difference(scored) if added_bytes is None else added_bytes)
     if size != counted:
         raise RankfrontError(f"the files hold {size:,} bytes of tensors; {counted:,} were counted")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    data = load_split(preparation, "search", tokenizer, limit)
+    limit = context_limit(model)
+    data = load_split(_of_text(preparation), "search", tokenizer, limit)
     probe = data.windows[:1]
-    TrialModel(model, prepared.targets, store).install(scored.allocation, data.tokens)
-    expected = model(probe).logits.float()
+    # of the whole split: the products that the search picked for it
+    TrialModel(model, prepared.targets, store).install(scored.allocation, prepared.tokens["search.forward"])
+    expected = _logits(model, probe)
     del model
-    loaded = reload(folder)
-    found = loaded(probe).logits.float()
+    loaded = reload(folder, device)
+    found = _logits(loaded, probe)
     score = score_split(loaded, data, preparation.scoring.batch_tokens, "export")
     stored = sum(parameter.numel() for parameter in loaded.parameters())
     forms = _forms(loaded)
     del loaded
     exact = expected
     if preparation.model.dtype != "float32":
-        model = load_model(prepared.model_folder, replace(preparation.model, dtype="float32"))
+        model = load_model(prepared.model_folder, replace(preparation.model, dtype="float32"), device)
         # for one token no product of factors is made: the model's own weights are all it holds
         TrialModel(model, prepared.targets, store).install(scored.allocation, tokens=1)
-        exact = model(probe).logits
+        exact = _logits(model, probe)
         del model
     logits = compare_logits(found, expected, exact)
     nll, recorded = score.text.nll, scored.score.text.nll
-    hold_loss(nll, recorded, preparation.model.dtype)
+    hold(score, {"nll": recorded}, preparation.model.dtype)
     lines = (
         f"parameters: {stored:,} stored, {stored / prepared.model_parameters:.4f} of the dense model's",
         f"bytes: {size:,} stored, {size / whole:.4f} of the dense model's",
@@ -134,6 +127,18 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None) -> Check
     return Checked(stored, size, prepared.model_parameters, whole, lines, remembered)
 
 
+def _of_text(preparation: PreparationSpec) -> PreparationSpec:
+    """The same, with nothing to score but its text."""
+    scoring = replace(preparation.scoring, tasks=(), bias=(), corpora=(), kl_top_k=None)
+    return replace(preparation, scoring=scoring)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """In float32, on the CPU: (rows, positions, words) of ids (rows, positions)."""
+    logits: Tensor = model(ids.to(model.device)).logits
+    return logits.float().cpu()
+
+
 def _probe(ids: Tensor, expected: Tensor, exact: Tensor) -> dict[str, Any]:
     """Ids (positions,) of a text, and the logits (positions, words) of evenly spaced words after each."""
     ids = ids[0, :PROBE_POSITIONS]
@@ -144,14 +149,16 @@ def _probe(ids: Tensor, expected: Tensor, exact: Tensor) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def recheck(folder: Path, preparation: PreparationSpec, recorded: Mapping[str, float]) -> list[str]:
+def recheck(
+    folder: Path, preparation: PreparationSpec, recorded: Mapping[str, float], device: str = "cpu"
+) -> list[str]:
     """Reload a folder and hold it against what it remembers of the searched model; what was found, in words.
 
-    `recorded` are metrics of the search split by name. The text is found by its source, the rest in the
-    folder.
+    `recorded` are metrics of the search split by name. Text and tasks are found by their sources, the rest in
+    the folder.
 
     Raises:
-        RankfrontError: no whole export; bytes, logits or loss are not those it was written with.
+        RankfrontError: no whole export; bytes, logits or a metric are not those it was written with.
     """
     remembered = read_probe(folder)
     size = tensor_bytes(folder)
@@ -159,24 +166,15 @@ def recheck(folder: Path, preparation: PreparationSpec, recorded: Mapping[str, f
         raise RankfrontError(
             f"{folder}: its files hold {size:,} bytes of tensors, {remembered['bytes']:,} were written"
         )
-    model = reload(folder)
-    found = model(torch.tensor([remembered["ids"]])).logits.float()[0][:, remembered["words"]]
+    model = reload(folder, device)
+    found = _logits(model, torch.tensor([remembered["ids"]]))[0][:, remembered["words"]]
     searched, exact = (torch.tensor(remembered[name]) for name in ("searched", "exact"))
     logits = compare_logits(found, searched, exact)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_limit(model)
     data = load_split(preparation, "search", load_tokenizer(folder, preparation.model), limit)
     score = score_split(model, data, preparation.scoring.batch_tokens, "check")
-    hold_loss(score.text.nll, recorded["nll"], preparation.model.dtype)
-    again = score.metrics
-    return [
-        f"bytes: {size:,}, as written",
-        f"logits: {logits}",
-        *(
-            f"{name} on the search split: {again[name]:.6f} reloaded, {value:.6f} recorded"
-            for name, value in recorded.items()
-            if name in again
-        ),
-    ]
+    metrics = hold(score, recorded, preparation.model.dtype)
+    return [f"bytes: {size:,}, as written", f"logits: {logits}", *metrics]
 
 
 def read_probe(folder: Path) -> dict[str, Any]:
@@ -197,56 +195,14 @@ def read_probe(folder: Path) -> dict[str, Any]:
     return remembered
 
 
-def reload(folder: Path) -> Any:
-    """The model of an exported folder, as everyone loads it.
+def reload(folder: Path, device: str = "cpu") -> Any:
+    """The model of an exported folder, as everyone loads it, on a device.
 
     Raises:
         RankfrontError: it cannot be loaded, or lacks a weight.
     """
     assert RankfrontConfig.model_type == "rankfront", "imported: transformers knows the type from now on"
-    return whole_model(folder, str(folder), dtype="auto", use_safetensors=True).eval()
-
-
-def hold_loss(nll: float, recorded: float, dtype: str) -> None:
-    """Raises RankfrontError where a loss (nats/token) is off the recorded one by more than rounding."""
-    tolerance = LOGIT_TOLERANCE if dtype == "float32" else NLL_TOLERANCE_HALF
-    if not abs(nll - recorded) <= tolerance * recorded:
-        raise RankfrontError(f"nll is {nll:.6f} nats/token reloaded, {recorded:.6f} recorded")
-
-
-def compare_logits(found: Tensor, expected: Tensor, exact: Tensor) -> str:
-    """Hold reloaded logits against the searched model's, in words.
-
-    `exact` are those of a float32 run of the same factors: `expected` itself where that is one. Else both
-    are off it by rounding, which a model may amplify as it likes: the reloaded ones may not be much
-    further off than the searched ones are.
-
-    Raises:
-        RankfrontError: the difference is more than rounding, or not a number.
-    """
-    largest = exact.abs().max().item()
-    difference = (found - expected).abs().max().item()
-    rounding, apart = _rms(expected - exact), _rms(found - exact)
-    if rounding == 0:
-        if not difference <= LOGIT_TOLERANCE * largest:
-            raise RankfrontError(
-                f"the reloaded logits differ by {difference:.3g} (largest logit {largest:.3g})"
-            )
-        return f"max abs difference {difference:.2e} (largest logit {largest:.1f})"
-    if not apart <= ROUNDING_RATIO * rounding:
-        raise RankfrontError(
-            f"the reloaded logits are {apart:.3g} off a float32 run of the same factors, the searched "
-            f"model's are {rounding:.3g} (root mean squares; largest logit {largest:.3g}): beyond "
-            f"{ROUNDING_RATIO} times as much it is not rounding"
-        )
-    return (
-        f"{apart:.2e} off a float32 run of the same factors, the searched model's are {rounding:.2e} "
-        f"(root mean squares; largest logit {largest:.1f})"
-    )
-
-
-def _rms(difference: Tensor) -> float:
-    return difference.square().mean().sqrt().item()
+    return whole_model(folder, str(folder), dtype="auto", use_safetensors=True).to(device).eval()
 
 
 def tensor_bytes(folder: Path) -> int:

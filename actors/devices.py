@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from actors.types import RankfrontError, ReplicaSpec
@@ -48,6 +51,17 @@ def device_here(name: str) -> str:
             + ", ".join(there)
         )
     return name
+
+
+@contextmanager
+def room_on(device: str) -> Iterator[None]:
+    """Raises RankfrontError where `device` has no room for what is done inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RankfrontError(
+            f"--device {device}: out of memory, as where a search is using it; --device cpu needs none of its"
+        ) from error
 
 
 def memory_fraction(share: float, total: int) -> float:

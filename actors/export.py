@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from torch import nn
 
 import actors.modeling_rankfront as modeling
 from actors.check import PROBE, Checked, Scored, check, own_bytes
+from actors.claimed import claimed
 from actors.dense_weights import dense_model
+from actors.devices import device_here, room_on
 from actors.licence import copy_licence_files
 from actors.linears import bias_of, weight_of
 from actors.low_rank import Ranks
@@ -108,17 +108,19 @@ def export(
     facts: Mapping[str, Any],
     card: Callable[[Checked], str],
     form: str = LOW_RANK,
+    device: str = "auto",
 ) -> list[str]:
     """Write `destination` whole or not at all; returns what was checked, in words.
 
     `facts` go into ranks.yaml before the ranks; `card` writes the model card once the folder is measured.
-    `form` is one of FORMATS.
+    `form` is one of FORMATS; it is checked on `device`.
 
     Raises:
-        RankfrontError: the folder exists, the disk is full, the model has no dense form, or the reloaded
-            model is not the scored one.
+        RankfrontError: the folder exists, the disk is full, the device is not there or has no room, the model
+            has no dense form, or the reloaded model is not the scored one.
     """
     quieten()
+    device = device_here(device)
     refuse_existing(destination)
     destination = from_home(destination, "--to").resolve()
     prepared, allocation = scored.prepared, scored.allocation
@@ -126,24 +128,23 @@ def export(
     description = {**facts, "storage": scored.storage, "ranks": allocation.to_dict()}
     if allocation.methods:
         description["methods"] = dict(allocation.methods)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        added = _write_model(scored, store, partial, form)
-        copy_side_files(prepared.model_folder, partial)
-        copy_licence_files(prepared.model_folder, partial)
-        text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
-        (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        checked = check(partial, scored, added)
-        (partial / PROBE).write_text(json.dumps(checked.probe), encoding="utf-8")
-        (partial / CARD).write_text(card(checked), encoding="utf-8")
-        for file in partial.iterdir():
-            settle(file)
-        partial.rename(destination)
+        with claimed(destination) as partial:
+            refuse_existing(destination)  # by one that was waited for
+            added = _write_model(scored, store, partial, form)
+            copy_side_files(prepared.model_folder, partial)
+            copy_licence_files(prepared.model_folder, partial)
+            text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
+            (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+            with room_on(device):
+                checked = check(partial, scored, added, device)
+            (partial / PROBE).write_text(json.dumps(checked.probe), encoding="utf-8")
+            (partial / CARD).write_text(card(checked), encoding="utf-8")
+            for file in partial.iterdir():
+                settle(file)
+            partial.rename(destination)
     except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors writes
         raise RankfrontError(f"export to {destination}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return list(checked.lines)
 
 

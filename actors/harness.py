@@ -12,7 +12,7 @@ from typing import Any
 import actors.modeling_rankfront  # noqa: F401 (registers the model type of an export)
 from actors.devices import device_here
 from actors.harness_results import INSTALL, HarnessSpec
-from actors.models import load_tokenizer, whole_model
+from actors.models import context_limit, load_tokenizer, whole_model
 from actors.nonfinite import all_finite
 from actors.perplexity import score_text
 from actors.replica import quieten
@@ -96,7 +96,7 @@ class LoadedFolder:
             RankfrontError: the text cannot be read or is too short, or the window is too long.
             ScoringError: a non-finite loss.
         """
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = context_limit(self.model)
         if limit is not None and window > limit:
             raise RankfrontError(f"--window {window}: the model reads {limit} tokens")
         ids = windows(load_documents(text), between(text), self.tokenizer, window, tokens)

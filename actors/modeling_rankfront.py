@@ -152,9 +152,23 @@ class RankfrontConfig(PretrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         base = self.__dict__.get("base", {})
-        if name in base:
-            return base[name]
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if name not in base:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        # A dict may be a config that the base's nests, which nobody expects as a dict.
+        return getattr(self.base_config(), name) if isinstance(base[name], dict) else base[name]
+
+    def base_config(self) -> Any:
+        """The dense model's config, made anew: what is written into it is lost."""
+        return AutoConfig.for_model(**self.base)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The text's config, as the base finds it; this one, which keeps what is written into it, where the
+        base nests none."""
+        if not self.base:  # transformers makes one without arguments, for its defaults
+            return self
+        base = self.base_config()
+        text = base.get_text_config(decoder=decoder, encoder=encoder)
+        return self if text is base else text
 
 
 class RankfrontForCausalLM(PreTrainedModel, GenerationMixin):
@@ -169,7 +183,7 @@ class RankfrontForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RankfrontConfig) -> None:
         super().__init__(config)
-        base_config = AutoConfig.for_model(**config.base)
+        base_config = config.base_config()
         base_config._attn_implementation = config._attn_implementation
         # The precision asked for is the default one while a model is made; the base has a config of its own.
         self.base = AutoModelForCausalLM.from_config(base_config, dtype=torch.get_default_dtype())

@@ -198,6 +198,11 @@ def whole_model(folder: str | Path, named: str, **keywords: Any) -> Any:
     return model
 
 
+def context_limit(model: Any) -> int | None:
+    """Tokens that a model reads at once, as the config of its text says; None where that names no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def load_tokenizer(folder: str | Path, source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a materialised folder.
 

@@ -13,7 +13,7 @@ from actors.devices import devices_of
 from actors.divergence import DenseTop, dense_top
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel
-from actors.models import load_model, load_tokenizer
+from actors.models import context_limit, load_model, load_tokenizer
 from actors.perplexity import kl_score, text_score, window_losses
 from actors.prefix import PrefixCache
 from actors.reasoning import score_task
@@ -86,7 +86,7 @@ class Scorer:
         self.tokenizer = load_tokenizer(prepared.model_folder, preparation.model)
         first = devices[0] if len(devices) == 1 else "cpu"  # until it is spread
         self.model = load_model(prepared.model_folder, preparation.model, first)
-        self.limit = getattr(self.model.config, "max_position_embeddings", None)
+        self.limit = context_limit(self.model)
         self.store = FactorStore(prepared.factor_store, devices[0])
         # A single CPU is busy while it scores: that is `seconds`.
         self._busy, self._measured = Busy(devices), devices != ("cpu",)

@@ -22,8 +22,10 @@ def apply_configuration(
     form: str,
     runs: Path,
     say: Callable[[str], None],
+    device: str = "auto",
 ) -> list[str]:
-    """Decompose a model as a configuration says, and write it; what was checked, in words.
+    """Decompose a model as a configuration says, and write it, scored and checked on `device`; what was
+    checked, in words.
 
     Raises:
         RankfrontError: mistakes in the file, ranks that do not fit the model, or what `export` raises.
@@ -37,7 +39,7 @@ def apply_configuration(
     destination = from_home(destination, "--to").resolve()
     refuse_existing(destination)
     config = found.config
-    scored = applied(config.preparation(), config.storage, found.ranks, found.methods, file.name, say)
+    scored = applied(config.preparation(), config.storage, found.ranks, found.methods, file.name, say, device)
     for line in _compared(found, scored.score, scored.prepared.fingerprints):
         say(line)
     described = {
@@ -64,6 +66,7 @@ def apply_configuration(
         described | ({"methods": dict(ours)} if ours else {}),
         lambda checked: model_card(told, checked),
         form,
+        device,
     )
 
 

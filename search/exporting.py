@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from actors.claimed import claimed
 from actors.sources import from_home
 from actors.types import RankfrontError, Score
 from search.allocation_file import facts, read_configuration, whole
 from search.card import CardFacts, model_card
 from search.folder import StudyFolder, factor_fact
 from search.panels import dense_row
+from search.plain import read_yaml
 from search.records import FACTORS, StudySummary, TrialRow
 from search.refine import refined_file
 
-DESCRIPTION = "ranks.yaml"
+DESCRIPTION, LISTED = "ranks.yaml", "ranks.json"
+DECIDES = ("format", "study", "trial", "storage", "ranks", "methods")
+"""Keys of a description that say which model it is, given the same base model and factors."""
 
 
 def destinations(
@@ -31,18 +33,56 @@ def destinations(
     """Where each trial is written: to `to` itself, or, where `each` has a folder of its own, below it.
 
     Raises:
-        RankfrontError: every one that exists already, or there is no such home.
+        RankfrontError: there is no such home.
     """
     if to is not None and not each:
         places = [to]
     else:
         parent = to or folder.path / "exports"
         places = [parent / f"trial-{row.number:05d}{suffix}" for row in rows]
-    places = [from_home(place, "--to").resolve() for place in places]
+    return [from_home(place, "--to").resolve() for place in places]
+
+
+def already_there(
+    folder: StudyFolder, summary: StudySummary, rows: list[TrialRow], places: list[Path], form: str | None
+) -> set[Path]:
+    """The places that hold their trial in a form already; a form of None is the configuration alone."""
+    found = set()
+    for row, place in zip(rows, places, strict=True):
+        document = whole(facts(folder, row, summary), folder.config.storage, row)
+        if _holds(place, document, form):
+            found.add(place)
+    return found
+
+
+def refuse_taken(places: Iterable[Path]) -> None:
+    """Raises RankfrontError where there is something at a place; names every one."""
     there = [f"{place} exists already; name another folder with --to" for place in places if place.exists()]
     if there:
         raise RankfrontError("\n".join(there))
-    return places
+
+
+def _holds(place: Path, document: Mapping[str, Any], form: str | None) -> bool:
+    """Whether a folder is the export of a configuration in a form. Test scores may have come since."""
+    try:
+        found = read_yaml(place / DESCRIPTION)
+        if _form(place) != form:
+            return False
+        prints = (found["fingerprints"], document["fingerprints"])
+        same = all(found.get(name) == document.get(name) for name in DECIDES)
+        return same and all(prints[0][name] == prints[1][name] for name in ("model", "factors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whatever else lies there
+        return False
+
+
+def _form(place: Path) -> str | None:
+    """The form of a written folder; None where it is a configuration alone."""
+    config = place / "config.json"
+    if not config.exists():
+        (place / LISTED).stat()
+        return None
+    told = json.loads(config.read_text(encoding="utf-8"))
+    return "dense" if told["model_type"] != "rankfront" and told["rankfront"] else "rankfront"
 
 
 def export_trial(
@@ -52,13 +92,17 @@ def export_trial(
     destination: Path,
     form: str,
     variant: str = FACTORS,
+    device: str = "auto",
 ) -> list[str]:
-    """Write a trial, of its own factors or a refined variant, as a folder; what was checked, in words."""
+    """Write a trial, of its own factors or a refined variant, as a folder, checked on `device`; what was
+    checked, in words."""
     from actors.check import Scored
+    from actors.devices import device_here
     from actors.export import export
     from actors.licence import base_licence
     from actors.resident import local_source, resident
 
+    device = device_here(device)
     refined = None
     if variant != FACTORS:
         refined, score = refined_file(folder, row, variant)
@@ -81,7 +125,7 @@ def export_trial(
         trial=row.number,
     )
     scored = Scored(preparation, prepared, row.allocation, config.storage, row.score, refined)
-    return export(scored, destination, described, lambda checked: model_card(told, checked), form)
+    return export(scored, destination, described, lambda checked: model_card(told, checked), form, device)
 
 
 def _commands(folder: StudyFolder, row: TrialRow, form: str, variant: str) -> tuple[str, ...]:
@@ -116,25 +160,23 @@ def write_configuration(folder: StudyFolder, summary: StudySummary, row: TrialRo
         RankfrontError: the disk is full or the place cannot be written.
     """
     document = whole(facts(folder, row, summary), folder.config.storage, row)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-        (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
-        (partial / "ranks.json").write_text(text + "\n", encoding="utf-8")
-        partial.rename(destination)
+        with claimed(destination) as partial:
+            text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+            (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+            text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+            (partial / LISTED).write_text(text + "\n", encoding="utf-8")
+            partial.rename(destination)
     except OSError as error:
         raise RankfrontError(f"export to {destination}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_folder(path: Path, overrides: Mapping[str, Any]) -> list[str]:
-    """Reload an exported folder and hold it against its own record; what was found, in words.
+def check_folder(path: Path, overrides: Mapping[str, Any], device: str = "auto") -> list[str]:
+    """Reload an exported folder on `device` and hold it against its own record; what was found, in words.
 
     Raises:
-        RankfrontError: it is no export, its text is not here, or it is not what was written.
+        RankfrontError: there is no such device, it is no export, its text is not here, or it is not what was
+            written.
     """
     if not path.is_dir():
         raise RankfrontError(f"--check {path}: no such folder")
@@ -142,7 +184,10 @@ def check_folder(path: Path, overrides: Mapping[str, Any]) -> list[str]:
     if "nll" not in found.recorded:
         raise RankfrontError(f"{path / DESCRIPTION}: scores.search.nll is missing: nothing to compare with")
     from actors.check import recheck
+    from actors.devices import device_here, room_on
     from actors.replica import quieten
 
     quieten()
-    return recheck(path, found.config.preparation(), found.recorded)
+    device = device_here(device)
+    with room_on(device):
+        return recheck(path, found.config.preparation(), found.recorded, device)

@@ -87,15 +87,16 @@ def beginning_with_bos() -> Any:
 def tiny_model(folder: Path, model_type: str, seed: int = 0, **config_overrides: Any) -> Path:
     """Save a random causal language model (3 blocks, hidden 32, tied embeddings) and its tokenizer.
 
-    Settings that a type does not know are left out; grouped heads are for those that have them.
+    Settings that a type does not know are left out; grouped heads are for those that have them. Where a type
+    nests its text's config they are of that one, as are those in an override `text_config`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer()
-    known = set(AutoConfig.for_model(model_type).to_dict()) | set(
-        AutoConfig.for_model(model_type).attribute_map
-    )
+    default = AutoConfig.for_model(model_type)
+    text = default.get_text_config()
+    known = set(text.to_dict()) | set(text.attribute_map)
     usual = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -110,7 +111,10 @@ def tiny_model(folder: Path, model_type: str, seed: int = 0, **config_overrides:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
     }
-    settings = {name: value for name, value in usual.items() if name in known} | config_overrides
+    settings = {name: value for name, value in usual.items() if name in known}
+    if text is not default:
+        settings = {"text_config": settings | config_overrides.pop("text_config", {})}
+    settings |= config_overrides
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))

@@ -49,12 +49,12 @@ class Case:
         return CostModel(self.prepared.targets, parameters, self.storage, bias, itemsize)
 
     def export(self, destination: Path, **changes: Any) -> list[str]:
-        form = changes.pop("form", "rankfront")
+        form, device = changes.pop("form", "rankfront"), changes.pop("device", "auto")
         case = replace(self, **changes)
         preparation = case.config.preparation()
         facts = {"study": "tiny", "trial": 3}
         scored = Scored(preparation, case.prepared, case.allocation, case.storage, case.score)
-        return export(scored, destination, facts, lambda checked: f"{checked.bytes:,} bytes", form)
+        return export(scored, destination, facts, lambda checked: f"{checked.bytes:,} bytes", form, device)
 
 
 def make_case(

@@ -1,7 +1,8 @@
 """One tiny random model of each family, for every suite that all of them must pass.
 
 A new family is one line in CASES: its model type, the (m, n) of every target of a block, and where
-the type differs from the usual, its settings, the path of its blocks, and which targets have a bias.
+the type differs from the usual, its settings, the path of its blocks, which targets have a bias, and
+where its checkpoints file the blocks under another path.
 """
 
 from __future__ import annotations
@@ -48,6 +49,19 @@ OPT = {f"self_attn.{side}_proj": (32, 32) for side in ("k", "v", "q", "out")} | 
     "fc2": (32, 64),
 }
 GEMMA3 = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# The model of images and text, whose config nests those of both; it is asked about text alone.
+GEMMA3_IMAGES = {
+    "text_config": GEMMA3 | {"layer_types": GEMMA3["layer_types"][:BLOCKS]},
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    },
+    "mm_tokens_per_image": 4,
+    "image_token_index": tiny.VOCABULARY - 1,
+}
 OPT_SETTINGS = {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": tiny.INITIALIZER_RANGE}
 
 
@@ -59,6 +73,11 @@ class Case:
     blocks: str = "model.layers"
     biased: tuple[str, ...] = ()
     generic: bool = False
+    filed: str | None = None
+
+    def name_in_file(self, target: str) -> str:
+        """What its checkpoint calls a target."""
+        return target if self.filed is None else target.replace(self.blocks, self.filed)
 
 
 CASES = (
@@ -67,6 +86,14 @@ CASES = (
     Case("qwen2", gated(), biased=("*.[qkv]_proj",)),
     Case("qwen3", gated(head_dim=16), {"head_dim": 16}),
     Case("gemma3_text", gated(head_dim=16), GEMMA3 | {"layer_types": GEMMA3["layer_types"][:BLOCKS]}),
+    Case(
+        "gemma3",
+        gated(head_dim=16),
+        GEMMA3_IMAGES,
+        "model.language_model.layers",
+        generic=True,
+        filed="language_model.model.layers",
+    ),
     Case("gpt2", GPT2, blocks="transformer.h", biased=("*",)),
     Case("opt", OPT, OPT_SETTINGS, "model.decoder.layers", biased=("*",), generic=True),
     Case("gpt_neox", NEOX, blocks="gpt_neox.layers", biased=("*",), generic=True),

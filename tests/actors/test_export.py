@@ -228,3 +228,23 @@ def test_the_checks_say_the_scores_that_were_recorded(name: str, cases: dict[str
     reloaded = re.search(r"nll on the search split: ([\d.]+) reloaded", "\n".join(case.lines))
     assert reloaded is not None
     assert float(reloaded[1]) == pytest.approx(nll, abs=2e-6)
+
+
+def test_an_export_asks_no_question_of_a_task(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compares the text's loss: the answers to tasks would be thrown away."""
+    case = cases["tied"]
+    assert case.score.tasks
+    monkeypatch.setattr("actors.scoring.score_task", lambda *_: pytest.fail("a task was scored"))
+    assert case.export(tmp_path / "new") == case.lines
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the export is checked there")
+def test_an_export_is_checked_on_the_device_that_is_named(cases: dict[str, Case], tmp_path: Path) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    cases["tied"].export(tmp_path / "cpu", device="cpu")
+    assert torch.cuda.max_memory_allocated() == before
+    cases["tied"].export(tmp_path / "cuda", device="cuda")
+    assert torch.cuda.max_memory_allocated() > before

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from exported_models import Case, make_case, off_by_a_row
 
 from actors import export as exporting
@@ -111,4 +112,14 @@ def test_a_recorded_score_of_another_model_is_refused(tied: Case, tmp_path: Path
     text = replace(tied.score.text, nats=tied.score.text.nats * 1.5)
     with pytest.raises(RankfrontError, match=r"nll"):
         tied.export(tmp_path / "new", score=replace(tied.score, text=text))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_without_room_is_said(tied: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("actors.check.score_split", full)
+    with pytest.raises(RankfrontError, match=r"^--device cpu: out of memory, .*; --device cpu needs none"):
+        tied.export(tmp_path / "new", device="cpu")
     assert list(tmp_path.iterdir()) == []

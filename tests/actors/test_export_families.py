@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,23 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from family_cases import CASES
+from exported_models import make_case
+from family_cases import CASES, GEMMA3_IMAGES
 from safetensors import safe_open
 from strangers import ask_stranger
 from transformers import AutoModelForCausalLM
 
+from actors.builder import Builder
 from actors.calibration import collect_moments
-from actors.check import own_bytes
+from actors.check import own_bytes, recheck
 from actors.dense_weights import dense_model
 from actors.export import low_rank_model
 from actors.factors import FactorStore
+from actors.harness import LoadedFolder
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
-from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, TargetSpec
+from actors.scoring import Scorer
+from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, ReplicaSpec, TargetSpec
 from search.cost import CostModel
 
 NEW_TOKENS = 64
@@ -218,3 +222,19 @@ def test_switches_that_are_not_needed_stay_off(exported: dict[str, Exported], tm
     assert untouched.bias.abs().max() == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(loaded.model.layers[0].self_attn.q_proj.bias, q_proj.bias)
+
+
+def test_a_nested_config_is_asked_how_much_its_text_model_reads(tmp_path: Path) -> None:
+    """One of images and text, exported as any other; a window beyond its 256 positions is refused."""
+    case = make_case(tmp_path, "gemma3", "auto", "mean", **GEMMA3_IMAGES)
+    spec = case.config.preparation()
+    assert Scorer(ReplicaSpec("r", spec, case.prepared, threads=1, device="cpu")).limit == 256
+    longer = replace(spec, scoring=replace(spec.scoring, window=257))
+    with pytest.raises(RankfrontError, match=r"^scoring.window: 257 tokens, the model reads 256$"):
+        recheck(case.folder, longer, case.score.metrics)
+    with pytest.raises(RankfrontError, match=r"^--window 257: the model reads 256 tokens$"):
+        LoadedFolder(case.folder, "cpu").perplexity(spec.scoring.text, 257, 512, 512)
+    builder = Builder(replace(spec, calibration=replace(spec.calibration, window=257)))
+    with pytest.raises(RankfrontError, match=r"^calibration.window: 257 tokens, the model reads 256$"):
+        list(builder.inspect())
+    builder.close()

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from actors import export as exporting
-from actors.check import compare_logits
+from actors.agreement import compare_logits
 from actors.export import low_rank_model
 from actors.factors import FactorStore
 from actors.low_rank import TrialModel

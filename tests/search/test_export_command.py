@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,50 @@ def test_the_whole_front_gets_a_folder_each(
     assert f"trial-{members[0]:05d}-config exists already" in capsys.readouterr().err
 
 
+def test_the_front_goes_on_where_it_was_stopped_or_has_grown(
+    folder: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is there stays as it is; what a killed process left half-way is gone."""
+    arguments = ("export", folder.path, "--all-front", "--to", tmp_path)
+    assert run(*arguments) == 0
+    first, last = sorted(tmp_path.iterdir())
+    before = {file.name: file.stat().st_ino for file in first.iterdir()}
+    shutil.rmtree(last)
+    partial = tmp_path / f".{last.name}.partial"
+    partial.mkdir()
+    (partial / "model-00002.safetensors").write_bytes(b"half")
+    (tmp_path / f".{last.name}.lock").touch()
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    said = capsys.readouterr().out
+    assert f"Trial {int(first.name[-5:])}: there already, in {first}/" in said
+    assert f"Trial {int(last.name[-5:])} (" in said
+    assert sorted(tmp_path.iterdir()) == [first, last]
+    assert "model-00002.safetensors" not in [file.name for file in last.iterdir()]
+    assert {file.name: file.stat().st_ino for file in first.iterdir()} == before
+
+
+@pytest.mark.parametrize("changed", ["form", "ranks", "factors"])
+def test_a_folder_of_another_model_is_not_passed_over(
+    changed: str, folder: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before any other member is written."""
+    arguments = ("export", folder.path, "--all-front", "--to", tmp_path)
+    assert run("export", folder.path, "--trial", "2", "--to", tmp_path / "trial-00002") == 0
+    told = description(tmp_path / "trial-00002")
+    if changed == "form":
+        arguments += ("--format", "dense")
+    elif changed == "ranks":
+        told["ranks"] |= dict.fromkeys([*told["ranks"]][:1], 1)
+    else:
+        told["fingerprints"]["factors"] = "0" * 64
+    (tmp_path / "trial-00002" / "ranks.yaml").write_text(yaml.safe_dump(told))
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    assert "trial-00002 exists already; name another folder with --to" in capsys.readouterr().err
+    assert [place.name for place in tmp_path.iterdir()] == ["trial-00002"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -180,6 +226,28 @@ def test_a_folder_is_checked_against_its_own_record(
     assert "nats/token reloaded" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("reasoning.acc", 0.9, r"reasoning\.acc is 0\.\d{6} reloaded, 0\.900000 recorded"),
+        ("nll.mine", 2.5, r"nll\.mine is 2\.500000 recorded, and not measured"),
+    ],
+)
+def test_every_recorded_metric_is_held(
+    name: str, value: float, says: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = description(exported)
+    recorded = told["scores"]["search"]
+    assert name == "nll.mine" or recorded[name] < 0.5
+    recorded[name] = value
+    other = _copy(exported, tmp_path / "other")
+    (other / "ranks.yaml").write_text(yaml.safe_dump(told))
+    assert run("export", "--check", other) == 2
+    captured = capsys.readouterr()
+    assert re.search(says, " ".join(captured.err.split()))
+    assert "is the model that was written" not in captured.out
+
+
 def _copy(folder: Path, to: Path) -> Path:
     """The same files, linked, with the two records free to change."""
     to.mkdir()
@@ -226,6 +294,26 @@ def test_a_configuration_makes_the_same_model_again(
     assert told["ranks"] == ranks
     nll = description(exported)["scores"]["search"]["nll"]
     assert told["scores"]["search"]["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("command", ["export", "check", "apply"])
+def test_a_device_that_is_not_there_is_refused_before_the_work(
+    command: str,
+    folder: StudyFolder,
+    exported: Path,
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = {
+        "export": ("export", folder.path, "--trial", "1", "--to", tmp_path / "new"),
+        "check": ("export", "--check", exported),
+        "apply": ("apply", exported / "ranks.yaml", root / "model", "--to", tmp_path / "new",
+                  "--runs", tmp_path / "runs"),
+    }[command]  # fmt: skip
+    assert run(*arguments, "--device", "meta") == 2
+    assert "--device meta: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_of_a_configuration_are_listed_at_once(
