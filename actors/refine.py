@@ -251,11 +251,12 @@ def refine(
     manifest. `model` is dense when this starts, and as it was when it ends.
 
     The run's state is in `<path>.partial` until then. `helpers` take shares of the steps, each from when it
-    is ready and as long as it is there.
+    is ready and as long as it answers; what the last step tells names those that were left out.
 
     Raises:
         RankfrontError: nothing to refine, float16, or a loss that is not finite before any step was better
             than the start; and what a helper finds wrong.
+        torch.OutOfMemoryError: the state of the last held-out score is there to go on from.
     """
     if next(model.parameters()).dtype == torch.float16:
         raise RankfrontError("refine: gradients vanish in model.dtype float16; need bfloat16 or float32")
@@ -272,7 +273,7 @@ def refine(
         run.points.keep(path, allocation, spec, ended, facts)
     partial.unlink(missing_ok=True)
     # Only now: who hears of an end finds its file.
-    yield run.points.told(run.step, spec.steps, training_kl, ended, team.size)
+    yield run.points.told(run.step, spec.steps, training_kl, "; ".join([ended, *team.left_out]), team.size)
 
 
 def _steps(

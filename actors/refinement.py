@@ -68,7 +68,7 @@ def windows_of(tokens: int, window: int) -> int:
 class RefinementStep:
     """How far a refinement is. `training` is the KL of this step's own windows before it, None at the start;
     `held_out` the last score of the held-out windows and `best` the lowest, at `best_step`: nats/token.
-    `ended` says why no step follows, None while one does; `workers` made it."""
+    `ended` says why no step follows, and who was left out; None while one does. `workers` made it."""
 
     step: int
     steps: int

@@ -343,6 +343,26 @@ def test_a_loss_that_is_not_finite_ends_it(
     assert RefinedFactors(path).manifest["step"] == 4
 
 
+def test_want_of_memory_is_an_error_and_the_run_goes_on_from_its_last_score(
+    setting: Setting, refined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Shares.share
+    path = tmp_path / "f.safetensors"
+
+    def share(shares: Shares, step: int, place: int, count: int) -> float:
+        if step == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(shares, step, place, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shares, "share", share)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(setting.steps(path))
+    assert [file.name for file in tmp_path.iterdir()] == [f"{path.name}.partial"]
+    assert [told.step for told in setting.steps(path)] == [*range(4, 13), 12]
+    assert path.read_bytes() == refined.read_bytes()
+
+
 def test_windows_come_in_turn_and_the_rate_rises_and_falls() -> None:
     seen = torch.cat([chosen_windows(6, 4, step, seed=1) for step in range(1, 7)])
     assert [sorted(turn.tolist()) for turn in seen.split(6)] == [list(range(6))] * 4
