@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.harness_results import HarnessScore, HarnessSpec
 from actors.helper import Helper
-from actors.refinement import RefinementSpec, RefinementStep
+from actors.refinement import FEWER_NUMBERS, RefinementSpec, RefinementStep
 from actors.types import (
     Allocation,
     BuildPlan,
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LESS_MEMORY = "; refine.checkpointed: true and a smaller scoring.batch_tokens take less"
+LESS_MEMORY = (
+    "; refine.checkpointed: true and a smaller scoring.batch_tokens take less for activations. "
+    f"{FEWER_NUMBERS}"
+)
 """What an error says of a refinement that memory did not suffice for."""
 
 

@@ -65,7 +65,8 @@ def test_running_out_of_memory_ends_one_refinement_or_measurement(
     with pytest.raises(error) as raised:
         answered.extend(getattr(refiner, method)(Allocation((("t", 1),)), *arguments))
     assert str(raised.value).startswith(f"out of memory {where}: {REASON}")
-    assert ("refine.checkpointed: true" in str(raised.value)) == (where == "while refining")
+    for advice in ("refine.checkpointed: true", "16 bytes for every number of the factors", "--method refit"):
+        assert (advice in str(raised.value)) == (where == "while refining")
     assert type(raised.value) is error
     assert answered == (["a step"] if method == "refine" else [])
     assert raised.value.__context__ is None
