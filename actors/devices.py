@@ -82,6 +82,12 @@ def memory_fraction(share: float, total: int) -> float:
     return allowed / total
 
 
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take of a GPU, with what torch's allocator holds there and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def keep_to_share(spec: ReplicaSpec) -> None:
     """Have this process run out of memory where it would take more of a GPU than its share.
 

@@ -11,5 +11,9 @@ class ScoringError(RankfrontError):
     """A trial has no valid score (non-finite loss, value out of range); its text is the reason."""
 
 
+class ShortOfMemoryError(RankfrontError):
+    """A worker's memory did not suffice for what it was asked, which says nothing of the model."""
+
+
 class OpaqueModelError(RankfrontError):
     """A model that no text can be taken through block by block."""

@@ -228,6 +228,10 @@ class FactorStore:
         self._places = dict(devices)
         self._tensors.clear()
 
+    def release(self) -> None:
+        """Keep none in memory; they are read again when they are asked for."""
+        self._tensors.clear()
+
     def bytes_of(self, name: str) -> int:
         """What the factors of a target take, by all methods together."""
         files = self.manifest["files"].values()

@@ -5,15 +5,16 @@ lm-evaluation-harness is an optional dependency (`rankfront[eval]`), imported wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import actors.modeling_rankfront  # noqa: F401 (registers the model type of an export)
+import torch
+
 from actors.devices import device_here
 from actors.harness_results import INSTALL, HarnessSpec
+from actors.modeling_rankfront import RankfrontForCausalLM  # also registers the model type of an export
 from actors.models import context_limit, load_tokenizer, whole_model
-from actors.nonfinite import all_finite
 from actors.perplexity import score_text
 from actors.replica import quieten
 from actors.text import between, load_documents, windows
@@ -55,7 +56,9 @@ class Harness:
         spec = self.spec
         device, names = str(model.device), self._manager.match_tasks(list(tasks))
         wrapped = self._wrap(pretrained=model, tokenizer=tokenizer, device=device, batch_size=spec.batch_size)
-        watched = model.register_forward_hook(_refuse_non_finite)
+        # An export has the model inside it generate, and does not run itself.
+        inner = model.base if isinstance(model, RankfrontForCausalLM) else model
+        watched = inner.register_forward_hook(_refuse_non_finite, with_kwargs=True)
         try:
             found = self._evaluate(
                 wrapped, tasks=names, limit=spec.limit, task_manager=self._manager, log_samples=False
@@ -66,9 +69,20 @@ class Harness:
         return dict(found)
 
 
-def _refuse_non_finite(model: Any, inputs: Any, output: Any) -> None:
-    """At the last position of each row, which sees all others; padding may be anything."""
-    if not all_finite(output.logits[:, -1]):
+def _refuse_non_finite(model: Any, inputs: Any, keywords: Mapping[str, Any], output: Any) -> None:
+    """At every position but those that an attention mask (rows, positions) leaves out.
+
+    Where log-likelihoods are asked for there is no mask: rows end in padding that the model reads as text.
+    Where text is generated they begin with padding, which has nothing to attend to and may come to anything.
+    A mask of another shape does not say where that is: the last position of a row is none of it.
+    """
+    logits, mask = output.logits, keywords.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        logits, mask = logits[:, -1:], None
+    sound = torch.isfinite(logits.sum(-1, dtype=torch.float32))  # (rows, positions)
+    if mask is not None:  # a generation may keep the logits of the last positions alone
+        sound |= mask[:, -sound.shape[1] :] == 0
+    if not sound.all():
         raise ScoringError("lm-evaluation-harness: a logit is not finite")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from actors.types import RankfrontError, ShortOfMemoryError
+
 
 class Gone(Exception):  # noqa: N818 (no error: the others go on)
-    """A helper's process is no more."""
+    """A helper is of no more use; the text says why."""
 
 
 class Answer(Protocol):
@@ -16,8 +18,14 @@ class Answer(Protocol):
         """Whether `get` would not wait; one that is gone is ready."""
         ...
 
-    def get(self) -> Any:
-        """Waits for it. Raises Gone, or what the helper raised."""
+    def get(self, limit: float) -> Any:
+        """Waits for it, `limit` seconds at most.
+
+        Raises:
+            Gone: its process is no more or does not answer, or it failed by what the others may not: want of
+                memory, or an error that nobody foresaw, as on a broken GPU.
+            RankfrontError: a mistake that the others would find as well, as the helper raised it.
+        """
         ...
 
 
@@ -28,6 +36,10 @@ class Helper(Protocol):
 
     def shared(self, value: Any) -> Any:
         """What a value is sent as, so that sending it to all costs what sending it to one does."""
+        ...
+
+    def end(self) -> None:
+        """End its process, if it is there."""
         ...
 
 
@@ -45,6 +57,11 @@ class ActorHelper:
 
         return ray.put(value)
 
+    def end(self) -> None:
+        import ray
+
+        ray.kill(self._actor)
+
 
 class _Reference:
     def __init__(self, reference: Any) -> None:
@@ -55,13 +72,22 @@ class _Reference:
 
         return bool(ray.wait([self._reference], timeout=0)[0])
 
-    def get(self) -> Any:
+    def get(self, limit: float) -> Any:
         import ray
-        from ray.exceptions import ObjectLostError, RayActorError
+        from ray.exceptions import GetTimeoutError, RayError
+
+        from actors.failures import cause_of, causes
 
         try:
-            return ray.get(self._reference)
-        except (RayActorError, ObjectLostError) as error:
-            if getattr(error, "actor_init_failed", False):
-                raise  # its constructor says why: another would say the same
-            raise Gone(str(error)) from error
+            return ray.get(self._reference, timeout=limit)
+        except GetTimeoutError as error:
+            raise Gone(f"no answer in {limit:.0f} s") from error
+        except RayError as error:
+            cause = cause_of(error)
+            if isinstance(cause, ShortOfMemoryError):
+                raise Gone(str(cause)) from error
+            if isinstance(cause, RankfrontError):
+                raise cause from error
+            *_, first = causes(error)
+            line = str(first).strip().partition("\n")[0]
+            raise Gone(f"{type(first).__name__}: {line}") from error

@@ -69,6 +69,11 @@ class TrialLinear(nn.Module):
         self.rank = self.tokens = self.method = None
         self._left = self._right = self._bias = None
 
+    def release(self) -> None:
+        """The same, and what the product took is free."""
+        self.restore()
+        self._product = None
+
     def install(self, rank: int, store: Ranks, name: str, tokens: int, method: str | None = None) -> None:
         """Run at `rank` from now on, cut from the factors of `method` (None: the configured one).
 
@@ -146,10 +151,11 @@ class TrialModel:
         return changed
 
     def use(self, store: Ranks) -> None:
-        """Cut ranks from `store` from now on; every target is dense until the next `install`."""
+        """Cut ranks from `store` from now on; every target is dense until the next `install`, and takes no
+        more memory than the dense layer."""
         self._store = store
         for layer in self._layers.values():
-            layer.restore()
+            layer.release()
 
     def layer(self, name: str) -> TrialLinear:
         return self._layers[name]

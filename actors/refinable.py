@@ -54,8 +54,9 @@ class RefinableLinear(nn.Module):
     def __init__(
         self, dense: nn.Module, left: Tensor, right: Tensor, bias: Tensor | None, tokens: int
     ) -> None:
-        """`left` (r, m), `right` (r, n) and `bias` (m,) as a factor store has them; `tokens` of a batch.
+        """`left` (r, m), `right` (r, n) and `bias` (m,) as a factor store has them, on any device.
 
+        `tokens` are those of a batch.
         Where the layer has a bias of its own and the factors bring none, it moves from zero.
         """
         super().__init__()
@@ -64,9 +65,10 @@ class RefinableLinear(nn.Module):
             bias = torch.zeros_like(own)
         self._dense = [dense]  # in a list: its parameters are not ours
         self.bypassed = False
+        left, right = left.to(weight.device), right.to(weight.device)
         self.left = nn.Parameter(left.T.float().contiguous().clone())
         self.right = nn.Parameter(right.float().contiguous().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.float().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.to(weight.device).float().clone())
         self._factored = factored_is_cheaper(len(left), weight.shape[0], weight.shape[1], tokens)
 
     @property
@@ -134,7 +136,8 @@ def bypassed(layers: Sequence[RefinableLinear]) -> Iterator[None]:
 class HeldOut:
     """The points of a run by their divergence on the held-out windows, and the best of them.
 
-    `scores` are of a step and in nats/token; `best` is what moved, as it stood at the best point.
+    `scores` are of a step and in nats/token; `best` is what moved, as it stood at the best point, on the CPU:
+    a device has as much to hold without it.
     """
 
     def __init__(
@@ -168,7 +171,7 @@ class HeldOut:
         assert found.kl is not None
         kl = (found.kl.sum() / text.scored.sum()).item()
         if not self.scores or kl < self.best_score[1]:
-            self.best = {name: value.detach().clone() for name, value in self._moving.items()}
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in self._moving.items()}
         self.scores.append((step, kl))
 
     def keep(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.devices import free_bytes
 from actors.divergence import DenseTop, dense_top
 from actors.helper import Helper
 from actors.low_rank import Ranks
@@ -38,7 +39,7 @@ from actors.refinable import (
     refinable,
 )
 from actors.refined import read, write
-from actors.refinement import RefinementSpec, RefinementStep, windows_of
+from actors.refinement import FEWER_NUMBERS, STEP_BYTES, RefinementSpec, RefinementStep, windows_of
 from actors.team import PIECE, Pieces, Team
 from actors.text import ScoredText
 from actors.types import Allocation, RankfrontError, ScoringError
@@ -229,12 +230,32 @@ class Refinement:
         with torch.no_grad():
             for name, value in self._moving.items():
                 value.copy_(tensors[f"now.{name}"])
-                self.points.best[name] = tensors[f"best.{name}"].to(value.device)
+                self.points.best[name] = tensors[f"best.{name}"]
                 if self.step:
                     self._adam.state[value] = {
                         "step": torch.tensor(float(self.step)),
                         **{k: tensors[f"{k}.{name}"].to(value.device) for k in ("exp_avg", "exp_avg_sq")},
                     }
+
+
+def refuse_what_does_not_fit(model: nn.Module, allocation: Allocation, device: torch.device) -> None:
+    """A run by steps that a GPU has no room for, whatever its batches: activations come on top.
+
+    Raises:
+        RankfrontError: says what it needs and what is free.
+    """
+    if device.type != "cuda":
+        return
+    numbers = 0
+    for name, rank in allocation:
+        weight = model.get_submodule(name).weight
+        numbers += (rank or 0) * sum(weight.shape)  # type: ignore[arg-type, union-attr]
+    needed, free = STEP_BYTES * numbers, free_bytes(device)
+    if needed > free:
+        raise RankfrontError(
+            f"refine: steps on {numbers:,} numbers need {needed / 2**30:.1f} GiB of the GPU, and "
+            f"{free / 2**30:.1f} GiB are free. {FEWER_NUMBERS}"
+        )
 
 
 def refine(
@@ -251,14 +272,17 @@ def refine(
     manifest. `model` is dense when this starts, and as it was when it ends.
 
     The run's state is in `<path>.partial` until then. `helpers` take shares of the steps, each from when it
-    is ready and as long as it is there.
+    is ready and as long as it answers; what the last step tells names those that were left out.
 
     Raises:
-        RankfrontError: nothing to refine, float16, or a loss that is not finite before any step was better
-            than the start; and what a helper finds wrong.
+        RankfrontError: nothing to refine, float16, a GPU without room for it, or a loss that is not finite
+            before any step was better than the start; and what a helper finds wrong.
+        torch.OutOfMemoryError: the state of the last held-out score is there to go on from.
     """
-    if next(model.parameters()).dtype == torch.float16:
+    like = next(model.parameters())
+    if like.dtype == torch.float16:
         raise RankfrontError("refine: gradients vanish in model.dtype float16; need bfloat16 or float32")
+    refuse_what_does_not_fit(model, allocation, like.device)
     held, partial = texts.held, path.with_name(f"{path.name}.partial")
     team = Team(helpers, allocation, spec)
     top = dense_top(model, held.windows, spec.batch_tokens, spec.top_k, held.name)
@@ -272,7 +296,7 @@ def refine(
         run.points.keep(path, allocation, spec, ended, facts)
     partial.unlink(missing_ok=True)
     # Only now: who hears of an end finds its file.
-    yield run.points.told(run.step, spec.steps, training_kl, ended, team.size)
+    yield run.points.told(run.step, spec.steps, training_kl, "; ".join([ended, *team.left_out]), team.size)
 
 
 def _steps(

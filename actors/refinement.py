@@ -20,6 +20,14 @@ FOLDER = "refined"
 GRADIENT, REFIT = "gradient", "refit"
 """How factors are refined: by steps of Adam, or in closed form."""
 
+# Adam's, for every number of the factors: its value, gradient and two moments, in float32.
+STEP_BYTES = 16
+FEWER_NUMBERS = (
+    f"Adam keeps {STEP_BYTES} bytes for every number of the factors, whatever the batch: a smaller budget "
+    "has fewer of them, refine.method: refit (--method refit) needs no Adam, or take a GPU with more memory"
+)
+"""What helps where there is no memory for these."""
+
 # What changes rounding, time and memory, not what is computed.
 SPEED = ("batch_tokens", "checkpointed")
 # All that a refit reads, beside those.
@@ -68,7 +76,7 @@ def windows_of(tokens: int, window: int) -> int:
 class RefinementStep:
     """How far a refinement is. `training` is the KL of this step's own windows before it, None at the start;
     `held_out` the last score of the held-out windows and `best` the lowest, at `best_step`: nats/token.
-    `ended` says why no step follows, None while one does; `workers` made it."""
+    `ended` says why no step follows, and who was left out; None while one does. `workers` made it."""
 
     step: int
     steps: int

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.factors import FactorStore
 from actors.harness_results import HarnessScore, HarnessSpec, metrics_of
 from actors.helper import Helper
 from actors.models import load_tokenizer
@@ -63,21 +64,28 @@ class Refiner:
         texts = Texts(self._windows(), first_windows(scorer.split("search").text, spec.held_out))
         fingerprint = refinement_fingerprint(prints, allocation, spec)
         path = self._folder / file_of(fingerprint)
-        facts = {**facts, "fingerprint": fingerprint}
-        scorer.trial_model.use(scorer.store)  # every target is dense now
+        facts, factors = {**facts, "fingerprint": fingerprint}, self._factors()
         if spec.method == REFIT:
-            yield from refit(scorer.model, scorer.store, allocation, texts, spec, path, facts)
+            yield from refit(scorer.model, factors, allocation, texts, spec, path, facts)
         else:
-            yield from refine(scorer.model, scorer.store, allocation, texts, spec, path, facts, helpers)
+            yield from refine(scorer.model, factors, allocation, texts, spec, path, facts, helpers)
 
     def help(self, allocation: Allocation, spec: RefinementSpec) -> None:
         """Be ready for shares of another worker's refinement; raises as `refine` does."""
         self._held.close()
+        self._helping = None  # before there is another: one of them fills the memory
+        factors, windows = self._factors(), self._windows()
+        self._helping = self._held.enter_context(
+            helping(self._scorer.model, factors, allocation, windows, spec)
+        )
+
+    def _factors(self) -> FactorStore:
+        """The study's, read from disk rank by rank, for a model that is dense from now on: beside what moves
+        the device may have no room for all ranks, nor for the products of trials."""
         scorer = self._scorer
         scorer.trial_model.use(scorer.store)
-        self._helping = self._held.enter_context(
-            helping(scorer.model, scorer.store, allocation, self._windows(), spec)
-        )
+        scorer.store.release()
+        return FactorStore(self._spec.prepared.factor_store)
 
     @property
     def helping(self) -> Helping:

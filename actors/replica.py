@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.harness_results import HarnessScore, HarnessSpec
 from actors.helper import Helper
-from actors.refinement import RefinementSpec, RefinementStep
+from actors.refinement import FEWER_NUMBERS, RefinementSpec, RefinementStep
 from actors.types import (
     Allocation,
     BuildPlan,
@@ -21,10 +21,12 @@ from actors.types import (
     PreparationSpec,
     Prepared,
     Progress,
+    RankfrontError,
     ReplicaSpec,
     Rival,
     Score,
     ScoringError,
+    ShortOfMemoryError,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LESS_MEMORY = "; refine.checkpointed: true and a smaller scoring.batch_tokens take less"
+LESS_MEMORY = (
+    "; refine.checkpointed: true and a smaller scoring.batch_tokens take less for activations. "
+    f"{FEWER_NUMBERS}"
+)
 """What an error says of a refinement that memory did not suffice for."""
 
 
@@ -97,12 +102,10 @@ class Replica:
         return _in_memory(lambda: self._scorer.score(allocation, split, rivals), f" on the {split} split")
 
 
-def _in_memory(work: Callable[[], T], where: str, hint: str = "") -> T:
-    """What `work` returns.
-
-    Raises:
-        ScoringError: memory did not suffice `where`; what it took is free again.
-    """
+def _in_memory(
+    work: Callable[[], T], where: str, hint: str = "", short: type[RankfrontError] = ScoringError
+) -> T:
+    """What `work` returns; raises `short` where memory did not suffice. What it took is free again."""
     import torch
 
     try:
@@ -112,13 +115,19 @@ def _in_memory(work: Callable[[], T], where: str, hint: str = "") -> T:
     # Past the handler: what the error's frames held is free by now. Torch's own class does not travel, a
     # driver would import torch to read it.
     torch.cuda.empty_cache()
-    raise ScoringError(f"out of memory{where}: {reason}{hint}")
+    raise short(f"out of memory{where}: {reason}{hint}")
+
+
+def _refining(work: Callable[[], T]) -> T:
+    """The same of a refinement, which a ScoringError would end for good: raises ShortOfMemoryError."""
+    return _in_memory(work, " while refining", LESS_MEMORY, ShortOfMemoryError)
 
 
 class Refiner:
     """Refines allocations and measures them, refined or not; see `actors.refiner.Refiner`.
 
-    Want of memory is a ScoringError, and what it took is free again.
+    Want of memory is a ScoringError of a measurement, a ShortOfMemoryError of a refinement or a share of it;
+    what it took is free again.
     """
 
     def __init__(self, spec: ReplicaSpec, folder: str) -> None:
@@ -138,21 +147,20 @@ class Refiner:
         helpers: Sequence[Helper],
     ) -> Iterator[RefinementStep]:
         steps = self._refiner.refine(allocation, spec, facts, helpers)
-        while (step := _in_memory(lambda: next(steps, None), " while refining", LESS_MEMORY)) is not None:
+        while (step := _refining(lambda: next(steps, None))) is not None:
             yield step
 
     def help(self, allocation: Allocation, spec: RefinementSpec) -> None:
-        self._refiner.help(allocation, spec)
+        _refining(lambda: self._refiner.help(allocation, spec))
 
     def receive(self, number: int, values: Tensor) -> None:
-        self._refiner.helping.receive(number, values)
+        _refining(lambda: self._refiner.helping.receive(number, values))
 
     def share(self, step: int, place: int, count: int) -> float:
-        helping = self._refiner.helping
-        return _in_memory(lambda: helping.share(step, place, count), " while refining", LESS_MEMORY)
+        return _refining(lambda: self._refiner.helping.share(step, place, count))
 
     def piece(self, number: int) -> Tensor:
-        return self._refiner.helping.piece(number)
+        return _refining(lambda: self._refiner.helping.piece(number))
 
     def find(self, file: str) -> None:
         self._refiner.find(file)

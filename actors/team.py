@@ -4,7 +4,8 @@ The lead has the factors, Adam's moments, the held-out windows and the files. Be
 its factors; each then makes the gradient of its own share, and the lead adds them up in order. All shares are
 parts of one mean over the step's tokens, so the sum is the gradient one worker makes, up to the order of
 float32 additions. A helper keeps nothing from one step to the next that it would not get again: it may come
-late, and one that is gone costs the step that was under way, which is taken again without it.
+late, and one that is gone, hangs or fails is ended and costs the step that was under way, which is taken
+again without it.
 
 What travels goes in pieces through Ray's objects: they need no ports and no rendezvous beside Ray's own, and
 Ray says when a process is gone, where a collective would wait for it. Every step moves all factors to each
@@ -13,6 +14,7 @@ helper and all gradients back: it pays where a share's passes over its windows t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +29,11 @@ Share = Callable[[int, int, int], float]
 
 # Numbers of a piece, 4 MB: two pieces of each helper are under way, and Ray's store on one machine is 80 MB.
 PIECE = 2**20
+
+# Seconds that a helper has for an answer, once the lead has made its own share: the least, for a piece over a
+# network that stutters, and as a multiple of what the share took, for a machine that others use as well.
+LEAST_WAIT = 60.0
+SLOWEST = 10
 
 
 def pieces(sizes: Sequence[int], most: int) -> list[list[tuple[int, int, int]]]:
@@ -93,6 +100,9 @@ class Team:
     def __init__(self, helpers: Sequence[Helper], allocation: Allocation, spec: RefinementSpec) -> None:
         self._joining = [(helper, helper.ask("help", allocation, spec)) for helper in helpers]
         self._helpers: list[Helper] = []
+        self._step, self._own = 0, 0.0
+        self.left_out: list[str] = []
+        """Which helpers are no more, in words."""
 
     @property
     def size(self) -> int:
@@ -103,7 +113,11 @@ class Team:
         """Leave the gradient of a whole step in what the lead moves; returns its KL, nats/token.
 
         `share` makes the lead's own (`actors.refine.Shares`), `pieces` are of what moves.
+
+        Raises:
+            RankfrontError: what a helper finds wrong, a ScoringError among it; and what `share` raises.
         """
+        self._step = step
         while True:
             self._admit()
             try:
@@ -119,8 +133,9 @@ class Team:
                 waiting.append((helper, answer))
                 continue
             try:
-                answer.get()
-            except Gone:
+                answer.get(self._limit)
+            except Gone as gone:
+                self._leave_out(helper, gone)
                 continue
             self._helpers.append(helper)
         self._joining = waiting
@@ -131,7 +146,9 @@ class Team:
             return share(step, 0, 1)
         self._send(pieces)
         asked = [helper.ask("share", step, place, self.size) for place, helper in enumerate(self._helpers, 1)]
+        start = time.monotonic()
         total = share(step, 0, self.size)
+        self._own = time.monotonic() - start
         for part in self._answers(asked):
             total += part
         waiting = self._ask("piece", 0)
@@ -154,6 +171,16 @@ class Team:
         if waiting is not None:
             self._answers(waiting)
 
+    @property
+    def _limit(self) -> float:
+        """Seconds that a helper may take."""
+        return max(LEAST_WAIT, SLOWEST * self._own)
+
+    def _leave_out(self, helper: Helper, gone: Gone) -> None:
+        """From now on. It is ended too: one that hangs, or whose GPU fails, is of no use to a later run."""
+        helper.end()
+        self.left_out.append(f"a worker was left out at step {self._step}: {gone}")
+
     def _ask(self, method: str, *arguments: Any) -> list[Answer]:
         return [helper.ask(method, *arguments) for helper in self._helpers]
 
@@ -162,8 +189,9 @@ class Team:
         found, left = [], []
         for helper, answer in zip(self._helpers, asked, strict=True):
             try:
-                found.append(answer.get())
-            except Gone:
+                found.append(answer.get(self._limit))
+            except Gone as gone:
+                self._leave_out(helper, gone)
                 continue
             left.append(helper)
         if len(left) < len(self._helpers):

@@ -17,6 +17,7 @@ from typing import Any
 
 from actors.errors import RankfrontError as RankfrontError
 from actors.errors import ScoringError as ScoringError
+from actors.errors import ShortOfMemoryError as ShortOfMemoryError
 from actors.scores import BiasScore as BiasScore
 from actors.scores import KlScore as KlScore
 from actors.scores import Score as Score

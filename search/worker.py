@@ -50,10 +50,16 @@ class Worker(Protocol):
         ...
 
 
+# Seconds that helpers have to answer before a refinement: of a dead one Ray tells at once, one that is still
+# loading its model is not waited for.
+PING = 1.0
+
+
 class _Remote:
     """One in an actor, and those that help it: they start with the first refinement by steps.
 
-    Where one of them dies, all are started anew for what is asked next.
+    Where the one dies, all are started anew for what is asked next. Helpers that died, or that it ended, are
+    started anew at the next refinement.
     """
 
     def __init__(self, start: Callable[[int], Any], workers: int) -> None:
@@ -78,6 +84,7 @@ class _Remote:
     ) -> Iterator[RefinementStep]:
         with self._asked() as actor:
             if spec.method != REFIT:
+                self._replace_dead_helpers()
                 self._actors += [self._start(place) for place in range(len(self._actors), self._workers)]
             method = actor.refine.options(num_returns="streaming")
             helpers = [ActorHelper(each) for each in self._actors[1:]]
@@ -87,6 +94,17 @@ class _Remote:
     def find(self, file: str) -> None:
         with self._asked() as actor:
             ray.get(actor.find.remote(file))
+
+    def _replace_dead_helpers(self) -> None:
+        places = {actor.__ray_ready__.remote(): place for place, actor in enumerate(self._actors) if place}
+        if not places:
+            return
+        answers, _ = ray.wait(list(places), num_returns=len(places), timeout=PING)
+        for answer in answers:
+            try:
+                ray.get(answer)
+            except RayError:
+                self._actors[places[answer]] = self._start(places[answer])
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
         with self._asked() as actor:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
 from exported_models import Case, make_case
 from lm_eval.__main__ import cli_evaluate
 from transformers import AutoModelForCausalLM
 
-from actors.harness import Harness, LoadedFolder
+from actors.harness import Harness, LoadedFolder, _refuse_non_finite
 from actors.harness_results import HarnessMetric, HarnessSpec, metrics_of, task_fingerprints
 from actors.reasoning import pack, score_task
 from actors.tasks import TASKS
@@ -101,6 +104,62 @@ def test_a_logit_that_is_no_number_is_no_answer(case: Case, mine: Path) -> None:
     loaded.model.get_output_embeddings().weight.data[7, 3] = math.nan
     with pytest.raises(ScoringError, match="a logit is not finite"):
         loaded.harness(Harness(HarnessSpec(("tiny_piqa",), 2, 1, mine)))
+
+
+def test_no_position_of_an_answer_may_be_no_number(case: Case, mine: Path) -> None:
+    """Not only the last one, whose logits are those of a row's last token alone."""
+    loaded = LoadedFolder(case.folder, "cpu")
+
+    def poison(model: Any, inputs: Any, output: Any) -> None:
+        output.logits[-1, -2, 5] = math.nan
+
+    loaded.model.base.register_forward_hook(poison)
+    with pytest.raises(ScoringError, match="a logit is not finite"):
+        loaded.harness(Harness(HarnessSpec(("tiny_piqa",), 2, 1, mine)))
+
+
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "at", "kept", "sound"),
+    [
+        (MASK, (0, 1), 5, True),
+        (MASK, (0, 2), 5, False),
+        (MASK, (1, 0), 5, False),
+        (MASK, (0, 2), 2, True),
+        (MASK, (0, 3), 2, False),
+        (None, (0, 0), 5, False),
+        (MASK[:, None, None].bool(), (0, 0), 5, True),
+        (MASK[:, None, None].bool(), (0, 4), 5, False),
+        ({"full_attention": None}, (1, 4), 5, False),
+    ],
+)
+def test_a_position_that_the_mask_leaves_out_may_come_to_anything(
+    mask: Any, at: tuple[int, int], kept: int, sound: bool
+) -> None:
+    """Of rows padded on the left, of whose logits the model may keep the last ones alone."""
+    logits = torch.zeros(2, 5, 7)
+    logits[*at, 3] = math.inf
+    output = SimpleNamespace(logits=logits[:, -kept:])
+    with contextlib.nullcontext() if sound else pytest.raises(ScoringError, match="not finite"):
+        _refuse_non_finite(None, (), {"attention_mask": mask}, output)
+
+
+def test_what_is_generated_is_watched_too(case: Case, mine: Path, tmp_path: Path) -> None:
+    """From rows of unlike length; an export has the model inside it generate."""
+    task = yaml.safe_load((mine / "tiny_piqa.yaml").read_text())
+    del task["doc_to_choice"]
+    task |= {"task": "tiny_continued", "output_type": "generate_until", "doc_to_target": "{{sol1}}"}
+    task |= {"metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}
+    task |= {"generation_kwargs": {"until": ["."], "max_gen_toks": 4}}
+    (tmp_path / "tiny_continued.yaml").write_text(yaml.safe_dump(task))
+    harness = Harness(HarnessSpec(("tiny_continued",), 4, 4, tmp_path))
+    loaded = LoadedFolder(case.folder, "cpu")
+    assert [metric.metric for metric in metrics_of(loaded.harness(harness))] == ["exact_match"]
+    loaded.model.get_output_embeddings().weight.data[7, 3] = math.nan
+    with pytest.raises(ScoringError, match="a logit is not finite"):
+        loaded.harness(harness)
 
 
 def test_a_question_is_known_by_what_is_asked(mine: Path, tmp_path: Path) -> None:

@@ -22,8 +22,16 @@ from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.perplexity import WindowLosses, window_losses
-from actors.refinable import Texts, first_windows, refinable
-from actors.refine import Refinement, Shares, Teacher, chosen_windows, rate, refine
+from actors.refinable import HeldOut, Texts, first_windows, refinable
+from actors.refine import (
+    Refinement,
+    Shares,
+    Teacher,
+    chosen_windows,
+    rate,
+    refine,
+    refuse_what_does_not_fit,
+)
 from actors.refined import RefinedFactors, read, write
 from actors.refinement import (
     REFIT,
@@ -343,6 +351,26 @@ def test_a_loss_that_is_not_finite_ends_it(
     assert RefinedFactors(path).manifest["step"] == 4
 
 
+def test_want_of_memory_is_an_error_and_the_run_goes_on_from_its_last_score(
+    setting: Setting, refined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Shares.share
+    path = tmp_path / "f.safetensors"
+
+    def share(shares: Shares, step: int, place: int, count: int) -> float:
+        if step == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(shares, step, place, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shares, "share", share)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(setting.steps(path))
+    assert [file.name for file in tmp_path.iterdir()] == [f"{path.name}.partial"]
+    assert [told.step for told in setting.steps(path)] == [*range(4, 13), 12]
+    assert path.read_bytes() == refined.read_bytes()
+
+
 def test_windows_come_in_turn_and_the_rate_rises_and_falls() -> None:
     seen = torch.cat([chosen_windows(6, 4, step, seed=1) for step in range(1, 7)])
     assert [sorted(turn.tolist()) for turn in seen.split(6)] == [list(range(6))] * 4
@@ -361,6 +389,53 @@ def test_what_cannot_be_refined_is_said(setting: Setting, tmp_path: Path) -> Non
         list(refine(model, setting.store, nothing, setting.texts, SPEC, path, {}))
     with pytest.raises(RankfrontError, match="float16"):
         list(refine(model.half(), setting.store, setting.allocation, setting.texts, SPEC, path, {}))
+
+
+def test_what_a_gpu_has_no_room_for_is_refused(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what it needs, and what is free: what torch holds and does not use is free as well."""
+    sizes = {target.name: target.rows + target.cols for target in setting.targets}
+    numbers = sum(rank * sizes[name] for name, rank in setting.allocation if rank is not None)
+    model, gpu = setting.dense(), torch.device("cuda")
+    free = [16 * numbers - 6_000]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4_000)
+    refuse_what_does_not_fit(model, setting.allocation, gpu)
+    free[0] -= 1
+    refuse_what_does_not_fit(model, setting.allocation, torch.device("cpu"))
+    with pytest.raises(RankfrontError, match=f"^refine: steps on {numbers:,} numbers need 0.0 GiB"):
+        refuse_what_does_not_fit(model, setting.allocation, gpu)
+    free[0] = 3 * 2**30
+    usual = refuse_what_does_not_fit
+    monkeypatch.setattr(actors.refine, "STEP_BYTES", 16 * 2**30)
+    monkeypatch.setattr(actors.refine, "refuse_what_does_not_fit", lambda *asked: usual(*asked[:2], gpu))
+    wanted = rf"need {16 * numbers}\.0 GiB of the GPU, and 3\.0 GiB are free.*--method refit"
+    with pytest.raises(RankfrontError, match=wanted):
+        next(setting.steps(tmp_path / "f"))
+
+
+class Far:
+    """A tensor on a device that is not the CPU."""
+
+    def detach(self) -> Far:
+        return self
+
+    def to(self, device: str, copy: bool) -> tuple[str, bool]:
+        return device, copy
+
+
+def test_the_best_point_takes_no_memory_of_the_device(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = WindowLosses(torch.zeros(1), torch.ones(1))
+    monkeypatch.setattr(actors.refinable, "window_losses", lambda *_: losses)
+    moving: Any = {"t.left": Far()}
+    top = DenseTop(torch.empty(0), torch.empty(0))
+    points = HeldOut(nn.Linear(1, 1), moving, setting.texts.held, top, 64)
+    points.score(0)
+    assert points.best == {"t.left": ("cpu", True)}
 
 
 def test_damaged_refined_factors_are_named(tmp_path: Path) -> None:

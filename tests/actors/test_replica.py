@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actors.replica import Refiner, Replica
-from actors.types import Allocation, ScoringError
+from actors.types import Allocation, RankfrontError, ScoringError, ShortOfMemoryError
 
 REASON = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
@@ -21,7 +21,7 @@ class Exhausted:
     def score(self, *asked: Any) -> Any:
         raise torch.OutOfMemoryError(f"{REASON}\nSee the documentation for Memory Management.")
 
-    ask = share = score
+    ask = help = receive = share = piece = score
 
     def refine(self, *asked: Any) -> Iterator[str]:
         yield "a step"
@@ -44,23 +44,29 @@ def test_running_out_of_memory_is_a_trial_without_a_score() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments", "where"),
+    ("method", "arguments", "where", "error"),
     [
-        ("score", ("test", None), "on the test split"),
-        ("ask", (None, None, "mmlu"), "on mmlu"),
-        ("share", (0, 1), "while refining"),
-        ("refine", (None, {}, []), "while refining"),
+        ("score", ("test", None), "on the test split", ScoringError),
+        ("ask", (None, None, "mmlu"), "on mmlu", ScoringError),
+        ("help", (None,), "while refining", ShortOfMemoryError),
+        ("receive", (None,), "while refining", ShortOfMemoryError),
+        ("share", (0, 1), "while refining", ShortOfMemoryError),
+        ("piece", (), "while refining", ShortOfMemoryError),
+        ("refine", (None, {}, []), "while refining", ShortOfMemoryError),
     ],
 )
 def test_running_out_of_memory_ends_one_refinement_or_measurement(
-    method: str, arguments: tuple[Any, ...], where: str
+    method: str, arguments: tuple[Any, ...], where: str, error: type[RankfrontError]
 ) -> None:
+    """A share of a refinement that has no memory is none that has no finite loss."""
     refiner = Refiner.__new__(Refiner)
     refiner._refiner = Exhausted()  # type: ignore[assignment]
     answered: list[str] = []
-    with pytest.raises(ScoringError) as raised:
+    with pytest.raises(error) as raised:
         answered.extend(getattr(refiner, method)(Allocation((("t", 1),)), *arguments))
     assert str(raised.value).startswith(f"out of memory {where}: {REASON}")
-    assert ("refine.checkpointed: true" in str(raised.value)) == (where == "while refining")
+    for advice in ("refine.checkpointed: true", "16 bytes for every number of the factors", "--method refit"):
+        assert (advice in str(raised.value)) == (where == "while refining")
+    assert type(raised.value) is error
     assert answered == (["a step"] if method == "refine" else [])
     assert raised.value.__context__ is None

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from actors.calibration import collect_moments
 from actors.factors import FactorStore
-from actors.helper import Gone
+from actors.helper import Gone, _Reference
 from actors.models import list_targets, load_model
 from actors.refinable import Texts, refinable
 from actors.refine import Helping, Shares, helping, refine
 from actors.refined import read
 from actors.refinement import RefinementSpec, RefinementStep
 from actors.team import Pieces, pieces
-from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError
+from actors.types import (
+    Allocation,
+    FactorSpec,
+    ModelSource,
+    RankfrontError,
+    ScoringError,
+    ShortOfMemoryError,
+)
 
 SPEC = RefinementSpec(steps=6, tokens=160, learning_rate=1e-3, warmup=2, evaluate_every=2, top_k=16)
 
@@ -46,11 +58,15 @@ class Setting:
 @dataclass
 class Near:
     """A helper in this process, with a model of its own. It is gone from its `dies`-th call of a method on,
-    and is not ready before it was looked at `late` times."""
+    and is not ready before it was looked at `late` times. From its `fails`-th call of a method on it raises
+    `error`, and as one that hangs it uses up the time it is given."""
 
     setting: Setting
     dies: tuple[str, int] | None = None
     late: int = 0
+    fails: tuple[str, int, Exception | None] | None = None
+    limits: list[float] = field(default_factory=list)
+    ended: bool = False
     asked: Counter[str] = field(default_factory=Counter)
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     worker: Helping | None = None
@@ -61,6 +77,8 @@ class Near:
         self.gone = self.gone or (self.dies is not None and self.asked[self.dies[0]] >= self.dies[1])
         if self.gone:
             return Told(self, None)
+        if self.fails is not None and self.asked[self.fails[0]] >= self.fails[1]:
+            return Told(self, None, failed=True)
         return Told(
             self, self.begin(*arguments) if method == "help" else getattr(self.worker, method)(*arguments)
         )
@@ -72,20 +90,38 @@ class Near:
     def shared(self, value: Any) -> Any:
         return value
 
+    def end(self) -> None:
+        self.ended = True
+
 
 @dataclass
 class Told:
     helper: Near
     value: Any
+    failed: bool = False
 
     def ready(self) -> bool:
         self.helper.late -= 1
         return self.helper.late < 0
 
-    def get(self) -> Any:
+    def get(self, limit: float) -> Any:
+        """As `ActorHelper` answers, whose `ray.get` raises what `fails` says or waits as long as it may."""
         if self.helper.gone:
-            raise Gone
-        return self.value
+            raise Gone("it died")
+        if not self.failed:
+            return self.value
+        assert self.helper.fails is not None
+
+        def wait(reference: Any, timeout: float) -> None:
+            self.helper.limits.append(timeout)
+            cause = self.helper.fails[2]  # type: ignore[index]
+            if cause is None:
+                raise GetTimeoutError
+            raise RayTaskError("", "Traceback", cause).as_instanceof_cause()
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(ray, "get", wait)
+            return _Reference(self).get(limit)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +196,51 @@ def test_a_helper_that_dies_costs_no_more_than_its_step(
     told = list(setting.steps(tmp_path / "f", [dying, other]))
     assert [step.step for step in told] == [*range(7), 6]
     assert told[-1].workers == 2
+    assert (dying.ended, other.ended) == (True, False)
     assert other.asked["share"] >= SPEC.steps
     same(tmp_path / "f", alone)
+
+
+@pytest.mark.parametrize("method", ["help", "receive", "share", "piece"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ShortOfMemoryError("out of memory while refining"), "out of memory while refining"),
+        (RuntimeError("CUDA error: an illegal access"), "RuntimeError: CUDA error: an illegal access"),
+        (None, "no answer in 3 s"),
+    ],
+    ids=["memory", "fault", "hangs"],
+)
+def test_a_helper_that_fails_or_hangs_is_left_out_and_that_is_told(
+    setting: Setting,
+    alone: Path,
+    method: str,
+    error: Exception | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is no loss that is not finite: the run goes to its end."""
+    monkeypatch.setattr("actors.team.LEAST_WAIT", 3.0)
+    failing = Near(setting, fails=(method, 1 if method == "help" else 3, error))
+    *_, last = setting.steps(tmp_path / "f", [failing, Near(setting)])
+    assert last.ended is not None
+    assert re.fullmatch(rf"6 steps; a worker was left out at step \d: {reason}", last.ended)
+    assert last.workers == 2
+    assert failing.ended
+    same(tmp_path / "f", alone)
+    assert read(tmp_path / "f")[1]["ended"] == "6 steps"
+
+
+def test_a_helper_may_take_longer_where_the_share_of_the_lead_did(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count(step=9.0)  # seconds between two looks at it
+    monkeypatch.setattr("actors.team.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    early, late = (Near(setting, fails=(method, 1, None)) for method in ("receive", "share"))
+    list(setting.steps(tmp_path / "f", [early]))
+    list(setting.steps(tmp_path / "g", [late]))
+    assert (early.limits, late.limits) == ([60.0], [90.0])
 
 
 def test_a_helper_that_comes_late_joins(setting: Setting, alone: Path, tmp_path: Path) -> None:
@@ -188,11 +267,27 @@ def test_a_mistake_of_a_helper_is_raised(setting: Setting, tmp_path: Path) -> No
 
         def ask(self, method: str, *arguments: Any) -> Told:
             told = Told(self, None)
-            told.get = lambda: self.begin(*arguments)  # type: ignore[method-assign]
+            told.get = lambda limit: self.begin(*arguments)  # type: ignore[method-assign]
             return told
 
     with pytest.raises(RankfrontError, match="no such text here"):
         list(setting.steps(tmp_path / "f", [Wrong(setting)]))
+
+
+@pytest.mark.parametrize("best", [0, 2])
+def test_a_score_that_a_helper_cannot_have_ends_it_as_the_leads_own_would(
+    setting: Setting, best: int, tmp_path: Path
+) -> None:
+    """With the best point before it, and in an error where there is none."""
+    text = "calibration text: non-finite logits of the dense model"
+    helper = Near(setting, fails=("share", best + 1, ScoringError(text)))
+    if not best:
+        with pytest.raises(RankfrontError, match=f"^refine: {text}, and no step before it was better"):
+            list(setting.steps(tmp_path / "f", [helper]))
+        return
+    *_, last = setting.steps(tmp_path / "f", [helper])
+    assert (last.best_step, last.ended) == (best, text)
+    assert read(tmp_path / "f")[1]["ended"] == text
 
 
 @given(st.lists(st.integers(0, 12), max_size=5), st.integers(1, 7))

@@ -1,7 +1,8 @@
-"""A refinement by two workers in processes of their own, of which one is killed."""
+"""A refinement by two workers in processes of their own, of which one is killed and started anew."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,13 @@ def test_two_workers_refine_as_one_does_and_one_goes_on_alone(cluster: str, tmp_
         ray.get(worker._actors[1].__ray_ready__.remote())  # type: ignore[attr-defined]
         shared = taken(worker, allocations[1])
         assert shared[-1].workers == 2
-        assert taken(worker, allocations[2], kill_at=6)[-1].workers == 1
+        dead, left = worker._actors[1], taken(worker, allocations[2], kill_at=6)[-1]  # type: ignore[attr-defined]
+        assert left.workers == 1
+        assert left.ended is not None
+        assert re.match(r"12 steps; a worker was left out at step \d+: ActorDiedError: ", left.ended)
+        taken(worker, allocations[2])
+        assert worker._actors[1] is not dead  # type: ignore[attr-defined]
+        assert ray.get(worker._actors[1].__ray_ready__.remote())  # type: ignore[attr-defined]
     several = kept()
     for file in (folder.path / "refined").iterdir():
         file.unlink()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 import search.worker
-from actors.refinement import RefinementSpec
+from actors.refinement import REFIT, RefinementSpec
 from actors.types import Allocation, Prepared, RankfrontError, ReplicaSpec
 from search.cluster import Machine, Nodes, Room
 from search.config import Config, parse_config
@@ -132,10 +133,13 @@ def test_a_worker_takes_a_gpu_where_replicas_do_and_threads_of_one_node(
 
 
 class Actor:
-    """Has the interface of a handle; what it is asked is answered at once, or by its death."""
+    """Has the interface of a handle; what it is asked is answered at once, or by its death. While it is
+    `loading` nothing is."""
 
-    def __init__(self, place: int, dies: bool) -> None:
-        self.place, self.alive, self._dies = place, True, dies
+    def __init__(self, place: int, dies: bool = False) -> None:
+        self.place, self.alive, self.loading, self._dies = place, True, False, dies
+        self.__ray_ready__ = SimpleNamespace(remote=lambda: Ping(self))
+        self.helpers: list[int] = []
         self.score = SimpleNamespace(remote=self._answer)
         self.refine = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._steps))
 
@@ -145,11 +149,40 @@ class Actor:
         return "a score"
 
     def _steps(self, *asked: Any) -> Any:
+        self.helpers = [helper._actor.place for helper in asked[-1] if helper._actor.alive]
         yield "a step"
         yield self._answer()
 
 
-def test_workers_that_died_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass(eq=False)
+class Ping:
+    actor: Actor
+
+
+def get(answer: Any) -> Any:
+    if isinstance(answer, Ping) and not answer.actor.alive:
+        raise ActorDiedError
+    return answer
+
+
+def kill(actor: Actor) -> None:
+    actor.alive = False
+
+
+def wait(pings: list[Ping], num_returns: int, timeout: float) -> tuple[list[Ping], list[Ping]]:
+    assert (num_returns, timeout) == (len(pings), search.worker.PING)
+    loading = [ping for ping in pings if ping.actor.loading]
+    return [ping for ping in pings if ping not in loading], loading
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a refinement is asked for, of actors that are `Actor`s."""
+    monkeypatch.setattr(search.worker, "ray", SimpleNamespace(get=get, kill=kill, wait=wait))
+    return Allocation((("t", 1),)), RefinementSpec(), {}
+
+
+def test_workers_that_died_are_started_anew(asked: Any) -> None:
     """All of them: those that helped the one that died know nothing of the next."""
     started: list[Actor] = []
 
@@ -157,12 +190,7 @@ def test_workers_that_died_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> 
         started.append(Actor(place, dies=not started))
         return started[-1]
 
-    def kill(actor: Actor) -> None:
-        actor.alive = False
-
-    monkeypatch.setattr(search.worker, "ray", SimpleNamespace(get=lambda answer: answer, kill=kill))
     remote = _Remote(start, workers=2)
-    asked = Allocation((("t", 1),)), RefinementSpec(), {}
     with pytest.raises(RankfrontError, match="process died"), mistakes_named():
         list(remote.refine(*asked))
     assert [(actor.place, actor.alive) for actor in started] == [(0, False), (1, False)]
@@ -171,3 +199,25 @@ def test_workers_that_died_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> 
     assert [(actor.place, actor.alive) for actor in started[2:]] == [(0, True), (1, True)]
     remote.close()
     assert not any(actor.alive for actor in started)
+
+
+def test_a_helper_that_died_is_started_anew_for_the_next_refinement(asked: Any) -> None:
+    """It alone: the others have their models, or are loading them."""
+    started: list[Actor] = []
+
+    def start(place: int) -> Actor:
+        started.append(Actor(place))
+        return started[-1]
+
+    remote = _Remote(start, workers=4)
+    list(remote.refine(*asked))
+    lead, dead, loading, idle = started
+    assert lead.helpers == [1, 2, 3]
+    dead.alive, loading.loading = False, True
+    list(remote.refine(asked[0], replace(asked[1], method=REFIT), {}))
+    assert len(started) == 4, "nobody helps with a refit"
+    list(remote.refine(*asked))
+    assert [actor.place for actor in started[4:]] == [1]
+    assert lead.helpers == [1, 2, 3]
+    remote.close()
+    assert not any(actor.alive for actor in (lead, loading, idle, *started[4:]))
