@@ -33,8 +33,11 @@ PREPARED = Prepared("", "", (), 10**9, {}, TOKENS, {}, {}, reused=True)
 
 
 def config_of(tmp_path: Path, **sections: Any) -> Config:
+    """Of a study whose factor store is nowhere, so with a sampler that reads none."""
     hub = {"model": {"source": "org/model"}, "text": {"source": "org/text"}}
-    return parse_config({"study": "s", "runs": str(tmp_path), **hub, **sections})
+    return parse_config(
+        {"study": "s", "runs": str(tmp_path), "sampler": {"name": "random"}, **hub, **sections}
+    )
 
 
 def folder_of(config: Config) -> StudyFolder:
