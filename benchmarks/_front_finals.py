@@ -48,7 +48,7 @@ class Finals:
                 kept = picked[under]
                 self._ask(run.name, kept.allocation, under, method, "")
                 name = refined_name(run, spec)
-                if bench.book.picks.get(name):
+                if under in bench.book.picks.get(name, {}):
                     file = file_of(self._fingerprint(kept.allocation, spec))
                     self._ask(name, kept.allocation, under, method, file)
 

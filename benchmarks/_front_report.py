@@ -13,6 +13,7 @@ from _front_runs import DENSE, IMPROVED, LADDER, OURS, PAPER, Run, asked_runs, e
 from _front_setup import SEARCH_SHARE, Setup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from actors.refinement import RefinementSpec
 from search.choosing import APART
@@ -272,6 +273,7 @@ def draw(reading: Reading, path: Path) -> None:
             named.pop("label", None)
     left.set(xlabel="tokens spent", ylabel="hypervolume, share of the room", xscale="log")
     middle.set(xlabel="tokens spent", ylabel="the same, from the seeds on")
+    middle.xaxis.set_major_formatter(EngFormatter(sep=""))
     seeds = Run("seeds")
     if reading.count(seeds):
         least = reading.history(seeds)[-1]
