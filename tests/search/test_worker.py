@@ -82,14 +82,8 @@ WAITS = ["the worker takes a GPU, and no node has one: waiting for a node that h
         (Machine(2, 0, 1), (), {}, 1, (0, 2, None), []),
         (Machine(16, 4, 1), (), {"gpus": 2}, 4, (1, 4, None), []),
         (Machine(16, 4, 1), (), {"threads": 3}, 1, (1, 3, None), []),
-        (
-            Machine(4, 0, 1),
-            (),
-            {"gpus": 1},
-            1,
-            (0, 4, None),
-            [],
-        ),  # its study is from where there was one
+        # a study that comes from where there was a GPU
+        (Machine(4, 0, 1), (), {"gpus": 1}, 1, (0, 4, None), []),
         (Machine(4, 0, 1, grows=True), (HEAD,), {"gpus": 1}, 1, (1, 4, None), WAITS),
         (Machine(4, 0, 1, grows=True), (HEAD, GPU_NODE), {"gpus": 0.5}, 2, (1, 8, None), []),
         (Machine(4, 0, 1, grows=True), (HEAD,), {}, 1, (0, 4, None), []),

@@ -1,0 +1,34 @@
+"""What a refinement of a tiny model takes, for the tests of its numbers and of its ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.factors import FactorStore
+from actors.models import load_model
+from actors.refinable import Texts
+from actors.refine import refine
+from actors.refinement import RefinementSpec, RefinementStep
+from actors.types import Allocation, ModelSource, TargetSpec
+
+VOCABULARY = 384
+SPEC = RefinementSpec(steps=12, tokens=128, learning_rate=3e-4, warmup=2, evaluate_every=4, top_k=VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Setting:
+    folder: Path
+    targets: tuple[TargetSpec, ...]
+    store: FactorStore
+    allocation: Allocation
+    texts: Texts
+
+    def dense(self) -> Any:
+        return load_model(self.folder, ModelSource(str(self.folder)))
+
+    def steps(self, path: Path, spec: RefinementSpec = SPEC, **other: Any) -> Iterator[RefinementStep]:
+        store = other.get("store", self.store)
+        return refine(self.dense(), store, self.allocation, self.texts, spec, path, {"trial": 3})
