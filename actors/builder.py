@@ -32,6 +32,7 @@ from actors.models import (
     load_model,
     load_tokenizer,
     materialise,
+    own_code,
 )
 from actors.moments import Moments, merge
 from actors.node_cache import is_published, is_url, local_store, node_folder, publish, store_folder
@@ -102,6 +103,8 @@ class Builder:
         family = family_of(self._model)
         if family.note is not None:
             yield f"model: {family.note}"
+        if own_code(self._model):
+            yield "model: its code comes with it: what is found can be written as a configuration alone"
         shared = family.shared(self._model)
         if shared:
             yield f"model: {len(shared)} linear layers share their weight and stay dense, such as {shared[0]}"

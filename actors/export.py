@@ -21,7 +21,7 @@ from actors.licence import copy_licence_files
 from actors.linears import bias_of, weight_of
 from actors.low_rank import Ranks
 from actors.modeling_rankfront import RankfrontConfig, RankfrontForCausalLM
-from actors.models import copy_side_files, load_model
+from actors.models import copy_side_files, load_model, own_code
 from actors.node_cache import settle
 from actors.pivoting import pivot
 from actors.replica import quieten
@@ -160,7 +160,7 @@ def _write_model(scored: Scored, store: Ranks, folder: Path, form: str) -> int |
     The model is gone when this returns: what was written is all that is checked.
     """
     dense = load_model(scored.prepared.model_folder, scored.preparation.model)
-    if type(dense).__module__.startswith("transformers_modules."):
+    if own_code(dense):
         raise RankfrontError(
             f"export of {scored.preparation.model.source}: a model whose code comes with it has no "
             "export; write the configuration alone with --config-only"

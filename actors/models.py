@@ -198,6 +198,11 @@ def whole_model(folder: str | Path, named: str, **keywords: Any) -> Any:
     return model
 
 
+def own_code(model: Any) -> bool:
+    """Whether a model's class came with its files, not with transformers: it has no export."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
 def context_limit(model: Any) -> int | None:
     """Tokens that a model reads at once, as the config of its text says; None where that names no limit."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

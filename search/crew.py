@@ -17,10 +17,11 @@ from search.cluster import Nodes
 from search.elastic import LOOK_SECONDS, Elastic
 from search.events import Note
 from search.failures import cause_of, last_line
+from search.hangs import Bound
 from search.health import ReplicaHealth
 from search.jobs import Job
 from search.restarts import Restarts
-from search.slots import SEAT_SECONDS, Launch, Slot
+from search.slots import SEAT_SECONDS, Launch, Slot, answered
 from search.tenure import end_all, take_over
 
 
@@ -32,12 +33,13 @@ class Crew:
         specs: list[ReplicaSpec],
         launch: Launch,
         elastic: Elastic,
+        load: Bound,
         note: Note,
         say: Callable[[str], None],
         clock: Callable[[], float],
         pause: Callable[[float], None],
     ) -> None:
-        self.launch, self._elastic = launch, elastic
+        self.launch, self._elastic, self._load = launch, elastic, load
         self._note, self._say, self._clock, self._pause = note, say, clock, pause
         self._restarts = Restarts(clock)
         self._nodes = elastic.nodes() if elastic.nodes else Nodes({})
@@ -133,11 +135,11 @@ class Crew:
             slot.node = ray.get(slot.seat)
         except RayError:
             slot.node = None
-        slot.seat = None
+        slot.seat, slot.seated_at = None, self._clock()
 
     def note_started(self, slot: Slot) -> None:
         """A replica has loaded, or died of it."""
-        if slot.seat is not None and ray.wait([slot.seat], timeout=0)[0]:
+        if slot.seat is not None and answered(slot.seat):
             self.note_seated(slot)
         try:
             slot.place = ray.get(slot.starting)
@@ -146,28 +148,41 @@ class Crew:
             if self.left(slot, error):
                 self.restart(slot, "its node left as it loaded")
             else:
-                self._put_off(slot, error)
+                self._put_off(slot, str(cause_of(error)), last_line(error))
         else:
             slot.starting, slot.loaded_at = None, self._clock()
+            if not slot.taken_over:
+                self._load.ended(slot.loaded_at - slot.seated_at)
             self._restarts.succeeded(slot.spec.name, slot.node)
             facts = dataclasses.asdict(slot.place)
             self._note("replica started", replica=slot.spec.name, starts=slot.starts, **facts)
 
-    def _put_off(self, slot: Slot, error: RayError) -> None:
-        """Start a replica that cannot start again later, unless there is no hope.
+    def stop_overdue(self) -> None:
+        """Stop what takes too long to load, unless it is through: the driver may be what was late."""
+        seconds, now = self._load.seconds, self._clock()
+        for slot in self.slots:
+            if slot.taken_over or slot.starting is None or slot.node is None:
+                continue
+            if now - slot.seated_at > seconds and not answered(slot.starting):
+                ray.kill(slot.actor)
+                reason = f"not loaded {seconds:g} seconds after it was on node {slot.node}, stopped"
+                self._put_off(slot, reason, reason)
+
+    def _put_off(self, slot: Slot, error: str, line: str) -> None:
+        """Start a replica that cannot start again later, unless there is no hope; `line` is its error in one.
 
         Raises:
             RankfrontError: nothing is loaded or loads, and there is no node left that might do.
         """
         if self._restarts.first_error is None:
-            self._say(f"replicas: {slot.spec.name} could not start: {cause_of(error)}")
-        slot.retry_at = self._restarts.failed(slot.spec.name, slot.node, str(cause_of(error)))
-        slot.failure = f"it could not start: {last_line(error)}"
+            self._say(f"replicas: {slot.spec.name} could not start: {error}")
+        slot.retry_at = self._restarts.failed(slot.spec.name, slot.node, error)
+        slot.failure = f"it could not start: {line}"
         self._note("replica died", replica=slot.spec.name, reason=slot.failure)
         self.launch.stop(slot)
         others = any(each.open(self._clock()) for each in self.slots)
         if not others and self._restarts.hopeless(self._nodes.usable(self._elastic.need)):
-            raise RankfrontError(f"replicas cannot start: {self._restarts.first_error}") from error
+            raise RankfrontError(f"replicas cannot start: {self._restarts.first_error}")
 
     def restart(self, slot: Slot, reason: str) -> None:
         """Start a new replica in a place whose replica died or is to leave."""

@@ -5,12 +5,10 @@ A Ray task retry would hide how often a trial was tried, so Ray retries nothing;
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -24,10 +22,11 @@ from search.crew import Crew
 from search.elastic import FIXED, Elastic
 from search.events import Note, silent
 from search.failures import GONE, cause_of, last_line
+from search.hangs import Bounds
 from search.health import ReplicaHealth
 from search.jobs import Job as Job
 from search.jobs import Outcome as Outcome
-from search.slots import Launch, Slot
+from search.slots import Launch, Slot, answered
 from search.tenure import Tenure
 
 # One trial runs and one waits behind it: the driver's work between two trials costs a replica nothing.
@@ -50,9 +49,9 @@ class Pool:
     """Replicas of one preparation. Results come from `wait`, in the order they are ready.
 
     A node that leaves costs its replicas, which start again where there is room, and no trial an attempt.
-    With a `tenure` replicas outlive a driver that dies, and those of an earlier one are taken over. A score
-    may take `trial_seconds`, or so many times that as `lengths` says of its split. `clock` (seconds) and
-    `pause` are time itself.
+    With a `tenure` replicas outlive a driver that dies, and those of an earlier one are taken over. What
+    takes longer than its bound is stopped; a score has so many times its bound as `lengths` says of its
+    split. `clock` (seconds) and `pause` are time itself.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Pool:
         specs: list[ReplicaSpec],
         gpus_each: float,
         attempts: int,
-        trial_seconds: float | None = None,
+        bounds: Bounds | None = None,
         note: Note = silent,
         elastic: Elastic = FIXED,
         tenure: Tenure | None = None,
@@ -70,10 +69,10 @@ class Pool:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._attempts, self._least = attempts, elastic.least
-        self._limit, self._lengths = trial_seconds, lengths
+        self._bounds, self._lengths = bounds or Bounds(), lengths
         self._note, self._clock, self._pause = note, clock, pause
         launch = Launch(Replica, gpus_each, tenure)
-        self._crew = Crew(specs, launch, elastic, note, say, clock, pause)
+        self._crew = Crew(specs, launch, elastic, self._bounds.load, note, say, clock, pause)
         self._slots = self._crew.slots
         self._queue: deque[Job] = deque()  # not yet with a replica
 
@@ -170,6 +169,7 @@ class Pool:
             return self._lost(slot, error)
         slot.strikes = 0
         slot.add_work(score.busy)
+        self._bounds.score.ended(score.seconds / self._lengths.get(job.split, 1.0))
         self._next(slot)
         return Outcome(job, score)
 
@@ -223,22 +223,21 @@ class Pool:
 
     def _seconds(self, split: str) -> float:
         """How long a score of a split may take."""
-        return math.inf if self._limit is None else round(self._limit * self._lengths.get(split, 1.0), 1)
+        return round(self._bounds.score.seconds * self._lengths.get(split, 1.0), 1)
 
     def _stop_overdue(self) -> None:
         """Stop what takes too long, unless its answer is there: the driver may be what was late."""
-        if self._limit is None:
-            return
+        self._crew.stop_overdue()
         longest, now = max(map(self._seconds, ("search", *self._lengths))), self._clock()
         for slot in self._slots:
             if slot.taken_over and slot.starting is not None:
                 # It answers once it is through with what an earlier driver asked it.
-                if now - slot.asked > longest and not _answered(slot.starting):
+                if now - slot.asked > longest and not answered(slot.starting):
                     ray.kill(slot.actor)
                     self._crew.restart(slot, f"no answer within {longest} seconds of being taken over")
             elif slot.queue and not slot.overdue:
                 reference, job = slot.queue[0]
-                if now - slot.since > self._seconds(job.split) and not _answered(reference):
+                if now - slot.since > self._seconds(job.split) and not answered(reference):
                     slot.overdue = True
                     ray.kill(slot.actor)  # its first job now ends in RayActorError, and is tried again
 
@@ -249,7 +248,3 @@ class Pool:
     def close(self) -> None:
         """Let go of every replica at once; jobs under way are dropped."""
         self._crew.close()
-
-
-def _answered(reference: Any) -> bool:
-    return bool(ray.wait([reference], timeout=0)[0])

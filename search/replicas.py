@@ -14,6 +14,7 @@ from search.elastic import Elastic
 from search.events import Note, silent
 from search.folder import StudyFolder
 from search.gpus import gpu_shortage, gpus_each, places_by_gpu
+from search.hangs import Bounds
 from search.opening import Session
 from search.pool import DEPTH, Machine, Pool
 from search.shares import gpu_places, in_words
@@ -54,8 +55,9 @@ def _start_pool(folder: StudyFolder, machine: Machine, say: Callable[[str], None
         for index in range(count)
     ]
     tenure = tenure_of(folder, machine)
-    limit, lengths = section.trial_seconds, lengths_of(prepared.tokens)
-    return Pool(specs, gpus, section.attempts, limit, note, elastic, tenure, say, lengths)
+    bounds = Bounds.asked(section.trial_seconds, section.load_seconds)
+    lengths = lengths_of(prepared.tokens)
+    return Pool(specs, gpus, section.attempts, bounds, note, elastic, tenure, say, lengths)
 
 
 def lengths_of(tokens: Mapping[str, int]) -> dict[str, float]:

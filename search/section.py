@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo
@@ -52,5 +53,14 @@ def _count_or_auto(value: Any) -> Any:
     raise ValueError(f"{value!r}: input should be 'auto' or an integer greater than or equal to 1")
 
 
+def _seconds_or_auto(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"{value!r}: input should be 'auto', null or a number of seconds greater than 0")
+
+
 # One validator for both: a union would list a mistake once for each of its members.
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
+SecondsOrAuto = Annotated[float | Literal["auto"] | None, PlainValidator(_seconds_or_auto)]

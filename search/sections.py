@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from search.inputs import TextSection
-from search.section import CountOrAuto, Positive, Section, Share
+from search.section import CountOrAuto, Positive, SecondsOrAuto, Section, Share
 from search.shares import GpusOrAuto
 
 
@@ -210,8 +210,10 @@ class ReplicaSection(Section):
     which the model's blocks are spread; `auto` is one where there are any. Fewer than `min` that are loaded
     get no trial; there are never more than `max`. A replica that takes more than `trial_seconds` for a score,
     or so many times more as its split is longer than the search split, is stopped, and the trial is tried
-    again. On a cluster that outlives the driver, replicas of one that died wait `alone_seconds` for the next;
-    0 ends them with it.
+    again; one that takes more than `load_seconds` to load, once it is on a node, is started again. `auto` is
+    20 times the longest that any took so far, at least 10 minutes for a score and 30 to load, 4 hours before
+    any is known; null waits for ever. On a cluster that outlives the driver, replicas of one that died wait
+    `alone_seconds` for the next; 0 ends them with it.
     """
 
     count: CountOrAuto = "auto"
@@ -220,5 +222,6 @@ class ReplicaSection(Section):
     threads: CountOrAuto = "auto"
     gpus: GpusOrAuto = "auto"
     attempts: Positive = 2
-    trial_seconds: Annotated[float, Field(gt=0)] | None = None
+    trial_seconds: SecondsOrAuto = "auto"
+    load_seconds: SecondsOrAuto = "auto"
     alone_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0

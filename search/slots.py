@@ -31,13 +31,15 @@ class Slot:
     `starts` counts it and those before it in its place, of which the last ended for `failure`. Where `actor`
     is None, the next one starts at `retry_at`. `asked` is when the actor was asked for, `loaded_at` when it
     was loaded, `worked` the seconds that its GPUs worked since. `node` is the id of its node, None until it
-    has one. A slot that is `leaving` gets no more jobs: its node is to be vacated. One that was `taken_over`
-    has a replica that an earlier driver started. `strikes` counts errors in a row that nobody foresaw.
+    has one, which it has since `seated_at`. A slot that is `leaving` gets no more jobs: its node is to be
+    vacated. One that was `taken_over` has a replica that an earlier driver started. `strikes` counts errors
+    in a row that nobody foresaw.
     """
 
     spec: ReplicaSpec
     actor: Any = None
     asked: float = 0.0
+    seated_at: float = 0.0
     seat: Any = None  # answers the node's id; None from then on
     starting: Any = None  # answers when the replica has loaded; None from then on
     renewal: Any = None
@@ -106,6 +108,11 @@ def _share(worked: float, seconds: float) -> float:
     return min(1.0, worked / seconds) if seconds > 0 else 0.0
 
 
+def answered(reference: Any) -> bool:
+    """Whether what an actor was asked is done, or ended in an error."""
+    return bool(ray.wait([reference], timeout=0)[0])
+
+
 @dataclass(frozen=True)
 class Launch:
     """How the actors of a pool start, and what they are asked by."""
@@ -153,7 +160,7 @@ class Launch:
         for slot in slots:
             if slot.actor is None or slot.node is None:
                 continue
-            if slot.renewal is None or ray.wait([slot.renewal], timeout=0)[0]:
+            if slot.renewal is None or answered(slot.renewal):
                 slot.renewal = prompt(slot.actor.renew).remote(self.token)
 
     def stop(self, slot: Slot) -> None:

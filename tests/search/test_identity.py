@@ -135,6 +135,7 @@ FREE = {
     "replicas.threads": 2,
     "replicas.attempts": 5,
     "replicas.trial_seconds": 9.0,
+    "replicas.load_seconds": 9.0,
     "cache.factors": "/mnt/factors",
     "cache.node": "/scratch",
 }

@@ -25,6 +25,7 @@ from actors.types import Allocation, ReplicaSpec
 from search.cluster import NAMESPACE, OBJECT_STORE_BYTES, Need, cluster_nodes
 from search.elastic import Elastic
 from search.failures import cause_of
+from search.hangs import Bounds
 from search.jobs import Job, Outcome
 from search.pool import Pool
 from search.tenure import Tenure, prompt
@@ -243,7 +244,7 @@ def test_a_replica_that_hung_when_its_driver_was_killed_is_replaced(cluster: Clu
     cluster.add_node(num_cpus=1, **STORE)
     pid = killed_driver(cluster, tmp_path)
     tenure = Tenure("study", ALONE_SECONDS, token="second", silent_seconds=1.0)
-    pool = Pool([SPEC], 0, attempts=1, trial_seconds=3.0, tenure=tenure)
+    pool = Pool([SPEC], 0, attempts=1, bounds=Bounds.asked(3.0, None), tenure=tenure)
     [outcome] = score_all(pool, [7]).values()
     assert outcome.score is not None
     [replica] = pool.health()

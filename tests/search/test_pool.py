@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import ray
 import search.pool
 from actors.types import Allocation, RankfrontError, ReplicaSpec
 from search.events import Note, silent
+from search.hangs import FIRST, LEAST_LOAD, LEAST_SCORE, TIMES, Bound, Bounds, Seconds
 from search.pool import Job, Outcome, Pool, connect
 
 # A pool that lost a job would be waited for without end.
@@ -36,16 +38,21 @@ def cluster() -> Iterator[None]:
 
 
 def replica_class(
-    folder: Path, behaviour: dict[int, list[str]], start: str = "", bad_starts: dict[str, int] | None = None
+    folder: Path,
+    behaviour: dict[int, list[str]],
+    start: str = "",
+    bad_starts: dict[str, int] | None = None,
+    hung_starts: dict[str, int] | None = None,
+    seconds: float = 0.0,
 ) -> type:
     """A replica without a model. The rank of its one target says which job it is.
 
     `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`, `kill`
     or `stop` (by a signal, once the driver has heard of the job before: what it answered last, a process may
     take along), `refuse`, `break`, `ruin`: break at this job and at every other that comes, or `meet`: wait
-    for all jobs that meet, which takes a replica for each. A score after that. `bad_starts` says how often
-    a replica cannot start. A class made here
-    travels to the workers by value.
+    for all jobs that meet, which takes a replica for each. A score after that, which says that it took so
+    many `seconds`. `bad_starts` says how often a replica cannot start, `hung_starts` how often, before any
+    other start, it never ends loading. A class made here travels to the workers by value.
     """
     marks = str(folder)
     meeting = [rank for rank, acts in behaviour.items() if "meet" in acts]
@@ -59,6 +66,10 @@ def replica_class(
             self.name, self.last, self.ruined = spec.name, None, False
             before = len(list(Path(marks).glob(f"{spec.name}-start-*")))
             (Path(marks) / f"{spec.name}-start-{before}").touch()
+            if before < (hung_starts or {}).get(spec.name, 0):
+                import threading
+
+                threading.Event().wait()
             if before < (bad_starts or {}).get(spec.name, 0):
                 raise RuntimeError("no device 1")
 
@@ -102,7 +113,7 @@ def replica_class(
             self.last = rank
             text = TextScore("made-up", nats=float(rank), tokens=1, stderr=0.0)
             busy = (1e9, 0.0)  # of two GPUs: all of any time, and none
-            return Score(split, text, {}, forward_tokens=1, seconds=0.0, replica=self.name, busy=busy)
+            return Score(split, text, {}, 1, seconds, replica=self.name, busy=busy)
 
     return MadeUpReplica
 
@@ -115,16 +126,20 @@ def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         behaviour: dict[int, list[str]],
         count: int = 2,
         attempts: int = 2,
-        trial_seconds: float | None = None,
+        trial_seconds: Seconds = None,
+        load_seconds: Seconds = None,
         start: str = "",
         note: Note = silent,
         bad_starts: dict[str, int] | None = None,
+        hung_starts: dict[str, int] | None = None,
+        seconds: float = 0.0,
         **more: Any,
     ) -> Pool:
-        kind = replica_class(tmp_path, behaviour, start, bad_starts)
+        kind = replica_class(tmp_path, behaviour, start, bad_starts, hung_starts, seconds)
         monkeypatch.setattr(search.pool, "Replica", kind)
         specs = [ReplicaSpec(f"replica-{index}", None, None, threads=1) for index in range(count)]  # type: ignore[arg-type]
-        made.append(Pool(specs, 0, attempts, trial_seconds, note, **more))
+        bounds = Bounds.asked(trial_seconds, load_seconds)
+        made.append(Pool(specs, 0, attempts, bounds, note, **more))
         return made[-1]
 
     yield make
@@ -298,6 +313,72 @@ def test_a_longer_split_may_take_longer(pool_of: Any) -> None:
     assert pool._slots[0].overdue
     [outcome] = drain(pool, [], known=(1,)).values()
     assert outcome.score is not None
+
+
+def test_without_a_figure_the_bound_is_many_times_the_longest_so_far() -> None:
+    bound = Bound("auto", least=600.0)
+    assert bound.seconds == FIRST
+    for seconds, most in ((2.0, 600.0), (50.0, 50.0 * TIMES), (40.0, 50.0 * TIMES)):
+        bound.ended(seconds)
+        assert bound.seconds == most
+    asked, none = Bound(7.0, least=600.0), Bound(None, least=600.0)
+    for each in (asked, none):
+        each.ended(50.0)
+    assert asked.seconds == 7.0
+    assert none.seconds == float("inf")
+
+
+def test_a_hanging_trial_is_noticed_without_a_figure_once_others_were_scored(pool_of: Any) -> None:
+    """A score said 90 seconds, that of a split with thrice the tokens: 30 for those of the search split."""
+    now = [0.0]
+    pool = pool_of(
+        {2: ["hang"]},
+        count=1,
+        trial_seconds="auto",
+        lengths={"test": 3.0},
+        seconds=90.0,
+        clock=lambda: now[0],
+    )
+    turn_until(pool, lambda: pool._slots[0].loaded)
+    pool.submit(Job(1, allocation(1), "test"))
+    assert drain(pool, [], known=(1,))[1].score is not None
+    pool.submit(Job(2, allocation(2)))
+    most = max(LEAST_SCORE, 30.0 * TIMES)
+    now[0] += most - 1
+    assert [*pool.wait(0.01)] == []
+    assert not pool._slots[0].overdue
+    now[0] += 2
+    assert drain(pool, [], known=(2,))[2].score is not None
+    assert pool.health()[0].failure == f"no score within {most} seconds, replica stopped"
+
+
+def test_a_replica_that_hangs_as_it_loads_is_started_again(pool_of: Any) -> None:
+    """Without a figure, as another has loaded, in a few looks at the clock."""
+    later, looks = [0.0], itertools.count()
+    said: list[str] = []
+    hung = {"replica-1": 1}
+    clock = lambda: later[0] + next(looks) / 1000  # noqa: E731
+    pool = pool_of({}, hung_starts=hung, load_seconds="auto", clock=clock, say=said.append)
+    good, bad = pool._slots
+    turn_until(pool, lambda: good.loaded and bad.node is not None)
+    later[0] = LEAST_LOAD - 60
+    assert [*pool.wait(0.01)] == []
+    assert bad.starts == 1
+    assert bad.actor is not None
+    later[0] = LEAST_LOAD + 60
+    turn_until(pool, lambda: bad.actor is None)
+    reason = f"not loaded {LEAST_LOAD:g} seconds after it was on node {bad.node}, stopped"
+    assert said == [f"replicas: replica-1 could not start: {reason}"]
+    assert pool.health()[1].failure == f"it could not start: {reason}"
+    later[0] += 60
+    turn_until(pool, lambda: bad.loaded)
+    assert (bad.starts, pool.size) == (2, 2)
+
+
+def test_where_every_replica_hangs_as_it_loads_the_search_ends(pool_of: Any) -> None:
+    pool = pool_of({}, count=1, hung_starts={"replica-0": 9}, load_seconds=0.5)
+    with pytest.raises(RankfrontError, match=r"replicas cannot start: not loaded 0\.5 seconds after"):
+        drain(pool, [1])
 
 
 def test_replicas_that_cannot_start_end_the_search_with_the_first_error(pool_of: Any) -> None:
