@@ -21,11 +21,9 @@ from actors.types import (
     PreparationSpec,
     Prepared,
     Progress,
-    RankfrontError,
     ReplicaSpec,
     Rival,
     Score,
-    ScoringError,
     ShortOfMemoryError,
 )
 
@@ -98,14 +96,13 @@ class Replica:
         return Place(socket.gethostname(), os.getpid())
 
     def score(self, allocation: Allocation, split: str, rivals: tuple[Rival, ...]) -> Score:
-        """Raises ScoringError where there is no valid score, also for want of memory: the replica stays."""
+        """Raises ScoringError where there is no valid score, ShortOfMemoryError where memory did not suffice
+        for one: the replica stays."""
         return _in_memory(lambda: self._scorer.score(allocation, split, rivals), f" on the {split} split")
 
 
-def _in_memory(
-    work: Callable[[], T], where: str, hint: str = "", short: type[RankfrontError] = ScoringError
-) -> T:
-    """What `work` returns; raises `short` where memory did not suffice. What it took is free again."""
+def _in_memory(work: Callable[[], T], where: str, hint: str = "") -> T:
+    """What `work` returns; raises ShortOfMemoryError, what it took is free, where memory did not suffice."""
     import torch
 
     try:
@@ -115,19 +112,18 @@ def _in_memory(
     # Past the handler: what the error's frames held is free by now. Torch's own class does not travel, a
     # driver would import torch to read it.
     torch.cuda.empty_cache()
-    raise short(f"out of memory{where}: {reason}{hint}")
+    raise ShortOfMemoryError(f"out of memory{where}: {reason}{hint}")
 
 
 def _refining(work: Callable[[], T]) -> T:
-    """The same of a refinement, which a ScoringError would end for good: raises ShortOfMemoryError."""
-    return _in_memory(work, " while refining", LESS_MEMORY, ShortOfMemoryError)
+    """The same of a refinement, with what would take less."""
+    return _in_memory(work, " while refining", LESS_MEMORY)
 
 
 class Refiner:
     """Refines allocations and measures them, refined or not; see `actors.refiner.Refiner`.
 
-    Want of memory is a ScoringError of a measurement, a ShortOfMemoryError of a refinement or a share of it;
-    what it took is free again.
+    Want of memory is a ShortOfMemoryError; what it took is free again.
     """
 
     def __init__(self, spec: ReplicaSpec, folder: str) -> None:

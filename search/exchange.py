@@ -249,8 +249,8 @@ class ExchangeSampler(BaseSampler):
     def _reach(self, trials: _Trials) -> Reach:
         """The sizes worth aiming at."""
         smallest, most = int(self._steps.size(self._steps.lowest)), self._landscape.most
-        kept = trials.sizes[trials.kept]
-        return reach(smallest, self._smallest(trials), most, self._dense, kept, trials.broken)
+        told, kept = self._landscape.least, trials.sizes[trials.kept]
+        return reach(smallest, told, self._smallest(trials), most, self._dense, kept, trials.broken)
 
     def _smallest(self, trials: _Trials) -> int:
         """The smallest size worth aiming at: where some loss would be all the room there is, or what is told.

@@ -26,8 +26,8 @@ class Job:
 class Outcome:
     """The end of a job: a score, or the reason there is none.
 
-    `lost` says that the reason is none of the model's: the replica died, was stopped, or met an error that
-    nobody foresaw.
+    `lost` says that the reason is none of the model's: the replica died, was stopped, had too little memory,
+    or met an error that nobody foresaw.
     """
 
     job: Job

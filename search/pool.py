@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.replica import Replica
-from actors.types import RankfrontError, ReplicaSpec
+from actors.types import RankfrontError, ReplicaSpec, ScoringError
 from search.cluster import OBJECT_STORE_BYTES as OBJECT_STORE_BYTES
 from search.cluster import Machine as Machine
 from search.cluster import connect as connect
@@ -164,7 +164,8 @@ class Pool:
             self._crew.check_holder(slot, error)
             cause = cause_of(error)
             foreseen = isinstance(cause, RankfrontError)
-            return self._failed(slot, str(cause) if foreseen else last_line(error), foreseen)
+            reason = str(cause) if foreseen else last_line(error)
+            return self._failed(slot, reason, foreseen, lost=not isinstance(cause, ScoringError))
         except GONE as error:
             return self._lost(slot, error)
         slot.strikes = 0
@@ -187,7 +188,7 @@ class Pool:
         slot.queue.clear()
         return job
 
-    def _failed(self, slot: Slot, reason: str, foreseen: bool) -> Outcome | None:
+    def _failed(self, slot: Slot, reason: str, foreseen: bool, lost: bool) -> Outcome | None:
         """A replica could not score its job, and is there. An error that nobody foresaw may be the trial's or
         the replica's, whose GPU then fails at all that comes, and sooner than others score: two of them in a
         row end it."""
@@ -198,7 +199,7 @@ class Pool:
         else:
             self._given_up(slot)
             self._crew.restart(slot, reason)
-        return self._again_or_fail(job, reason, lost=not foreseen)
+        return self._again_or_fail(job, reason, lost)
 
     def _lost(self, slot: Slot, error: RayError) -> Outcome | None:
         """A replica died with its jobs."""

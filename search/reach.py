@@ -26,15 +26,20 @@ class Reach:
     limit: int
 
 
-def reach(smallest: int, of_use: int, most: int, dense: int, kept: Integers, broken: Integers) -> Reach:
+def reach(
+    smallest: int, told: int, of_use: int, most: int, dense: int, kept: Integers, broken: Integers
+) -> Reach:
     """The sizes worth aiming at.
 
     Between `smallest` and `dense`, which are those of the space, they begin at `of_use` and end at `most`,
-    what the bounds on costs allow. `kept` are sizes of trials that keep to the constraints, or violate them
-    least, `broken` those of trials that violate them more or have no score. Where some below all of `kept`
-    broke, a strip below these is left: the narrower, the more did in it. What breaks a model is a matter of
-    more than its size, so another may be found there; but as nothing is known there it promises most, and
-    every other proposal would go there for ever.
+    what the bounds on costs allow. Where the two leave less than a strip, the strip below `most` is it, down
+    to what the config names as the smallest of interest (`told`, 0 for none), if the bounds allow that.
+
+    `kept` are sizes of trials that keep to the constraints, or violate them least, `broken` those of trials
+    that violate them more or have no score. Where some below all of `kept` broke, a strip below these is
+    left: the narrower, the more did in it. What breaks a model is a matter of more than its size, so another
+    may be found there; but as nothing is known there it promises most, and every other proposal would go
+    there for ever.
     """
     width = round(BEYOND * dense)
     limit = smallest
@@ -45,5 +50,5 @@ def reach(smallest: int, of_use: int, most: int, dense: int, kept: Integers, bro
         limit = max(limit, least - round(width / (1 + tried)))
     low = max(of_use, limit)
     if most < dense:
-        low = min(low, max(smallest, most - width))
+        low = min(low, max(smallest, told if told < most else 0, most - width))
     return Reach(low, min(dense, most if most > low else low + width), limit)

@@ -18,7 +18,7 @@ from actors.harness_results import HarnessScore, HarnessSpec
 from actors.helper import ActorHelper
 from actors.refinement import FOLDER, REFIT, RefinementSpec, RefinementStep, windows_of
 from actors.replica import Refiner
-from actors.types import Allocation, RankfrontError, ReplicaSpec, Score, ScoringError
+from actors.types import Allocation, RankfrontError, ReplicaSpec, Score, ScoringError, ShortOfMemoryError
 from search.cluster import Machine, actor_options, cluster_nodes, threads_each
 from search.config import Config
 from search.failures import cause_of, process_died
@@ -111,13 +111,13 @@ class _Remote:
             return ray.get(actor.score.remote(allocation, split, file))  # type: ignore[no-any-return]
 
     def ask(self, allocation: Allocation, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore:
-        """Raises ScoringError where the model has no valid answer, as the worker does."""
+        """Raises ScoringError or ShortOfMemoryError where there is no valid answer, as the worker does."""
         try:
             with self._asked() as actor:
                 return ray.get(actor.ask.remote(allocation, file, spec, task))  # type: ignore[no-any-return]
         except RayTaskError as error:
             cause = cause_of(error)
-            if isinstance(cause, ScoringError):
+            if isinstance(cause, ScoringError | ShortOfMemoryError):
                 raise cause from error
             raise
 

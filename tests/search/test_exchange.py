@@ -118,7 +118,7 @@ def test_budgets_are_covered_evenly_from_dense_to_the_smallest_of_use() -> None:
     assert counts.min() >= 4
 
 
-@pytest.mark.parametrize(("least", "lowest"), [(0.8, 0.8), (0.3, 0.3), (0.95, 0.85)])
+@pytest.mark.parametrize(("least", "lowest"), [(0.8, 0.8), (0.88, 0.88), (0.3, 0.3), (0.95, 0.85)])
 def test_no_size_below_the_smallest_of_interest_is_aimed_at(least: float, lowest: float) -> None:
     """Unless it is one that a model is to be chosen at, or bounds on costs are below it: then right below
     these."""

@@ -49,10 +49,11 @@ def replica_class(
 
     `behaviour[rank]` says what happens at the first, second, ... attempt at that job: `die`, `hang`, `kill`
     or `stop` (by a signal, once the driver has heard of the job before: what it answered last, a process may
-    take along), `refuse`, `break`, `ruin`: break at this job and at every other that comes, or `meet`: wait
-    for all jobs that meet, which takes a replica for each. A score after that, which says that it took so
-    many `seconds`. `bad_starts` says how often a replica cannot start, `hung_starts` how often, before any
-    other start, it never ends loading. A class made here travels to the workers by value.
+    take along), `refuse`, `short` of memory, `break`, `ruin`: break at this job and at every other that
+    comes, or `meet`: wait for all jobs that meet, which takes a replica for each. A score after that, which
+    says that it took so many `seconds`. `bad_starts` says how often a replica cannot start, `hung_starts`
+    how often, before any other start, it never ends loading. A class made here travels to the workers by
+    value.
     """
     marks = str(folder)
     meeting = [rank for rank, acts in behaviour.items() if "meet" in acts]
@@ -87,7 +88,7 @@ def replica_class(
             import time
             from pathlib import Path
 
-            from actors.types import Score, ScoringError, TextScore
+            from actors.types import Score, ScoringError, ShortOfMemoryError, TextScore
 
             [(_, rank)] = allocation
             before = len(list(Path(marks).glob(f"{rank}-*")))
@@ -105,6 +106,8 @@ def replica_class(
                 threading.Event().wait()  # other threads may take the signal, some time later
             while act == "meet" and not all(list(Path(marks).glob(f"{other}-*")) for other in meeting):
                 time.sleep(0.01)
+            if act == "short":
+                raise ShortOfMemoryError(f"out of memory on the {split} split")
             if act == "refuse":
                 raise ScoringError(f"nll is nan on the {split} split")
             self.ruined |= act == "ruin"
@@ -238,16 +241,17 @@ def test_fifty_jobs_with_deaths_are_answered_once_each(pool_of: Any, tmp_path: P
 
 def test_a_job_that_raises_is_tried_again_and_then_reported(pool_of: Any, tmp_path: Path) -> None:
     """And the replica stays: a mistake of one trial costs no restart, a model takes minutes to load."""
-    behaviour = {1: ["refuse"], 2: ["refuse"] * 3, 5: ["break"] * 3}
+    behaviour = {1: ["refuse"], 2: ["refuse"] * 3, 4: ["short"] * 3, 5: ["break"] * 3}
     pool = pool_of(behaviour, count=1, attempts=3)
     actor = pool._slots[0].actor
     found = drain(pool, [5, 1, 2, 3, 4])
-    assert {rank for rank, outcome in found.items() if outcome.score is None} == {2, 5}
-    for rank, says, lost in ((2, "nll is nan on the search", False), (5, "a mistake in", True)):
+    assert {rank for rank, outcome in found.items() if outcome.score is None} == {2, 4, 5}
+    reasons = (2, "nll is nan on the search", False), (4, "out of memory", True), (5, "a mistake in", True)
+    for rank, says, lost in reasons:
         assert says in (found[rank].reason or "")
         assert found[rank].lost == lost
         assert "attempt 3 of 3" in (found[rank].reason or "")
-    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4, 5)] == [2, 3, 1, 1, 3]
+    assert [attempts_of(tmp_path, rank) for rank in (1, 2, 3, 4, 5)] == [2, 3, 1, 3, 3]
     assert pool._slots[0].actor is actor
 
 
