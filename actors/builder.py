@@ -42,7 +42,16 @@ from actors.planning import plan
 from actors.resident import local_source
 from actors.splits import SplitData, load_choice, load_split
 from actors.text import calibration_windows, fingerprint_windows
-from actors.types import CHOICE, SPLITS, BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
+from actors.types import (
+    CHOICE,
+    SPLITS,
+    BuildPlan,
+    Foreseen,
+    PreparationSpec,
+    Prepared,
+    Progress,
+    RankfrontError,
+)
 
 
 class Builder:
@@ -90,11 +99,11 @@ class Builder:
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._clock
         self._clock = now
 
-    def inspect(self) -> Iterator[str | Mapping[str, str] | Prepared | BuildPlan]:
+    def inspect(self) -> Iterator[str | Mapping[str, str] | Foreseen | Prepared | BuildPlan]:
         """Yield lines, then the fingerprints, and at last what was prepared before, or what is to be done.
 
-        The fingerprints come before the long work: who expects others can stop there. From the plan on
-        this process alone may finish the store.
+        The fingerprints come before the long work, and so does what will be prepared: who expects others, or
+        has no use for it, can stop there. From the plan on this process alone may finish the store.
 
         Raises:
             RankfrontError: text or tasks cannot be used, or the model cannot score tasks packed.
@@ -136,6 +145,7 @@ class Builder:
             yield f"factor store: reused, {self._store.folder}"
             yield self._prepared(reused=True)
             return
+        yield Foreseen(self._described(reused=False))
         pending = self._store.pending()
         kept = len(self.targets) - len(pending)
         already = f", {kept} of {len(self.targets)} targets are done already" if kept else ""
@@ -218,10 +228,14 @@ class Builder:
         self._held.close()
 
     def _prepared(self, reused: bool) -> Prepared:
-        splits = self._splits
+        """What is described, where every node finds it."""
         if is_url(self._place) and not (reused and is_published(self._place)):
             publish(self._store.folder, self._place)
             self._lap("publish")
+        return self._described(reused)
+
+    def _described(self, reused: bool) -> Prepared:
+        splits = self._splits
         return Prepared(
             model_folder=str(self.folder),
             factor_store=self._place,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from actors.builder import Builder
-from actors.types import BuildPlan, PreparationSpec, Prepared, Progress
+from actors.types import BuildPlan, Foreseen, PreparationSpec, Prepared, Progress
 
-Step = str | Mapping[str, str] | Progress | Prepared
+Step = str | Mapping[str, str] | Foreseen | Progress | Prepared
 
 
 def prepare(spec: PreparationSpec, threads: int | None = None) -> Iterator[Step]:
-    """Yield lines and progress, the fingerprints once they are known, and at last what was prepared.
+    """Yield lines and progress, before the long work the fingerprints and what is foreseen, and at last what
+    was prepared.
 
     Raises:
         RankfrontError: the model, the text or a task cannot be used; says what and why.

@@ -17,6 +17,7 @@ from actors.refinement import FEWER_NUMBERS, RefinementSpec, RefinementStep
 from actors.types import (
     Allocation,
     BuildPlan,
+    Foreseen,
     Place,
     PreparationSpec,
     Prepared,
@@ -61,7 +62,7 @@ class Preparer:
 
         self._builder = Builder(spec, threads)
 
-    def inspect(self) -> Iterator[str | Mapping[str, str] | Prepared | BuildPlan]:
+    def inspect(self) -> Iterator[str | Mapping[str, str] | Foreseen | Prepared | BuildPlan]:
         yield from self._builder.inspect()
 
     def collect(self, plan: BuildPlan, group: int, shard: int, shards: int) -> Iterator[Progress]:

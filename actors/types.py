@@ -377,6 +377,13 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Foreseen:
+    """What a preparation will leave behind, before the long work: who has no use for it can stop there."""
+
+    prepared: Prepared
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a replica runs: the name of its machine, and its process there."""
 

@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 from rich.console import Console
 from rich.markup import escape
 
+from actors.types import Prepared
 from search.begun import Identity, folder_identity, stored_identity, write_identity
 from search.config import Config, check_names, parse_saved
 from search.database import leased
@@ -52,7 +53,8 @@ def opened(
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
 
     All of it in the folder `path`, where the study's is not the one that the config names: its config is the
-    saved one, and stays. What `check` raises of the prepared study ends it before anything is saved.
+    saved one, and stays. What `check` raises of the study, as it will be prepared, ends it before the long
+    work.
 
     Only a trial binds a config. Before the first one a study may have been prepared, and its targets scored
     alone (`search.sensitivity`); what is in its storage then follows the config.
@@ -77,10 +79,18 @@ def opened(
             gpu_shortage(config.replicas, machine)  # refused before the long work, not after it
         same = _fingerprint_check(config.study, identity)
         count = builder_count(config.builders, machine)
+        checked: list[Session] = []
+
+        def session_of(prepared: Prepared) -> Session:
+            session = Session(StudyFolder(path, config, prepared, storage, patience), machine, say)
+            if not checked:  # before the long work, where there is any
+                check(session)
+                checked.append(session)
+            return session
+
         with ProgressBar(console) as bar:
-            prepared = prepare(config.preparation(), machine, count, say, bar.progress, same)
-        session = Session(StudyFolder(path, config, prepared, storage, patience), machine, say)
-        check(session)
+            prepared = prepare(config.preparation(), machine, count, say, bar.progress, same, session_of)
+        session = session_of(prepared)
         # The storage first: where it refuses, the folder says what it said before.
         if storage is not None and own:
             write_identity(storage, config, prepared)

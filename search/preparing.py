@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.replica import Preparer
-from actors.types import BuildPlan, PreparationSpec, Prepared, Progress, RankfrontError
+from actors.types import BuildPlan, Foreseen, PreparationSpec, Prepared, Progress, RankfrontError
 from search.cluster import Machine, actor_options, threads_each
 from search.failures import cause_of, process_died
 
@@ -19,7 +19,11 @@ from search.failures import cause_of, process_died
 # up to hundreds of MB beyond the memory budget, mapped one by one they go back when they are freed.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 
-Step = str | Mapping[str, str] | Progress | Prepared
+Step = str | Mapping[str, str] | Foreseen | Progress | Prepared
+
+
+def _no_objection(prepared: Prepared) -> None:
+    pass
 
 
 def prepare(
@@ -29,14 +33,16 @@ def prepare(
     say: Callable[[str], None],
     show: Callable[[Progress], None],
     check: Callable[[Mapping[str, str]], None],
+    foresee: Callable[[Prepared], Any] = _no_objection,
 ) -> Prepared:
-    """Prepare in actors of their own, gone when it ends or when `check` refuses the fingerprints.
+    """Prepare in actors of their own, gone when it ends or is refused: the fingerprints by `check`, or, where
+    factors are to be built, what will be prepared by `foresee`.
 
     A build whose processes die is begun again, from the targets it has, as long as it gets further.
 
     Raises:
-        RankfrontError: what the preparation or `check` says is wrong, that its processes died, or that
-            so many builders never run at once.
+        RankfrontError: what the preparation, `check` or `foresee` says is wrong, that its processes died, or
+            that so many builders never run at once.
     """
     while True:
         progressed = False
@@ -50,6 +56,8 @@ def prepare(
                         show(step)
                     elif isinstance(step, str):
                         say(step)
+                    elif isinstance(step, Foreseen):
+                        foresee(step.prepared)
                     else:
                         check(step)
         except RayError as error:
@@ -96,7 +104,8 @@ def _shortage(machine: Machine, builders: int) -> str | None:
 
 
 def _steps(spec: PreparationSpec, machine: Machine, builders: int) -> Generator[Step, None, None]:
-    """One attempt: lines and progress, the fingerprints before the long work, at last what was prepared."""
+    """One attempt: lines and progress, before the long work the fingerprints and what is foreseen, at last
+    what was prepared."""
     actors = [_start(spec, machine, builders)]
     try:
         for item in _stream(actors[0].inspect):

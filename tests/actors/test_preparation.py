@@ -17,7 +17,15 @@ import torch
 from actors.factors import FactorStore
 from actors.models import count_parameters, load_model, load_tokenizer
 from actors.preparation import prepare
-from actors.types import ModelSource, PreparationSpec, Prepared, Progress, RankfrontError, TextSource
+from actors.types import (
+    Foreseen,
+    ModelSource,
+    PreparationSpec,
+    Prepared,
+    Progress,
+    RankfrontError,
+    TextSource,
+)
 from search.config import parse_config
 
 
@@ -36,8 +44,12 @@ def run(root: Path, **overrides: Any) -> tuple[list[str], Prepared]:
     *said, prepared = prepare(spec_of(root, **overrides))
     assert isinstance(prepared, Prepared)
     lines = [item for item in said if isinstance(item, str)]
-    rest = [item for item in said if not isinstance(item, str | Progress)]
-    assert rest == [prepared.fingerprints]
+    prints, *foreseen = (item for item in said if not isinstance(item, str | Progress))
+    assert prints == prepared.fingerprints
+    for each in foreseen:  # where factors were built
+        assert isinstance(each, Foreseen)
+        assert replace(each.prepared, seconds=prepared.seconds) == prepared
+    assert len(foreseen) == (not prepared.reused)
     return lines, prepared
 
 

@@ -74,7 +74,7 @@ def test_what_was_begun_without_a_trial_follows_the_config(
     monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
     prints = iter(f"f{number}" for number in range(9))
 
-    def prepare(spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any) -> Prepared:
+    def prepare(spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any, *rest: Any) -> Prepared:
         found = dict.fromkeys(FIXED_FINGERPRINTS, next(prints))
         check(found)
         return replace(
@@ -131,6 +131,38 @@ def test_what_is_refused_after_the_preparation_saves_nothing(
     with pytest.raises(RankfrontError, match="not these targets"), opening(check, trials=9):
         pass
     assert content(tmp_path) == before
+
+
+def test_what_a_command_refuses_is_refused_before_the_long_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once: what it says is not said again of what was prepared."""
+    done = replace(PREPARED, targets=TARGETS, reused=False)
+    happened: list[str] = []
+
+    def prepare(*arguments: Any) -> Prepared:
+        foresee = arguments[-1]
+        foresee(done)
+        foresee(done)  # a build that was begun again
+        happened.append("factors")
+        return done
+
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=1))
+    monkeypatch.setattr(search.opening, "prepare", prepare)
+
+    def refuse(session: search.opening.Session) -> None:
+        raise RankfrontError(f"not {len(session.folder.cost.targets)} targets")
+
+    def agree(session: search.opening.Session) -> None:
+        happened.append("asked")
+
+    config = config_of(tmp_path)
+    with pytest.raises(RankfrontError, match=f"not {len(TARGETS)} targets"):
+        search.opening.opened(config, Console(file=io.StringIO()), None, refuse).__enter__()
+    assert happened == []
+    assert not config.folder.exists()
+    with search.opening.opened(config, Console(file=io.StringIO()), None, agree):
+        assert happened == ["asked", "factors"]
 
 
 def test_trials_that_another_program_added_are_not_taken_for_others(
@@ -191,7 +223,9 @@ def test_a_study_in_a_database_is_the_same_from_another_folder(
     monkeypatch.setenv("STUDIES", f"sqlite:///{tmp_path / 'studies.db'}")
 
     def drive(runs: str, fingerprint: str = "f1", **changes: Any) -> int:
-        def prepare(spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any) -> Prepared:
+        def prepare(
+            spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any, *rest: Any
+        ) -> Prepared:
             check({**prints, "search": fingerprint})
             return replace(PREPARED, targets=TARGETS, fingerprints=prints)
 

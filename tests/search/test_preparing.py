@@ -210,6 +210,31 @@ def test_the_workers_mistakes_are_told_as_they_are(root: Path, tmp_path: Path) -
         Watched(spec_of(root, tmp_path, **mistake), builders=1).run()
 
 
+def test_who_has_no_use_for_what_is_foreseen_stops_before_anything_is_measured(
+    root: Path, by_one: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is known but where the time goes. Where a store is there, nothing is left to foresee."""
+    seen: list[Prepared] = []
+
+    def refuse(prepared: Prepared) -> None:
+        seen.append(prepared)
+        raise RefusedError
+
+    def run(runs: Path, shown: list[Progress]) -> Prepared:
+        spec = spec_of(root, runs)
+        return prepare(spec, MACHINE, 1, lambda line: None, shown.append, lambda prints: None, refuse)
+
+    assert run(root / "one", []).reused
+    monkeypatch.setattr(search.preparing, "Preparer", dying(tmp_path, "collect", after=0, times=99))
+    shown: list[Progress] = []
+    with pytest.raises(RefusedError):
+        run(tmp_path / "runs", shown)
+    assert shown == []
+    [foreseen] = seen
+    place, seconds = by_one.factor_store, by_one.seconds
+    assert replace(foreseen, factor_store=place, seconds=seconds) == by_one
+
+
 def test_more_builders_than_run_at_once_are_refused_before_anything_is_measured(
     root: Path, by_one: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

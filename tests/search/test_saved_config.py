@@ -159,7 +159,7 @@ def resumed(
 ) -> Iterator[search.opening.Session]:
     """As `rankfront search` with a config that was edited; the preparation finds `search_text`."""
 
-    def prepare(spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any) -> Prepared:
+    def prepare(spec: Any, machine: Any, count: int, say: Any, bar: Any, check: Any, *rest: Any) -> Prepared:
         check({**PRINTS, "search": search_text})
         return DONE
 
