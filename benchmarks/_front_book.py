@@ -6,7 +6,7 @@ Its records, one a line of JSON:
     score   `id` of (allocation, factors, text), and the loss: an allocation is scored once, whoever asks
     trial   the `number`-th point of a run: its budget, and the tokens that it cost the run
     pick    the point of a run that is best at or under a budget, to be scored on the test split
-    end     of a run, behind its picks: how many trials it was played to
+    end     of a run, behind its picks: how many trials it was played to, and on what machine at last
     asked   what a pick answers on the test split of tasks
 
 A table is made of these alone. Runs are played anew each time, and answered from the scores: a trial that is
@@ -73,7 +73,7 @@ class Book:
         self.scores: dict[str, TextScore] = {}
         self.runs: dict[str, list[Trial]] = defaultdict(list)
         self.picks: dict[str, dict[float, Pick]] = defaultdict(dict)
-        self._ends: dict[str, int] = {}
+        self._ends: dict[str, tuple[int, str]] = {}
         self.asked: dict[str, Asked] = {}
         for record in read_records(path, dict[str, Any]):
             self._take(record)
@@ -89,7 +89,7 @@ class Book:
             del trials[record["number"] :]
             trials.append(Trial(**values))
         elif record["kind"] == "end":
-            self._ends[record["run"]] = values["trials"]
+            self._ends[record["run"]] = values["trials"], values.get("machine", "")
         elif record["kind"] == "asked":
             self.asked[record["run"]] = Asked(**values)
         else:
@@ -115,12 +115,16 @@ class Book:
 
     def reached(self, run: str, trials: int) -> bool:
         """Whether a run was played to its picks over at least so many trials."""
-        return self._ends.get(run, 0) >= trials
+        return self._ends.get(run, (0, ""))[0] >= trials
 
-    def end(self, run: str, trials: int) -> None:
+    def machine(self, run: str) -> str:
+        """What a run was played on, empty where it has not ended."""
+        return self._ends.get(run, (0, ""))[1]
+
+    def end(self, run: str, trials: int, machine: str) -> None:
         """A run's picks over so many trials are all there."""
-        if self._ends.get(run) != trials:
-            self._add({"kind": "end", "run": run, "trials": trials})
+        if not self.reached(run, trials):
+            self._add({"kind": "end", "run": run, "trials": trials, "machine": machine})
 
     def add_score(self, of: str, score: TextScore) -> None:
         """Durable when it returns, as all that is added."""

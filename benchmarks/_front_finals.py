@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from _front_book import Asked, Pick
 from _front_calibration import say
-from _front_runs import CHOICE, DENSE, SEARCH, TASKS, Bench, Kept, Player, Run, asked_runs, refined_name
+from _front_runs import (
+    CHOICE,
+    DENSE,
+    SEARCH,
+    STEP,
+    TASKS,
+    WHOLE_REFIT,
+    Bench,
+    Kept,
+    Player,
+    Run,
+    asked_runs,
+    refined_name,
+)
 
 from actors.refinable import Texts, first_windows
 from actors.refine import refine
 from actors.refined import RefinedFactors
-from actors.refinement import FOLDER, REFIT, RefinementSpec, file_of, refinement_fingerprint
+from actors.refinement import (
+    FOLDER,
+    REFIT,
+    RefinementSpec,
+    RefinementStep,
+    file_of,
+    refinement_fingerprint,
+)
 from actors.refit import refit
 from actors.splits import load_split
 from actors.text import calibration_windows
@@ -29,6 +49,8 @@ class Finals:
         Raises:
             OutOfTimeError: it is not through; the steps that were taken stay, up to the last held-out score.
         """
+        if not self._bench.plays(run):
+            return
         for under, kept in self._picked(run).items():
             identity = self._refined_score(kept.allocation, spec)
             self._bench.book.pick(refined_name(run, spec), Pick(identity, under, kept.budget, kept.number))
@@ -43,26 +65,33 @@ class Finals:
         for run in asked_runs(bench.setup):
             method = Player(bench, run).method
             if run == DENSE:
-                self._ask(run.name, Allocation.dense(bench.folder().prepared.targets), 1.0, method, "")
-            elif bench.book.picks.get(run.name) and under in (picked := self._picked(run)):
-                kept = picked[under]
+                if self._open(run.name, 1.0):
+                    self._ask(run.name, Allocation.dense(bench.folder().prepared.targets), 1.0, method, "")
+                continue
+            refined = refined_name(run, spec)
+            if not bench.plays(run) or not (self._open(run.name, under) or self._open(refined, under)):
+                continue
+            kept = self._picked(run)[under]
+            if self._open(run.name, under):
                 self._ask(run.name, kept.allocation, under, method, "")
-                name = refined_name(run, spec)
-                if under in bench.book.picks.get(name, {}):
-                    file = file_of(self._fingerprint(kept.allocation, spec))
-                    self._ask(name, kept.allocation, under, method, file)
+            if self._open(refined, under):
+                file = file_of(self._fingerprint(kept.allocation, spec))
+                self._ask(refined, kept.allocation, under, method, file)
+
+    def _open(self, name: str, under: float) -> bool:
+        """Whether what was picked under that name is still to be asked."""
+        pick, known = self._bench.book.picks.get(name, {}).get(under), self._bench.book.asked.get(name)
+        return pick is not None and (known is None or known.score != pick.score)
 
     def _ask(self, name: str, allocation: Allocation, under: float, method: str, file: str) -> None:
         bench = self._bench
-        pick, known = bench.book.picks[name][under], bench.book.asked.get(name)
-        if known is not None and known.score == pick.score:
-            return
+        pick = bench.book.picks[name][under]
         say(f"{name}: asked {bench.setup.examples} questions of each task")
         scorer = bench.scorer(method, TASKS)
         factors = RefinedFactors(bench.cache / FOLDER / file) if file else scorer.store
         scorer.trial_model.use(factors)
-        bench.require(0.0)
-        found = scorer.score(allocation, "test").tasks
+        with bench.timed(TASKS):
+            found = scorer.score(allocation, "test").tasks
         acc = {task: score.acc for task, score in found.items()}
         stderr = {task: score.stderr for task, score in found.items()}
         examples = min(score.examples for score in found.values())
@@ -108,8 +137,21 @@ class Finals:
         path.parent.mkdir(exist_ok=True)
         scorer.trial_model.use(scorer.store)  # every target is dense now
         facts = {"fingerprint": fingerprint}
-        way = refit if spec.method == REFIT else refine
-        for step in way(scorer.model, scorer.store, allocation, texts, spec, path, facts):
-            if step.step % spec.evaluate_every == 0:
-                say(f"{way.__name__}: step {step.step} of {step.steps}, held-out KL {step.held_out:.4f}")
-            bench.require(0.0)
+        arguments = scorer.model, scorer.store, allocation, texts, spec, path, facts
+        if spec.method == REFIT:  # which does not go on where it was stopped
+            with bench.timed(WHOLE_REFIT):
+                for step in refit(*arguments):
+                    self._say(step, spec)
+            return
+        steps = refine(*arguments)
+        while True:
+            with bench.timed(STEP):
+                taken = next(steps, None)
+            if taken is None:
+                return
+            self._say(taken, spec)
+
+    @staticmethod
+    def _say(step: RefinementStep, spec: RefinementSpec) -> None:
+        if step.step % spec.evaluate_every == 0:
+            say(f"{spec.method}: step {step.step} of {step.steps}, held-out KL {step.held_out:.4f}")

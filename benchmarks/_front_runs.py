@@ -13,14 +13,16 @@ what a replica would be asked is asked here, in this process.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import torch
-from _common import uniform_at
+from _common import machine, uniform_at
 from _front_book import Book, Pick, Trial
 from _front_calibration import OutOfTimeError, prepared_in_parts, say
 from _front_setup import Setup, Texts, linear_budget
@@ -60,6 +62,11 @@ class Run:
         return self.strategy in SAMPLERS
 
     @property
+    def seeded(self) -> bool:
+        """Whether its first trials are our seeds."""
+        return self.warm or self.strategy in (SEEDS, LADDER)
+
+    @property
     def counted(self) -> bool:
         """Whether it goes on for as many trials as a setup says."""
         return self.sampler or self.strategy == LADDER
@@ -69,14 +76,18 @@ class Run:
 SEARCH, CHOICE, TEST, TASKS = "search", "choice", "test", "tasks"
 OURS = "exchange"
 SAMPLERS = (OURS, "tpe", "nsga2", "random")
-PAPER, IMPROVED, LADDER = "surgical/paper", "surgical/ours", "ladder"
+PAPER, IMPROVED, SEEDS, LADDER = "surgical/paper", "surgical/ours", "seeds", "ladder"
+# What else takes time: a pick asked the tasks, a step of its refinement, its refit.
+STEP, WHOLE_REFIT = "step", "refit"
+# Seconds on one core, until one has been measured: nothing begins that would not end in time.
+FIRST_SECONDS = {SEARCH: 20.0, CHOICE: 80.0, TEST: 80.0, TASKS: 400.0, STEP: 60.0, WHOLE_REFIT: 900.0}
 
 
 def every_run(setup: Setup) -> list[Run]:
     """In the order they are played: what is required first, then what it is held against, seed by seed."""
     (ours, *first), *others = ([Run(name, seed, warm=True) for name in SAMPLERS] for seed in setup.seeds)
     return [
-        Run("seeds"),
+        Run(SEEDS),
         ours,
         Run("uniform"),
         Run(LADDER),
@@ -94,7 +105,7 @@ DENSE = Run("dense")
 def asked_runs(setup: Setup) -> list[Run]:
     """Whose picks are asked the tasks."""
     ours = Run(OURS, setup.seeds[0], warm=True)
-    return [DENSE, Run("uniform"), Run("seeds"), ours, Run(IMPROVED), Run(PAPER)]
+    return [DENSE, Run("uniform"), Run(SEEDS), ours, Run(IMPROVED), Run(PAPER)]
 
 
 def refined_name(run: Run, spec: RefinementSpec) -> str:
@@ -110,7 +121,8 @@ class Bench:
         self._texts, self.cache, self._deadline = texts, cache, deadline
         self._folders: dict[tuple[str, str], StudyFolder] = {}
         self._scorer: tuple[tuple[str, str], Scorer] | None = None
-        self._seconds = dict.fromkeys((SEARCH, CHOICE, TEST), 0.0)
+        self._seconds = dict(FIRST_SECONDS)
+        self._measured: set[str] = set()
 
     def folder(self, method: str = "curvature", asked: str = SEARCH) -> StudyFolder:
         """What the factors of a method make of the model; `asked` the search and test text, the text that
@@ -127,13 +139,34 @@ class Bench:
             self._folders[method, asked] = StudyFolder(self.cache, config, ready)
         return self._folders[method, asked]
 
-    def require(self, seconds: float) -> None:
+    @cached_property
+    def same_seeds(self) -> bool:
+        """Whether the factors here give the seeds that the book's runs began with.
+
+        Another kind of processor rounds otherwise, so other labels are drawn for the gradients' moments: a
+        loss hardly differs, a seed does by a few ranks. What was begun from others cannot go on.
+        """
+        recorded = [trial.score for trial in self.book.runs.get(SEEDS, ())][1:]
+        found = [self._identity(each, SEARCH) for each in self.seeds()]
+        return recorded == found[: len(recorded)]
+
+    def plays(self, run: Run) -> bool:
+        """Whether a run can go on here."""
+        return not run.seeded or self.same_seeds
+
+    @contextlib.contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
         """
         Raises:
-            OutOfTimeError: what takes so long would not end in time.
+            OutOfTimeError: what is of this kind would not end in time, as far as the longest so far tells.
         """
-        if time.monotonic() + seconds > self._deadline:
+        start = time.monotonic()
+        if start + 1.5 * self._seconds[kind] > self._deadline:
             raise OutOfTimeError
+        yield
+        seconds = time.monotonic() - start
+        self._seconds[kind] = max(seconds, self._seconds[kind]) if kind in self._measured else seconds
+        self._measured.add(kind)
 
     def score(self, allocation: Allocation, text: str = SEARCH, method: str = "curvature") -> str:
         """The id of an allocation's score, which is in the book when this returns.
@@ -141,17 +174,18 @@ class Bench:
         Raises:
             OutOfTimeError: it is not there, and scoring would not end in time.
         """
-        asked = CHOICE if text == CHOICE else SEARCH
-        split = "test" if text == TEST else "search"
-        ready = self.folder(method, asked).prepared
-        prints = [ready.fingerprints[name] for name in ("model", "factors", split)]
-        identity = digest([allocation.key, *prints])[:16]
+        identity = self._identity(allocation, text, method)
         if identity not in self.book.scores:
-            self.require(1.5 * self._seconds[text])
-            score = self.scorer(method, asked).score(allocation, split)
-            self._seconds[text] = max(self._seconds[text], score.seconds)
+            scorer = self.scorer(method, _asked(text))
+            with self.timed(text):
+                score = scorer.score(allocation, _split(text))
             self.book.add_score(identity, score.text)
         return identity
+
+    def _identity(self, allocation: Allocation, text: str, method: str = "curvature") -> str:
+        ready = self.folder(method, _asked(text)).prepared
+        prints = [ready.fingerprints[name] for name in ("model", "factors", _split(text))]
+        return digest([allocation.key, *prints])[:16]
 
     def scorer(self, method: str = "curvature", asked: str = SEARCH) -> Scorer:
         """The model with the factors of a method, as `folder` has them. One at a time is loaded."""
@@ -174,6 +208,16 @@ class Bench:
         curves = predicted(cost, self.setup.floor, folder.config.factor_spec, store)
         budgets = [linear_budget(cost, budget) for budget in at or self.setup.ladder]
         return [allocation for allocation in ladder(cost, curves, budgets) if allocation is not None]
+
+
+def _asked(text: str) -> str:
+    """Which folder of a bench has a text."""
+    return CHOICE if text == CHOICE else SEARCH
+
+
+def _split(text: str) -> str:
+    """As what split it has it."""
+    return "test" if text == TEST else "search"
 
 
 @dataclass(frozen=True)
@@ -211,7 +255,7 @@ class Player:
                 picks[under] = best = self._chosen(within)
                 identity = self._bench.score(best.allocation, TEST, self.method)
                 self._bench.book.pick(self._run.name, Pick(identity, under, best.budget, self._count))
-        self._bench.book.end(self._run.name, self._count)
+        self._bench.book.end(self._run.name, self._count, machine())
         return picks
 
     def walk(self, trials: int) -> list[Kept]:

@@ -26,7 +26,7 @@ from _front_book import Book, Pick
 from _front_calibration import OutOfTimeError, say
 from _front_finals import Finals
 from _front_report import report
-from _front_runs import LADDER, Bench, Player, Run, every_run
+from _front_runs import Bench, Player, Run, every_run
 from _front_setup import SMOLLM2, WIKITEXT, Setup, Texts, cut_texts, tiny
 
 from actors.types import Allocation, digest
@@ -48,6 +48,8 @@ def play(bench: Bench) -> None:
     bench.book.pick("dense", Pick(identity, 1.0, 1.0, 1))
     finals = Finals(bench)
     seeds, ours, uniform, *others = every_run(bench.setup)
+    if not bench.same_seeds:
+        say("the factors here give other seeds than the book's: what was begun from those stays as it is")
     for run in (seeds, ours, uniform):
         played(bench, run)
     for run in (ours, seeds):
@@ -55,24 +57,24 @@ def play(bench: Bench) -> None:
     for trials in bench.setup.checkpoints[-2:]:
         for run in others:
             walked(bench, run, trials)
-    finals.ask()
-    finals.refine(ours, bench.setup.refit)
     for run in others:
         played(bench, run)
     finals.ask()
+    for spec in (bench.setup.refinement, bench.setup.refit):  # side by side, of what every machine has
+        finals.refine(uniform, spec)
 
 
 def played(bench: Bench, run: Run) -> None:
-    """Play a run to its picks, unless it was."""
+    """Play a run to its picks, unless it was or cannot be."""
     trials = bench.setup.trials if run.counted else 1
-    if not bench.book.reached(run.name, trials):
+    if bench.plays(run) and not bench.book.reached(run.name, trials):
         say(f"{run.name}, {trials} trials" if run.counted else run.name)
         Player(bench, run).play(trials)
 
 
 def walked(bench: Bench, run: Run, trials: int) -> None:
     """First trials of a strategy that has our seeds, without its picks, unless they are there."""
-    if (run.warm or run.strategy == LADDER) and len(bench.book.runs[run.name]) < trials:
+    if run.seeded and bench.plays(run) and len(bench.book.runs[run.name]) < trials:
         say(f"{run.name}, {trials} trials")
         Player(bench, run).walk(trials)
 

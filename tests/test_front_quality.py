@@ -33,6 +33,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
         import _front_runs
         import _front_setup
         import front_quality
+        from _common import machine
         from _front_book import Book
 
         folder = tmp_path_factory.mktemp("front")
@@ -51,6 +52,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
             runs=_front_runs,
             script=front_quality,
             Book=Book,
+            machine=machine,
             folder=folder,
             setup=setup,
             texts=texts,
@@ -150,17 +152,14 @@ def test_our_picks_are_refined_and_asked_as_a_replica_would_be(bench: Any) -> No
     assert asked["dense"].examples == bench.setup.examples == dense.examples
     ours = {"exchange/0", "exchange/0 refined"}
     assert set(asked) == {"dense", "uniform", "seeds", "seeds refined", *ours, *SURGICAL}
-    bare = bench.book.picks["exchange/0"]
-    for way in ("refined", "refit"):
-        found = bench.book.picks[f"exchange/0 {way}"]
-        assert {under: pick.budget for under, pick in found.items()} == {
-            under: pick.budget for under, pick in bare.items()
-        }
-    seeds = bench.book.picks["seeds"]
-    assert bench.book.picks["seeds refined"].keys() == seeds.keys()
+    picks = bench.book.picks
+    refined = [(name, f"{name} refined") for name in ("exchange/0", "seeds", "uniform")]
+    for name, found in (*refined, ("uniform", "uniform refit")):
+        budgets = [{under: pick.budget for under, pick in picks[each].items()} for each in (name, found)]
+        assert budgets[0] == budgets[1] != {}
     files = [*(bench.folder / "refined").glob("*.safetensors")]
-    mine = {pick.score for pick in bare.values()}
-    assert len(files) == len(mine) + len(mine | {pick.score for pick in seeds.values()})
+    each = {pick.score for name, _ in refined for pick in picks[name].values()}
+    assert len(files) == len(each) + len({pick.score for pick in picks["uniform"].values()})
 
 
 @pytest.mark.parametrize("share", [0.4, 0.8, 0.95])
@@ -189,6 +188,28 @@ def test_a_run_that_proposes_otherwise_replaces_what_follows(bench: Any, tmp_pat
         assert [trial.score for trial in read.runs["run"]] == ["a", "z"]
 
 
+def test_runs_from_other_seeds_stay_as_they_are(bench: Any, tmp_path: Path) -> None:
+    """Where this machine's factors give others than the book begins with, all else goes on."""
+    lines = [json.loads(line) for line in bench.place.read_text().splitlines()]
+    kept = [
+        line for line in lines if not (line["kind"] == "end" and line["run"] in ("tpe/0", "nsga2 warm/0"))
+    ]
+    kept = [line for line in kept if line.get("run") != "tpe/0"]
+    begun = next(line for line in kept if line.get("run") == "seeds" and line.get("number") == 1)
+    score = next(line for line in kept if line.get("of") == begun["score"])
+    begun["score"] = other = "0" * 16
+    place = tmp_path / "book.jsonl"
+    place.write_text(
+        "".join(json.dumps(line) + "\n" for line in [kept[0], {**score, "of": other}, *kept[1:]])
+    )
+    before = bench.Book(place)
+    assert "tpe/0" not in before.runs
+    after = bench.script.run(bench.setup, bench.texts, place, bench.folder, 60)
+    assert after.runs["tpe/0"] == bench.book.runs["tpe/0"]
+    assert not after.reached("nsga2 warm/0", bench.setup.trials)
+    assert {name: after.runs[name] for name in before.runs} == before.runs
+
+
 def test_a_book_of_other_factors_is_refused(bench: Any) -> None:
     with pytest.raises(RankfrontError, match="another model, texts, calibration or space"):
         bench.Book(bench.place).begin("other")
@@ -197,10 +218,11 @@ def test_a_book_of_other_factors_is_refused(bench: Any) -> None:
 def test_time_that_is_over_is_an_end_and_the_table_says_what_is_missing(bench: Any, tmp_path: Path) -> None:
     book = bench.script.run(bench.setup, bench.texts, tmp_path / "book.jsonl", bench.folder, -1)
     text = "\n".join(bench.report.report(bench.setup, book, tmp_path / "picture.png", "book.jsonl"))
-    assert "| exchange/0 | 0 of 6 | no |" in text
+    assert "| exchange/0 | 0 of 6 | no |  |" in text
     assert not book.scores
     text = "\n".join(bench.report.report(bench.setup, bench.book, tmp_path / "picture.png", "book.jsonl"))
-    assert "| exchange/0 | 6 of 6 | yes |" in text
+    [played] = (line for line in text.splitlines() if line.startswith("| exchange/0 | 6 of 6 | yes |"))
+    assert played.split("|")[4].strip() == bench.machine().partition(",")[0] != ""
     assert "not yet" not in text
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
