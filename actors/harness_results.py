@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.types import RankfrontError, digest
 
-INSTALL = "lm-evaluation-harness is not installed: pip install 'rankfront[eval]'"
+INSTALL = "lm-evaluation-harness is not installed: in the project's folder, pip install -e '.[eval]'"
 
 # Of a folder of tasks: what says how they are asked, and rows that lie beside it.
 TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl")

@@ -13,7 +13,7 @@ from search.cells import cells_table
 from search.choosing import chosen
 from search.evaluating import evaluate_folder, is_model_folder, make_room
 from search.finals import evaluate_study, split_cells
-from search.folder import StudyFolder, find_study, summarise
+from search.folder import CONFIG, StudyFolder, find_study, summarise
 from search.harness_run import evaluate_tasks
 from search.harness_table import LEFT, harness_cells
 from search.records import StudySummary
@@ -71,6 +71,11 @@ def evaluate_command(
     if not is_model_folder(Path(target)):
         only = f"for a model folder, and {target} is none; write the trial with `rankfront export`"
         refuse_given(context, OF_FOLDER, f"{only} and evaluate that folder")
+        known = any((folder / CONFIG).exists() for folder in (Path(target), runs / target))
+        if Path(target).is_dir() and not known:
+            raise RankfrontError(
+                f"{target}: neither a study ({CONFIG}) nor a model folder (config.json) to measure"
+            )
         _evaluate_study(find_study(target, runs), trial or [], budget, harness, variant or [])
         return
     if trial or variant or budget is not None:

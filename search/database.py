@@ -201,7 +201,7 @@ def _installed(url: URL) -> Iterator[None]:
     except (ImportError, NoSuchModuleError) as error:
         raise RankfrontError(
             f"database: {shown(url)}: its driver is not installed; "
-            "for PostgreSQL: pip install 'rankfront[postgres]'"
+            "for PostgreSQL: in the project's folder, pip install -e '.[postgres]'"
         ) from error
 
 

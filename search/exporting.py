@@ -180,6 +180,8 @@ def check_folder(path: Path, overrides: Mapping[str, Any], device: str = "auto")
     """
     if not path.is_dir():
         raise RankfrontError(f"--check {path}: no such folder")
+    if not (path / DESCRIPTION).exists():
+        raise RankfrontError(f"--check {path}: no export, there is no {DESCRIPTION} in it")
     found = read_configuration(path / DESCRIPTION, str(path.resolve()), overrides)
     if "nll" not in found.recorded:
         raise RankfrontError(f"{path / DESCRIPTION}: scores.search.nll is missing: nothing to compare with")

@@ -126,7 +126,8 @@ def _database_status(url: str, runs: Path, name: str | None) -> Status:
         [name] = known
     if name not in known or IDENTITY not in known[name].user_attrs:
         listed = ", ".join(sorted(known)) or "none"
-        raise RankfrontError(f"database: give the study with --study; in it: {listed}")
+        asked = "give the study with --study" if name is None else f"no study of ours in it is {name!r}"
+        raise RankfrontError(f"database: {asked}; in it: {listed}")
     kept = known[name].user_attrs[IDENTITY]
     config = parse_saved(kept["config"], f"study {name!r} of the database")
     folder = StudyFolder(runs / name, config, Prepared.from_dict(kept["prepared"]))

@@ -94,7 +94,7 @@ def test_perplexity_is_a_plain_loops(case: Case, tmp_path: Path) -> None:
 
 def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(RankfrontError, match=r"pip install 'rankfront\[eval\]'"):
+    with pytest.raises(RankfrontError, match=r"in the project's folder, pip install -e '\.\[eval\]'"):
         Harness(HarnessSpec(("arc_easy",), None, 1, None))
 
 

@@ -112,7 +112,8 @@ def test_an_encoding_that_lacks_a_sign_ends_no_command(
         (["export", "made-up", "--max-nll", "0.01"], "--max-nll 0.01: no front point at or under it; the"),
         (["export", "made-up", "--check", "made-up"], "a study or --check FOLDER, not both"),
         (["export", "--check", "nowhere"], "nowhere: no such folder"),
-        (["export", "--check", "."], "ranks.yaml"),
+        (["export", "--check", "."], "no export, there is no ranks.yaml in it"),
+        (["evaluate", "runs", "--tasks", "arc_easy"], "neither a study (config.yaml) nor a model folder"),
         (["export", "made-up", "--trial", "0", "--set", "a=1"], "--set is for --check"),
         (["export", "--check", "new", "--trial", "1", "--format", "dense"], "--trial and --format: not with"),
         (

@@ -15,6 +15,7 @@ import optuna
 import pytest
 import yaml
 from fakes import MODEL_PARAMETERS, TARGETS, MadeUpPool, score_two
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 import search.health
@@ -187,8 +188,11 @@ def test_a_study_in_a_database_is_read_by_its_url(
         assert status.trials == {"COMPLETE": 2, "FAIL": 3, "RUNNING": 2}
         assert status.study == "made-up"
     assert not (tmp_path / "elsewhere").exists()
-    with pytest.raises(RankfrontError, match=r"give the study with --study; in it: made-up"):
+    with pytest.raises(RankfrontError, match=r"no study of ours in it is 'other'; in it: made-up"):
         read_status(url, tmp_path, "other")
+    storage.create_new_study([StudyDirection.MINIMIZE], "theirs")
+    with pytest.raises(RankfrontError, match=r"give the study with --study; in it: made-up, theirs"):
+        read_status(url, tmp_path)
 
 
 def test_a_full_disk_does_not_end_the_search(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
