@@ -12,7 +12,7 @@ from actors.node_cache import is_url
 from actors.sources import Source
 from actors.tasks import TASKS
 from actors.types import RankfrontError, TaskSource
-from search.section import Positive, Section, is_saved, readable_url
+from search.section import NUMBER, Positive, Section, is_saved, readable_url
 
 
 def _known_source(name: str, info: ValidationInfo) -> str:
@@ -141,19 +141,19 @@ class CorpusSection(TextSection):
 class ScoringSection(Section):
     """What a score is made of. `stride`, `kl_...`, `prefix_...` and `stages` are those of `ScoringSpec`."""
 
-    window: Annotated[int, Field(ge=2)] = 512
+    window: Annotated[int, Field(ge=2), NUMBER] = 512
     stride: Positive | None = None
     tokens: TextTokens = TextTokens(search=8_192, test=32_768)
     corpora: tuple[CorpusSection, ...] = ()
     tasks: tuple[TaskSection, ...] = ()
     bias: tuple[BiasSection, ...] = ()
     examples: PerSplit = PerSplit(search=100, test=400)
-    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    seed: int = 0
+    search_fraction: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.2
+    seed: Annotated[int, NUMBER] = 0
     batch_tokens: Positive = 1_024
     kl_top_k: Positive | None = None
-    kl_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
-    prefix_memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    kl_memory_mb: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 512.0
+    prefix_memory_mb: Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER] = 0.0
     prefix_stride: Positive = 1
     stages: tuple[Positive, ...] = ()
 

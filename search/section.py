@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo
 
 from actors.node_cache import is_url, url_problem
 from actors.sources import from_home
 from actors.types import RankfrontError
 
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1)]
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r}: input should be a number, not true or false")
+    return value
+
+
+NUMBER = BeforeValidator(_no_flag)
+"""Of every number, as true is 1 to Python. Written behind its bounds, or its JSON schema loses them."""
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
+Positive = Annotated[int, Field(ge=1), NUMBER]
 Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 SAVED = "saved"

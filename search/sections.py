@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from search.inputs import TextSection
-from search.section import CountOrAuto, Positive, SecondsOrAuto, Section, Share
+from search.section import NUMBER, CountOrAuto, Positive, SecondsOrAuto, Section, Share
 from search.shares import GpusOrAuto
 
 
@@ -24,11 +24,11 @@ class CalibrationSection(Section):
     """
 
     text: TextSection | None = None
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    fraction: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.4
     tokens: Positive = 65_536
-    window: Annotated[int, Field(ge=2)] = 512
+    window: Annotated[int, Field(ge=2), NUMBER] = 512
     labels: Literal["sampled", "data"] = "sampled"
-    memory_gb: Annotated[float, Field(gt=0)] = 4.0
+    memory_gb: Annotated[float, Field(gt=0), NUMBER] = 4.0
     builders: CountOrAuto = "auto"
 
 
@@ -73,7 +73,7 @@ class SpaceSection(Section):
     group: Literal["target", "module", "block", "curve"] = "target"
     segments: Positive = 1
     knots: Positive = KNOTS
-    levels: Annotated[int, Field(ge=1, le=1000)] = 20
+    levels: Annotated[int, Field(ge=1, le=1000), NUMBER] = 20
     floor: Share = 0.2
     methods: tuple[str, ...] = ()
 
@@ -84,9 +84,9 @@ class SamplerSection(Section):
     parameters that `exchange` aims at; without it, as small a one as may be of use (`search.exchange`)."""
 
     name: Literal["exchange", "nsga2", "nsga3", "tpe", "gp", "random"] = "exchange"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy's RandomState takes
-    population: Annotated[int, Field(ge=2)] = 32
-    lowest: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32), NUMBER] = 0  # what numpy's RandomState takes
+    population: Annotated[int, Field(ge=2), NUMBER] = 32
+    lowest: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), NUMBER] | None = None
 
 
 class ReferenceSection(Section):
@@ -109,7 +109,7 @@ class SensitivitySection(Section):
     """`rankfront sensitivity`: every target alone at each of these stored shares of its own parameters."""
 
     shares: Annotated[
-        tuple[Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)], ...], Field(min_length=1)
+        tuple[Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), NUMBER], ...], Field(min_length=1)
     ] = (0.75, 0.5, 0.25)
 
     @field_validator("shares")
@@ -128,10 +128,10 @@ class SurgicalSection(Section):
     """
 
     mode: Literal["perplexity", "task"] = "perplexity"
-    growth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.005
+    growth: Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER] = 0.005
     task: str | None = None
-    delta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.03
-    skip_blocks: Annotated[int, Field(ge=0)] = 4
+    delta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), NUMBER] = 0.03
+    skip_blocks: Annotated[int, Field(ge=0), NUMBER] = 4
     ladder: Literal["paper", "shares"] = "paper"
     ranks: Literal["scan", "bisect"] = "scan"
 
@@ -151,14 +151,14 @@ class RefineSection(Section):
     method: Literal["gradient", "refit"] = "gradient"
     steps: Positive = 200
     tokens: Positive = 1_536
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
-    warmup: Annotated[int, Field(ge=0)] = 10
-    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 1e-4
+    warmup: Annotated[int, Field(ge=0), NUMBER] = 10
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 1.0
     held_out: Positive = HELD_OUT
     evaluate_every: Positive = 10
     patience: Positive = 5
     top_k: Positive = 64
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0), NUMBER] = 0
     checkpointed: bool = False
     workers: CountOrAuto = 1
 
@@ -190,7 +190,7 @@ class PlateauSection(Section):
     """Stop when the hypervolume grew by no more than `tolerance` (relative) over `trials` trials."""
 
     trials: Positive
-    tolerance: Annotated[float, Field(ge=0)] = 0.001
+    tolerance: Annotated[float, Field(ge=0), NUMBER] = 0.001
 
 
 class StopSection(Section):
@@ -199,7 +199,7 @@ class StopSection(Section):
 
     trials: Positive | None = 200
     tokens: Positive | None = None
-    hours: Annotated[float, Field(gt=0)] | None = None
+    hours: Annotated[float, Field(gt=0), NUMBER] | None = None
     plateau: PlateauSection | None = None
 
 
@@ -224,4 +224,4 @@ class ReplicaSection(Section):
     attempts: Positive = 2
     trial_seconds: SecondsOrAuto = "auto"
     load_seconds: SecondsOrAuto = "auto"
-    alone_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
+    alone_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER] = 600.0
