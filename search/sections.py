@@ -60,6 +60,8 @@ class CostSection(Section):
 KNOTS = 4
 """A curve's default: a level at both ends of the depth and two between, where what layers are worth turns."""
 
+FLOOR = 0.2
+
 
 class SpaceSection(Section):
     """The search space: targets that share a group share one level.
@@ -74,8 +76,11 @@ class SpaceSection(Section):
     segments: Positive = 1
     knots: Positive = KNOTS
     levels: Annotated[int, Field(ge=1, le=1000), NUMBER] = 20
-    floor: Share = 0.2
+    floor: Share = FLOOR
     methods: tuple[str, ...] = ()
+
+
+POPULATION = 32
 
 
 class SamplerSection(Section):
@@ -85,7 +90,7 @@ class SamplerSection(Section):
 
     name: Literal["exchange", "nsga2", "nsga3", "tpe", "gp", "random"] = "exchange"
     seed: Annotated[int, Field(ge=0, lt=2**32), NUMBER] = 0  # what numpy's RandomState takes
-    population: Annotated[int, Field(ge=2), NUMBER] = 32
+    population: Annotated[int, Field(ge=2), NUMBER] = POPULATION
     lowest: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), NUMBER] | None = None
 
 

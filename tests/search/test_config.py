@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from raw_config import mistakes, put
 
 from actors.types import METHOD_NAMES, FactorSpec
-from search.config import ConfigError, parse_config
+from search.config import ConfigError, parse_config, parse_saved
 from search.constraints import Constraint
-from search.sections import HELD_OUT
+from search.sections import HELD_OUT, SamplerSection
 
 C4 = {"name": "c4", "source": "allenai/c4"}
 CAPS = {"search": 64, "test": 8}
@@ -79,6 +79,7 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("references.uniform", [float("nan")], "references.uniform[0]", ["nan"]),
         ("space.floor", 0, "space.floor", ["0", "greater than 0"]),
         ("space.floor", 1.01, "space.floor", ["1.01", "less than or equal to 1"]),
+        ("space.floor", 1, "space.floor", ["1", "every level dense", "below 1, such as 0.2"]),
         ("space.segments", 3, "space.segments", ["3", "group: module"]),
         ("space.knots", 3, "space.knots", ["3", "group: curve"]),
         ("space.knots", 0, "space.knots", ["0", "greater than or equal to 1"]),
@@ -111,6 +112,8 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("sampler.seed", -1, "sampler.seed", ["-1", "greater than or equal to 0"]),
         ("sampler.seed", 2**32, "sampler.seed", ["4294967296", "less than 4294967296"]),
         ("sampler.name", "gp", "sampler.name", ["'gp'", "at most 20", "space.group: target", "exchange"]),
+        ("sampler", {"name": "tpe", "lowest": 0.6}, "sampler.lowest", ["0.6", "name: exchange, not tpe"]),
+        ("sampler.population", 9, "sampler.population", ["9", "nsga2 or nsga3, not exchange"]),
         ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
         ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),
         ("factors.methods", ["feature"], "factors.methods", ["['feature']", "dictionary"]),
@@ -133,6 +136,20 @@ def test_exchange_needs_a_level_of_each_target(raw: dict[str, Any]) -> None:
     for config in (curves, put(curves, "sampler.name", "exchange")):  # which is who proposes if none is named
         [line] = mistakes(config)
         assert line.startswith("sampler.name: 'exchange' moves parameters between levels of targets")
+
+
+def test_what_one_sampler_alone_reads_is_refused_only_where_it_was_set(raw: dict[str, Any]) -> None:
+    """A saved config has every default."""
+    for name in get_args(SamplerSection.model_fields["name"].annotation):
+        own = {"exchange": {"lowest": 0.6}, "nsga2": {"population": 9}, "nsga3": {"population": 9}}
+        section = {"name": name, **own.get(name, {})}
+        config = parse_config(raw | {"sampler": section, "space": {"group": "module"}, "stop": {"trials": 1}})
+        assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_a_study_saved_when_every_level_could_be_dense_still_opens(raw: dict[str, Any]) -> None:
+    saved = yaml.safe_load(parse_config(raw).to_yaml())
+    assert parse_saved(put(saved, "space.floor", 1.0), "here").space.floor == 1
 
 
 def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:
