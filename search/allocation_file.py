@@ -139,9 +139,10 @@ def read_configuration(
         raise ConfigError(str(file), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(file), ["the top level must be a mapping of keys"])
-    if not isinstance(raw.get("model", {}), dict):
-        raise ConfigError(str(file), [f"model: {raw['model']!r} is no section"])
-    raw = {**raw, "model": {**raw.get("model", {}), "source": model}}
+    named = raw.get("model") or {}
+    if not isinstance(named, dict):
+        raise ConfigError(str(file), [f"model: {named!r} is no section"])
+    raw = {**raw, "model": {**named, "source": model}}
     for key, value in (overrides or {}).items():
         set_key(raw, key, value)
     mistakes = _own_mistakes(raw)

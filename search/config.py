@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
@@ -32,12 +32,13 @@ from actors.types import (
 from search.constraints import Constraint, flat
 from search.database import check_url
 from search.inputs import ModelSection, ScoringSection, TextSection
+from search.mistakes import sentences
 from search.places import CacheSection
 from search.plain import read_yaml
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, Rules, smaller_is_better
-from search.section import SAVED, Bound, Section, known_home
+from search.section import MAPPING, SAVED, Bound, Section, known_home
 from search.sections import (
     CalibrationSection,
     CostSection,
@@ -80,7 +81,7 @@ class Config(Section):
     scoring: ScoringSection = ScoringSection()
     cost: CostSection = CostSection()
     objectives: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] = ("budget.model", "nll")
-    constraints: Annotated[dict[str, Bound], BeforeValidator(flat)] = Field(default_factory=dict)
+    constraints: Annotated[dict[str, Bound], BeforeValidator(flat), MAPPING] = Field(default_factory=dict)
     space: SpaceSection = SpaceSection()
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
@@ -213,7 +214,9 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
     """
     *parents, last = key.split(".")
     for parent in parents:
-        raw = raw.setdefault(parent, {})
+        if raw.get(parent) is None:
+            raw[parent] = {}
+        raw = raw[parent]
         if not isinstance(raw, dict):
             raise RankfrontError(f"{key}: {parent!r} is not a section")
     raw[last] = value
@@ -267,7 +270,7 @@ def _parsed(raw: Mapping[str, Any], where: str, rules: Rules, context: str | Non
         try:
             sections[key] = adapter.validate_python(raw[key], context=context)
         except ValidationError as error:
-            mistakes += [_sentence(key, detail) for detail in error.errors()]
+            mistakes += sentences(Config, key, error)
             with contextlib.suppress(ValidationError):
                 sections[key] = adapter.validate_python(_without(raw[key], error), context=context)
     for needs, rule in rules:
@@ -299,32 +302,3 @@ def _without(value: Any, error: ValidationError) -> Any:
                 parent = parent[step]
             del parent[last]
     return value
-
-
-def _sentence(section: str, detail: Any) -> str:
-    path = section + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        return f"{path}: unknown key; one of {', '.join(_keys_beside(section, detail['loc']))}"
-    if detail["type"] == "missing":
-        return f"{path}: missing"
-    if detail["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path}: {detail['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys_beside(section: str, location: tuple[str | int, ...]) -> list[str]:
-    """The known keys of the section that an unknown key stands in."""
-    model: Any = Config.model_fields[section].annotation
-    for step in (*location[:-1], None):
-        model = next((part for part in _parts(model) if hasattr(part, "model_fields")), None)
-        if isinstance(step, str) and model is not None:
-            model = model.model_fields[step].annotation
-    return list(model.model_fields) if model is not None else []
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """A type and everything it is made of: the members of a union, the items of a tuple."""
-    yield annotation
-    for part in get_args(annotation):
-        yield from _parts(part)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    model_validator,
+)
 
 from actors.node_cache import is_url, url_problem
 from actors.sources import from_home
@@ -51,10 +59,20 @@ def known_home(folder: str) -> str:
         raise ValueError(str(error)) from error
 
 
+def _or_empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+MAPPING = BeforeValidator(_or_empty)
+"""Of every mapping: one without keys, as where all of them are comments, is null in YAML."""
+
+
 class Section(BaseModel):
-    """Unknown keys are mistakes; values never change."""
+    """Unknown keys are mistakes; values never change. One without keys has its defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    _without_keys = model_validator(mode="before")(_or_empty)
 
 
 def _count_or_auto(value: Any) -> Any:

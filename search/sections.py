@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from search.inputs import TextSection
-from search.section import NUMBER, CountOrAuto, Positive, SecondsOrAuto, Section, Share
+from search.section import MAPPING, NUMBER, CountOrAuto, Positive, SecondsOrAuto, Section, Share
 from search.shares import GpusOrAuto
 
 
@@ -39,7 +39,7 @@ class FactorSection(Section):
     """
 
     method: str = "curvature"
-    methods: dict[str, str] = Field(default_factory=dict)
+    methods: Annotated[dict[str, str], MAPPING] = Field(default_factory=dict)
     bias: Literal["mean", "none"] = "mean"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
