@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from actors.node_cache import is_url
+from actors.plain import to_yaml
 from actors.refinement import RefinementSpec
 from actors.sources import from_home
 from actors.types import (
@@ -185,7 +185,7 @@ class Config(Section):
         )
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
