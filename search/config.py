@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 from actors.node_cache import is_url
 from actors.plain import to_yaml
 from actors.refinement import RefinementSpec
-from actors.sources import from_home
 from actors.types import (
     SPLITS,
     CalibrationSpec,
@@ -33,7 +32,7 @@ from search.constraints import Constraint, flat
 from search.database import check_url
 from search.inputs import ModelSection, ScoringSection, TextSection
 from search.mistakes import sentences
-from search.places import CacheSection
+from search.places import CacheSection, factor_folder
 from search.plain import read_yaml
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
@@ -136,9 +135,8 @@ class Config(Section):
     def preparation(self) -> PreparationSpec:
         """What the workers need of this config."""
         calibration, scoring = self.calibration, self.scoring
-        place = self.cache.factors
-        shared = place if is_url(place) else None
-        stores = Path(self.runs) / "factors" if place is None or shared else Path(place)
+        shared = self.cache.factors if is_url(self.cache.factors) else None
+        stores = factor_folder(self.runs, self.cache) or Path(self.runs) / "factors"
         text = TextSource(**self.text.model_dump())
         own = calibration.text
         return PreparationSpec(
@@ -179,7 +177,7 @@ class Config(Section):
             calibration_fraction=calibration.fraction,
             include=self.targets.include,
             exclude=self.targets.exclude,
-            cache=str(from_home(stores, "cache.factors").resolve()),
+            cache=str(stores.resolve()),
             shared=shared,
             node_cache=self.cache.node,
         )

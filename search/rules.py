@@ -11,7 +11,7 @@ from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
 from actors.types import METHOD_NAMES, SPLITS, ScoringSpec, TextSource
 from search.constraints import constraint_mistakes
-from search.places import builder_mistakes
+from search.places import builder_mistakes, name_mistakes
 from search.sections import FLOOR, KNOTS, POPULATION
 from search.surgical import CHUNKS
 from search.text_rules import cap_mistakes, corpus_mistakes, stride_mistakes, text_mistakes
@@ -274,6 +274,7 @@ Rules = tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...]
 
 # The sections each rule needs; it is asked where all of them could be read.
 RULES: Rules = (
+    (("study", "runs", "cache"), name_mistakes),
     (("objectives", "scoring"), _objective_mistakes),
     (("constraints", "scoring"), constraint_mistakes),
     (("scoring",), _task_mistakes),
