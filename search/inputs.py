@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -14,10 +15,27 @@ from actors.tasks import TASKS
 from actors.types import RankfrontError, TaskSource
 from search.section import NUMBER, Positive, Section, is_saved, readable_url
 
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+
+def _no_page(name: str) -> None:
+    """Raises ValueError where a name is the address of a page of the hub, as a browser shows it: there is
+    nothing to read. With `/resolve/` it is that of a file."""
+    url = urlsplit(name) if name.startswith(("http://", "https://")) else None
+    if url is None or url.netloc not in HUB_HOSTS:
+        return
+    named, _, view = url.path.strip("/").removeprefix("datasets/").partition("/tree/")
+    steps = [*filter(None, named.split("/"))]
+    if steps and "resolve" not in steps:
+        revision = view.partition("/")[0]
+        hub_id = "/".join(steps[:2]) + (f"@{revision}" if revision not in ("", "main") else "")
+        raise ValueError(f"{name!r} is a page of the hub: write {hub_id}")
+
 
 def _known_source(name: str, info: ValidationInfo) -> str:
     if is_saved(info):
         return name
+    _no_page(name)
     try:
         return Source.parse(name).name
     except RankfrontError as error:
@@ -25,6 +43,8 @@ def _known_source(name: str, info: ValidationInfo) -> str:
 
 
 def _known_model(name: str, info: ValidationInfo) -> str:
+    if not is_saved(info):
+        _no_page(name)
     return name if is_url(readable_url(name, info)) else _known_source(name, info)
 
 
