@@ -66,7 +66,22 @@ class ConfigError(RankfrontError):
 
 
 class Config(Section):
-    """One study. See the sections for what each key means."""
+    """One study: `study` is its name, and that of its folder in the folder `runs`.
+
+    `database` is the URL of a PostgreSQL database to keep it in, `postgresql://user:${PGPASSWORD}@host/name`,
+    whose password is a variable; null is a journal, a file in the study's folder.
+
+    `storage` is the form in which a compressed target is stored, and so what a rank costs: `factored` as its
+    two factors, `pivoted` as so many of its rows and the coefficients of the others, `auto` in whichever
+    form, that of one product included, takes the fewest bytes.
+
+    `objectives` are what a front is of: budgets (`budget.model`, `budget.linear`, `budget.bytes`) and what is
+    measured (`nll`, `nll.<corpus>`, `kl`, `reasoning.acc`, `reasoning.acc_norm`, `reasoning.margin`,
+    `reasoning.<task>.acc`, ...), at least one of each.
+
+    `constraints` are bounds by metric, `{perplexity: 35, bytes: 2e8}`, to which a member of the front must
+    keep: at most for costs, losses and bias, at least for accuracies.
+    """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
     runs: Annotated[str, AfterValidator(known_home)] = "runs"

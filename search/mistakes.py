@@ -62,7 +62,7 @@ def _fields(model: type[BaseModel], location: Location) -> list[FieldInfo]:
     """The fields that a location leads through; items of a list and keys of a mapping are of the last one."""
     found: list[FieldInfo] = []
     for step in location:
-        section = _section(found[-1].annotation) if found else model
+        section = section_of(found[-1].annotation) if found else model
         if isinstance(step, str) and section is not None and step in section.model_fields:
             found.append(section.model_fields[step])
     return found
@@ -70,11 +70,11 @@ def _fields(model: type[BaseModel], location: Location) -> list[FieldInfo]:
 
 def _keys(model: type[BaseModel], location: Location) -> list[str]:
     """The keys of the section at a location."""
-    section = _section(_fields(model, location)[-1].annotation)
+    section = section_of(_fields(model, location)[-1].annotation)
     return [] if section is None else list(section.model_fields)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that a type is, or is a list or an option of."""
     return next((part for part in parts(annotation) if _is_section(part)), None)
 

@@ -90,5 +90,13 @@ def _seconds_or_auto(value: Any) -> Any:
 
 
 # One validator for both: a union would list a mistake once for each of its members.
-CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
-SecondsOrAuto = Annotated[float | Literal["auto"] | None, PlainValidator(_seconds_or_auto)]
+CountOrAuto = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_count_or_auto),
+    Field(description="`auto` or whole number (>= 1)"),
+]
+SecondsOrAuto = Annotated[
+    float | Literal["auto"] | None,
+    PlainValidator(_seconds_or_auto),
+    Field(description="`auto`, number (> 0) or null"),
+]
