@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import nn
 
@@ -24,6 +23,7 @@ from actors.modeling_rankfront import RankfrontConfig, RankfrontForCausalLM
 from actors.models import copy_side_files, load_model, own_code
 from actors.node_cache import settle
 from actors.pivoting import pivot
+from actors.plain import to_yaml
 from actors.replica import quieten
 from actors.sources import from_home
 from actors.storage import FACTORED, PIVOTED, stored_layer
@@ -134,8 +134,7 @@ def export(
             added = _write_model(scored, store, partial, form)
             copy_side_files(prepared.model_folder, partial)
             copy_licence_files(prepared.model_folder, partial)
-            text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
-            (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+            (partial / DESCRIPTION).write_text(to_yaml(description), encoding="utf-8")
             with room_on(device):
                 checked = check(partial, scored, added, device)
             (partial / PROBE).write_text(json.dumps(checked.probe), encoding="utf-8")

@@ -139,9 +139,10 @@ def read_configuration(
         raise ConfigError(str(file), [f"cannot be read: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError(str(file), ["the top level must be a mapping of keys"])
-    if not isinstance(raw.get("model", {}), dict):
-        raise ConfigError(str(file), [f"model: {raw['model']!r} is no section"])
-    raw = {**raw, "model": {**raw.get("model", {}), "source": model}}
+    named = raw.get("model") or {}
+    if not isinstance(named, dict):
+        raise ConfigError(str(file), [f"model: {named!r} is no section"])
+    raw = {**raw, "model": {**named, "source": model}}
     for key, value in (overrides or {}).items():
         set_key(raw, key, value)
     mistakes = _own_mistakes(raw)
@@ -170,9 +171,7 @@ def _own_mistakes(raw: Mapping[str, Any]) -> list[str]:
         try:
             adapter_of(field).validate_python(raw[key])
         except ValidationError as error:
-            mistakes += [
-                f"{key}{_path(e['loc'])}: {e['input']!r}: {_lower(e['msg'])}" for e in error.errors()
-            ]
+            mistakes += [f"{key}{_path(e['loc'])}: {_said(e)}" for e in error.errors()]
     return mistakes
 
 
@@ -181,5 +180,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     return "".join(f".{step}" for step in location if step not in ("constrained-int", "int", "none", "[key]"))
 
 
-def _lower(message: str) -> str:
-    return message[0].lower() + message[1:]
+def _said(error: Any) -> str:
+    """What is wrong, behind the value unless a check of our own has named it."""
+    message: str = error["msg"].removeprefix("Value error, ")
+    own = error["type"] == "value_error"
+    return message if own else f"{error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from actors.node_cache import is_url
+from actors.plain import to_yaml
 from actors.refinement import RefinementSpec
-from actors.sources import from_home
 from actors.types import (
     SPLITS,
     CalibrationSpec,
@@ -32,12 +31,13 @@ from actors.types import (
 from search.constraints import Constraint, flat
 from search.database import check_url
 from search.inputs import ModelSection, ScoringSection, TextSection
-from search.places import CacheSection
+from search.mistakes import sentences
+from search.places import CacheSection, factor_folder
 from search.plain import read_yaml
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
 from search.rules import RULES, Rules, smaller_is_better
-from search.section import SAVED, Bound, Section, known_home
+from search.section import MAPPING, SAVED, Bound, Section, known_home
 from search.sections import (
     CalibrationSection,
     CostSection,
@@ -66,7 +66,22 @@ class ConfigError(RankfrontError):
 
 
 class Config(Section):
-    """One study. See the sections for what each key means."""
+    """One study: `study` is its name, and that of its folder in the folder `runs`.
+
+    `database` is the URL of a PostgreSQL database to keep it in, `postgresql://user:${PGPASSWORD}@host/name`,
+    whose password is a variable; null is a journal, a file in the study's folder.
+
+    `storage` is the form in which a compressed target is stored, and so what a rank costs: `factored` as its
+    two factors, `pivoted` as so many of its rows and the coefficients of the others, `auto` in whichever
+    form, that of one product included, takes the fewest bytes.
+
+    `objectives` are what a front is of: budgets (`budget.model`, `budget.linear`, `budget.bytes`) and what is
+    measured (`nll`, `nll.<corpus>`, `kl`, `reasoning.acc`, `reasoning.acc_norm`, `reasoning.margin`,
+    `reasoning.<task>.acc`, ...), at least one of each.
+
+    `constraints` are bounds by metric, `{perplexity: 35, bytes: 2e8}`, to which a member of the front must
+    keep: at most for costs, losses and bias, at least for accuracies.
+    """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
     runs: Annotated[str, AfterValidator(known_home)] = "runs"
@@ -80,7 +95,7 @@ class Config(Section):
     scoring: ScoringSection = ScoringSection()
     cost: CostSection = CostSection()
     objectives: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] = ("budget.model", "nll")
-    constraints: Annotated[dict[str, Bound], BeforeValidator(flat)] = Field(default_factory=dict)
+    constraints: Annotated[dict[str, Bound], BeforeValidator(flat), MAPPING] = Field(default_factory=dict)
     space: SpaceSection = SpaceSection()
     sampler: SamplerSection = SamplerSection()
     references: ReferenceSection = ReferenceSection()
@@ -135,9 +150,8 @@ class Config(Section):
     def preparation(self) -> PreparationSpec:
         """What the workers need of this config."""
         calibration, scoring = self.calibration, self.scoring
-        place = self.cache.factors
-        shared = place if is_url(place) else None
-        stores = Path(self.runs) / "factors" if place is None or shared else Path(place)
+        shared = self.cache.factors if is_url(self.cache.factors) else None
+        stores = factor_folder(self.runs, self.cache) or Path(self.runs) / "factors"
         text = TextSource(**self.text.model_dump())
         own = calibration.text
         return PreparationSpec(
@@ -178,13 +192,13 @@ class Config(Section):
             calibration_fraction=calibration.fraction,
             include=self.targets.include,
             exclude=self.targets.exclude,
-            cache=str(from_home(stores, "cache.factors").resolve()),
+            cache=str(stores.resolve()),
             shared=shared,
             node_cache=self.cache.node,
         )
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -213,7 +227,9 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
     """
     *parents, last = key.split(".")
     for parent in parents:
-        raw = raw.setdefault(parent, {})
+        if raw.get(parent) is None:
+            raw[parent] = {}
+        raw = raw[parent]
         if not isinstance(raw, dict):
             raise RankfrontError(f"{key}: {parent!r} is not a section")
     raw[last] = value
@@ -267,7 +283,7 @@ def _parsed(raw: Mapping[str, Any], where: str, rules: Rules, context: str | Non
         try:
             sections[key] = adapter.validate_python(raw[key], context=context)
         except ValidationError as error:
-            mistakes += [_sentence(key, detail) for detail in error.errors()]
+            mistakes += sentences(Config, key, error)
             with contextlib.suppress(ValidationError):
                 sections[key] = adapter.validate_python(_without(raw[key], error), context=context)
     for needs, rule in rules:
@@ -299,32 +315,3 @@ def _without(value: Any, error: ValidationError) -> Any:
                 parent = parent[step]
             del parent[last]
     return value
-
-
-def _sentence(section: str, detail: Any) -> str:
-    path = section + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        return f"{path}: unknown key; one of {', '.join(_keys_beside(section, detail['loc']))}"
-    if detail["type"] == "missing":
-        return f"{path}: missing"
-    if detail["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path}: {detail['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys_beside(section: str, location: tuple[str | int, ...]) -> list[str]:
-    """The known keys of the section that an unknown key stands in."""
-    model: Any = Config.model_fields[section].annotation
-    for step in (*location[:-1], None):
-        model = next((part for part in _parts(model) if hasattr(part, "model_fields")), None)
-        if isinstance(step, str) and model is not None:
-            model = model.model_fields[step].annotation
-    return list(model.model_fields) if model is not None else []
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """A type and everything it is made of: the members of a union, the items of a tuple."""
-    yield annotation
-    for part in get_args(annotation):
-        yield from _parts(part)

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from actors.claimed import claimed
+from actors.plain import to_yaml
 from actors.sources import from_home
 from actors.types import RankfrontError, Score
 from search.allocation_file import facts, read_configuration, whole
@@ -162,8 +161,7 @@ def write_configuration(folder: StudyFolder, summary: StudySummary, row: TrialRo
     document = whole(facts(folder, row, summary), folder.config.storage, row)
     try:
         with claimed(destination) as partial:
-            text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-            (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+            (partial / DESCRIPTION).write_text(to_yaml(document), encoding="utf-8")
             text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
             (partial / LISTED).write_text(text + "\n", encoding="utf-8")
             partial.rename(destination)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationInfo, field_validator
 
 from actors.node_cache import is_url
+from actors.sources import from_home
 from actors.types import NODE_CACHE
 from search.section import Section, is_saved, known_home, readable_url
 
@@ -38,6 +40,28 @@ class CacheSection(Section):
         if not is_saved(info):
             known_home(node)
         return node
+
+
+def factor_folder(runs: str, cache: CacheSection) -> Path | None:
+    """The folder that all nodes share factor stores in, None where they are at a URL.
+
+    Raises:
+        RankfrontError: its `~` is the home of nobody.
+    """
+    if is_url(cache.factors):
+        return None
+    return from_home(cache.factors or Path(runs) / "factors", "cache.factors")
+
+
+def name_mistakes(study: str, runs: str, cache: CacheSection) -> list[str]:
+    """A study whose folder would be that of factor stores, which `rm -r` of a study would take along."""
+    stores, folder = factor_folder(runs, cache), Path(runs) / study
+    if stores is None or stores.resolve() != folder.resolve():
+        return []
+    return [
+        f"study: {study!r} would lie in {folder}, where factor stores are; give it another name, or name "
+        "another folder in cache.factors"
+    ]
 
 
 def builder_mistakes(calibration: CalibrationSection, cache: CacheSection) -> list[str]:

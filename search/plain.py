@@ -13,12 +13,13 @@ from yaml.error import MarkedYAMLError
 from yaml.nodes import MappingNode, ScalarNode
 from yaml.reader import ReaderError
 
+from actors.plain import Loader
 from actors.types import RankfrontError
 
 T = TypeVar("T")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(Loader):
     """Looks at keys as they are composed: merges (`<<`), which later ones may override, come after that."""
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:

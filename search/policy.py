@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from search.section import Positive, Section, is_saved
+from search.section import NUMBER, Positive, Section, is_saved
 
 
 class RunSection(Section):
@@ -18,7 +18,7 @@ class RunSection(Section):
     """
 
     deterministic: bool = False
-    lag: Annotated[int, Field(ge=0)] = 16
+    lag: Annotated[int, Field(ge=0), NUMBER] = 16
 
 
 class WarmStartSection(Section):

@@ -11,8 +11,8 @@ from actors.stages import METRICS as STAGED
 from actors.tasks import task_of
 from actors.types import METHOD_NAMES, SPLITS, ScoringSpec, TextSource
 from search.constraints import constraint_mistakes
-from search.places import builder_mistakes
-from search.sections import KNOTS
+from search.places import builder_mistakes, name_mistakes
+from search.sections import FLOOR, KNOTS, POPULATION
 from search.surgical import CHUNKS
 from search.text_rules import cap_mistakes, corpus_mistakes, stride_mistakes, text_mistakes
 
@@ -46,6 +46,7 @@ _CORPUS = "nll."
 # Most parameters that `gp` proposes for: at 21 one proposal takes four seconds, at 42 eight to ten
 # (benchmarks/results/sampler_cost.md).
 GP_PARAMETERS = 20
+GENETIC = ("nsga2", "nsga3")  # the samplers that have a population
 _TASK_METRIC = re.compile(r"^reasoning\.(?P<task>\w+)\.(acc|acc_norm|margin)$")
 
 
@@ -149,6 +150,8 @@ def _space_mistakes(space: SpaceSection) -> list[str]:
         found.append(f"space.segments: {space.segments} needs group: module, not {space.group}")
     if space.knots != KNOTS and space.group != "curve":
         found.append(f"space.knots: {space.knots} needs group: curve, not {space.group}")
+    if space.floor == 1:  # a rule and no type, as there may be saved studies that did so
+        found.append(f"space.floor: {space.floor:g} makes every level dense; below 1, such as {FLOOR:g}")
     methods = space.methods
     for index, name in enumerate(methods):
         if name not in METHOD_NAMES:
@@ -168,6 +171,17 @@ def sampler_problem(name: str, parameters: int) -> str | None:
         f"sampler.name: 'gp' takes a space of at most {GP_PARAMETERS} parameters, this one has {parameters}; "
         "use exchange or tpe, or fewer space.segments (group module), fewer space.knots (group curve)"
     )
+
+
+def _proposer_mistakes(sampler: SamplerSection) -> list[str]:
+    """Settings of one sampler under the name of another."""
+    name, population, lowest = sampler.name, sampler.population, sampler.lowest
+    found = []
+    if population != POPULATION and name not in GENETIC:
+        found.append(f"sampler.population: {population} needs name: {' or '.join(GENETIC)}, not {name}")
+    if lowest is not None and name != "exchange":
+        found.append(f"sampler.lowest: {lowest:g} needs name: exchange, not {name}; null, or leave it out")
+    return found
 
 
 def _sampler_mistakes(sampler: SamplerSection, space: SpaceSection) -> list[str]:
@@ -260,6 +274,7 @@ Rules = tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...]
 
 # The sections each rule needs; it is asked where all of them could be read.
 RULES: Rules = (
+    (("study", "runs", "cache"), name_mistakes),
     (("objectives", "scoring"), _objective_mistakes),
     (("constraints", "scoring"), constraint_mistakes),
     (("scoring",), _task_mistakes),
@@ -269,6 +284,7 @@ RULES: Rules = (
     (("stop",), _stop_mistakes),
     (("replicas",), _replica_mistakes),
     (("space",), _space_mistakes),
+    (("sampler",), _proposer_mistakes),
     (("sampler", "space"), _sampler_mistakes),
     (("factors",), _factor_mistakes),
     (("factors", "space"), _choice_mistakes),

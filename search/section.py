@@ -5,14 +5,32 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    model_validator,
+)
 
 from actors.node_cache import is_url, url_problem
 from actors.sources import from_home
 from actors.types import RankfrontError
 
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1)]
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r}: input should be a number, not true or false")
+    return value
+
+
+NUMBER = BeforeValidator(_no_flag)
+"""Of every number, as true is 1 to Python. Written behind its bounds, or its JSON schema loses them."""
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
+Positive = Annotated[int, Field(ge=1), NUMBER]
 Bound = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 SAVED = "saved"
@@ -41,10 +59,20 @@ def known_home(folder: str) -> str:
         raise ValueError(str(error)) from error
 
 
+def _or_empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+MAPPING = BeforeValidator(_or_empty)
+"""Of every mapping: one without keys, as where all of them are comments, is null in YAML."""
+
+
 class Section(BaseModel):
-    """Unknown keys are mistakes; values never change."""
+    """Unknown keys are mistakes; values never change. One without keys has its defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    _without_keys = model_validator(mode="before")(_or_empty)
 
 
 def _count_or_auto(value: Any) -> Any:
@@ -62,5 +90,13 @@ def _seconds_or_auto(value: Any) -> Any:
 
 
 # One validator for both: a union would list a mistake once for each of its members.
-CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
-SecondsOrAuto = Annotated[float | Literal["auto"] | None, PlainValidator(_seconds_or_auto)]
+CountOrAuto = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_count_or_auto),
+    Field(description="`auto` or whole number (>= 1)"),
+]
+SecondsOrAuto = Annotated[
+    float | Literal["auto"] | None,
+    PlainValidator(_seconds_or_auto),
+    Field(description="`auto`, number (> 0) or null"),
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 # Ray counts resources in ten-thousandths.
 UNIT = 10_000
@@ -56,7 +56,11 @@ def _gpus_or_auto(value: Any) -> Any:
     return int(value) if value != "auto" and value >= 1 else value
 
 
-GpusOrAuto = Annotated[int | float | Literal["auto"], PlainValidator(_gpus_or_auto)]
+GpusOrAuto = Annotated[
+    int | float | Literal["auto"],
+    PlainValidator(_gpus_or_auto),
+    Field(description="`auto`, whole number or share of one, such as 0.5"),
+]
 
 
 def in_words(gpus: float) -> str:

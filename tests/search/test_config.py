@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 from raw_config import mistakes, put
 
 from actors.types import METHOD_NAMES, FactorSpec
-from search.config import ConfigError, parse_config
+from search.config import ConfigError, load_config, parse_config, parse_saved
 from search.constraints import Constraint
-from search.sections import HELD_OUT
+from search.sections import HELD_OUT, SamplerSection
 
 C4 = {"name": "c4", "source": "allenai/c4"}
 CAPS = {"search": 64, "test": 8}
 OWN = {"name": "mine", "format": "choices", "source": "/tmp"}
+
+
+def test_a_section_without_keys_has_its_defaults(raw: dict[str, Any], tmp_path: Path) -> None:
+    """All of them may be comments; `--set` fills it."""
+    plain = parse_config(raw)
+    for key in ("sampler", "constraints", "factors.methods", "stop", "calibration.text", "stop.plateau"):
+        assert parse_config(put(raw, key, None)) == plain
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw) + "sampler:\n  # seed: 1\n")
+    assert load_config(tmp_path / "config.yaml", {"sampler.seed": 2}).sampler.seed == 2
+
+
+def test_what_a_section_without_keys_lacks_is_named(raw: dict[str, Any]) -> None:
+    assert "text.source: missing" in mistakes(put(raw, "text", None))
+    assert mistakes(put(raw, "scoring.tokens", None)) == [
+        "scoring.tokens.search: missing",
+        "scoring.tokens.test: missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        (
+            "sampler",
+            "tpe",
+            "sampler: 'tpe': input should be a section; its keys are name, seed, population, lowest",
+        ),
+        (
+            "scoring.corpora",
+            [C4, "wikitext"],
+            "scoring.corpora[1]: 'wikitext': input should be a section; its keys are source, subset, split, "
+            "column, join, deduplicate, name, tokens",
+        ),
+        ("stop.plateau", 3, "stop.plateau: 3: input should be a section; its keys are trials, tolerance"),
+        ("finalists.budgets", 0.9, "finalists.budgets: 0.9: input should be a list, such as [0.9]"),
+        ("scoring.stages", None, "scoring.stages: None: input should be a list, such as []"),
+        ("objectives", ["nll"], "objectives: ['nll']: input should be 2 to 3 of them"),
+        ("sensitivity.shares", [], "sensitivity.shares: []: input should be at least 1 of them"),
+        ("sensitivity.shares", [1], "sensitivity.shares[0]: 1: input should be less than 1"),
+        ("constraints", "nll", "constraints: 'nll': input should be a mapping, such as {KEY: VALUE}"),
+    ],
+)
+def test_a_value_of_another_form_is_said_in_the_words_of_yaml(
+    raw: dict[str, Any], key: str, value: Any, line: str
+) -> None:
+    assert mistakes(put(raw, key, value)) == [line]
 
 
 def test_the_right_config_is_right(raw: dict[str, Any]) -> None:
@@ -38,7 +85,7 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("objectives", ["budget.model", "perplexity"], "objectives[1]", ["'perplexity'", "nll"]),
         ("objectives", ["budget.model", "nll", "nll"], "objectives[2]", ["'nll'", "twice"]),
         ("objectives", ["nll", "reasoning.acc"], "objectives", ["budget.linear", "budget.bytes"]),
-        ("objectives", ["budget.model"], "objectives", ["at least 2"]),
+        ("objectives", ["budget.model"], "objectives", ["2 to 3 of them"]),
         ("objectives", ["budget.model", "budget.bytes"], "objectives", ["must be measured", "nll"]),
         ("objectives", ["budget.model", "reasoning.piqa.acc"], "objectives[1]", ["piqa", "boolq"]),
         ("objectives", ["budget.model", "reasoning.boolq.acc_norm"], "objectives[1]", ["not defined"]),
@@ -61,7 +108,7 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("constraints", {"reasoning.piqa.acc": 0.5}, "constraints.reasoning.piqa.acc", ["scoring.tasks"]),
         ("constraints", {"kl": 0.5}, "constraints.kl", ["not scored", "scoring.kl_top_k"]),
         ("constraints", {"bias.stereoset.lms": 0.5}, "constraints.bias.stereoset.lms", ["scoring.bias"]),
-        ("constraints", ["perplexity"], "constraints", ["['perplexity']", "dictionary"]),
+        ("constraints", ["perplexity"], "constraints", ["['perplexity']", "a mapping"]),
         ("scoring.kl_top_k", 0, "scoring.kl_top_k", ["0", "greater than or equal to 1"]),
         ("scoring.kl_top_k", 10**7, "scoring.kl_top_k", ["search split", "kl_memory_mb is 512", "at most"]),
         ("scoring.stages", [64, 0], "scoring.stages[1]", ["0", "greater than or equal to 1"]),
@@ -79,6 +126,7 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("references.uniform", [float("nan")], "references.uniform[0]", ["nan"]),
         ("space.floor", 0, "space.floor", ["0", "greater than 0"]),
         ("space.floor", 1.01, "space.floor", ["1.01", "less than or equal to 1"]),
+        ("space.floor", 1, "space.floor", ["1", "every level dense", "below 1, such as 0.2"]),
         ("space.segments", 3, "space.segments", ["3", "group: module"]),
         ("space.knots", 3, "space.knots", ["3", "group: curve"]),
         ("space.knots", 0, "space.knots", ["0", "greater than or equal to 1"]),
@@ -111,9 +159,11 @@ def test_a_study_saved_when_held_out_was_a_share_still_opens(raw: dict[str, Any]
         ("sampler.seed", -1, "sampler.seed", ["-1", "greater than or equal to 0"]),
         ("sampler.seed", 2**32, "sampler.seed", ["4294967296", "less than 4294967296"]),
         ("sampler.name", "gp", "sampler.name", ["'gp'", "at most 20", "space.group: target", "exchange"]),
+        ("sampler", {"name": "tpe", "lowest": 0.6}, "sampler.lowest", ["0.6", "name: exchange, not tpe"]),
+        ("sampler.population", 9, "sampler.population", ["9", "nsga2 or nsga3, not exchange"]),
         ("factors.method", "svd", "factors.method", ["'svd'", "weight, feature, curvature"]),
         ("factors.methods", {"*.q_proj": "svd"}, "factors.methods.*.q_proj", ["'svd'", "curvature"]),
-        ("factors.methods", ["feature"], "factors.methods", ["['feature']", "dictionary"]),
+        ("factors.methods", ["feature"], "factors.methods", ["['feature']", "a mapping"]),
         ("space.methods", ["feature", "svd"], "space.methods[1]", ["'svd'", "weight, feature, curvature"]),
         ("space.methods", ["curvature", "curvature"], "space.methods[1]", ["'curvature'", "twice"]),
         ("space.methods", ["curvature"], "space.methods", ["'curvature' alone", "two or more"]),
@@ -133,6 +183,20 @@ def test_exchange_needs_a_level_of_each_target(raw: dict[str, Any]) -> None:
     for config in (curves, put(curves, "sampler.name", "exchange")):  # which is who proposes if none is named
         [line] = mistakes(config)
         assert line.startswith("sampler.name: 'exchange' moves parameters between levels of targets")
+
+
+def test_what_one_sampler_alone_reads_is_refused_only_where_it_was_set(raw: dict[str, Any]) -> None:
+    """A saved config has every default."""
+    for name in get_args(SamplerSection.model_fields["name"].annotation):
+        own = {"exchange": {"lowest": 0.6}, "nsga2": {"population": 9}, "nsga3": {"population": 9}}
+        section = {"name": name, **own.get(name, {})}
+        config = parse_config(raw | {"sampler": section, "space": {"group": "module"}, "stop": {"trials": 1}})
+        assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_a_study_saved_when_every_level_could_be_dense_still_opens(raw: dict[str, Any]) -> None:
+    saved = yaml.safe_load(parse_config(raw).to_yaml())
+    assert parse_saved(put(saved, "space.floor", 1.0), "here").space.floor == 1
 
 
 def test_a_reasoning_objective_needs_tasks(raw: dict[str, Any]) -> None:

@@ -124,6 +124,20 @@ def test_local_sources_are_saved_as_absolute_paths(
     assert config.model.source == str(tmp_path / "model")
 
 
+def test_a_study_is_not_in_the_folder_of_factor_stores(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = raw | {"study": "factors", "runs": "runs"}
+    for cache in ({}, {"factors": "./runs/factors/"}, {"factors": str(tmp_path / "runs" / "factors")}):
+        with pytest.raises(ConfigError, match=r"study: 'factors' would lie in runs/factors, where factor"):
+            parse_config(named | {"cache": cache})
+    for cache in ({"factors": "elsewhere"}, {"factors": "file:///mnt/runs/factors"}):
+        assert parse_config(named | {"cache": cache}).study == "factors"
+    with pytest.raises(ConfigError, match="study: 'mine' would lie in"):
+        parse_config(named | {"study": "mine", "cache": {"factors": "runs/mine"}})
+
+
 def test_the_home_in_runs_is_the_users(raw: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     """No folder of that name is made in the one where the search is started."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -147,6 +147,33 @@ def test_urls_that_cannot_be_used_are_mistakes(raw: dict[str, Any], key: str, va
     assert "secret" not in found
 
 
+@pytest.mark.parametrize("key", ["model", "text", "calibration.text"])
+@pytest.mark.parametrize(
+    ("page", "write"),
+    [
+        ("https://huggingface.co/meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        ("http://hf.co/gpt2/", "gpt2"),
+        ("https://huggingface.co/gpt2/tree/main", "gpt2"),
+        ("https://huggingface.co/datasets/allenai/c4?row=1", "allenai/c4"),
+        ("https://www.huggingface.co/org/name/tree/main", "org/name"),
+        ("https://huggingface.co/org/name/tree/v1.0/inner", "org/name@v1.0"),
+        ("https://huggingface.co/datasets/org/name/viewer/default/train", "org/name"),
+        ("https://huggingface.co/org/name/blob/main/model.gguf", "org/name"),
+    ],
+)
+def test_a_page_of_the_hub_is_refused_with_the_id_to_write(
+    raw: dict[str, Any], key: str, page: str, write: str
+) -> None:
+    assert mistakes(put(raw, key, {"source": page})) == [
+        f"{key}.source: {page!r} is a page of the hub: write {write}"
+    ]
+
+
+def test_a_file_on_the_hub_may_be_named_by_its_url(raw: dict[str, Any]) -> None:
+    url = "https://huggingface.co/org/name/resolve/main/model.gguf"
+    assert parse_config(put(raw, "model.source", url)).model.source == url
+
+
 def test_several_builders_need_a_folder(raw: dict[str, Any]) -> None:
     raw = put(put(raw, "cache.factors", "file:///mnt/factors"), "calibration.builders", 4)
     assert mistakes(raw) == [

@@ -51,7 +51,10 @@ FIXED = {
     "space.methods": ["curvature", "weight"],
 }
 # What a key's other value needs besides.
-NEEDS = {"space.knots": {"space.group": "curve", "sampler.name": "tpe"}}
+NEEDS = {
+    "space.knots": {"space.group": "curve", "sampler.name": "tpe"},
+    "sampler.population": {"sampler.name": "nsga2"},
+}
 CONTENT = {
     "model.source": "other/model",
     "text.source": "other/text",
@@ -219,16 +222,18 @@ def test_a_fixed_key_is_refused_by_name(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("key", [*CONTENT, *FREE])
 def test_other_keys_pass(tmp_path: Path, key: str) -> None:
     value = {**CONTENT, **FREE}[key]
-    before, after = changed(tmp_path, {}), changed(tmp_path, {key: value})
+    beside = NEEDS.get(key, {})
+    before, after = changed(tmp_path, beside), changed(tmp_path, {**beside, key: value})
     assert before != after
     refuse("made-up", config_differences(before, after))
 
 
 def test_every_difference_is_listed(tmp_path: Path) -> None:
-    changes = {
-        key: value for key, value in FIXED.items() if key not in ("space.segments", "space.knots")
-    }  # they need other groups
-    found = config_differences(changed(tmp_path, {}), changed(tmp_path, {**changes, **FREE}))
+    others = ("space.segments", "space.knots", "sampler.population", "sampler.lowest")  # they need others
+    changes, free = (
+        {key: value for key, value in keys.items() if key not in others} for keys in (FIXED, FREE)
+    )
+    found = config_differences(changed(tmp_path, {}), changed(tmp_path, {**changes, **free}))
     assert {line.partition(":")[0] for line in found} == set(changes)
     with pytest.raises(RankfrontError) as caught:
         refuse("made-up", found)
