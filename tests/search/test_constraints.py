@@ -196,6 +196,15 @@ def test_a_sampler_that_predicts_keeps_to_the_bound_soon(tmp_path: Path, sampler
     assert sum(row.feasible for row in study.rows()[10:]) >= 2
 
 
+def test_random_heeds_no_bound(tmp_path: Path) -> None:
+    free, bound = (tmp_path / name for name in ("free", "bound"))
+    for folder in (free, bound):
+        folder.mkdir()
+    studies = open_study(free, "random"), open_study(bound, "random", constraints=(Constraint("nll", 1.0),))
+    unbounded, bounded = (propose_and_complete(study, 15) for study in studies)
+    assert unbounded == bounded
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trial_that_another_program_completed_without_constraints_ends_no_search(
     tmp_path: Path, name: str
