@@ -77,7 +77,7 @@ class StudyFolder:
         study = open_storage_study(storage, config.study, objectives)
         return SearchStudy(
             study,
-            make_sampler(section, self.landscape),
+            make_sampler(section, self.landscape, config.named_constraints),
             section.seed,
             self.space,
             cost,

@@ -94,6 +94,8 @@ def share_out(curves: Sequence[Curve], budgets: Iterable[int]) -> Iterator[list[
     lowest = sum(int(each.sizes[0]) for each in curves)
     widths = [np.diff(each.sizes[each.corners]) for each in curves]
     gains = [-np.diff(e.losses[e.corners]) / width for e, width in zip(curves, widths, strict=True)]
+    # Along a straight part of a hull gains are equal up to rounding: edges are counted from the lowest one.
+    gains = [np.minimum.accumulate(gain) for gain in gains]
     owner = np.repeat(np.arange(len(curves)), [len(width) for width in widths])
     order = np.argsort(-np.concatenate(gains), kind="stable")
     filled = np.cumsum(np.concatenate(widths)[order])

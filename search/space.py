@@ -2,7 +2,7 @@
 
 Every target has a level: that of its group, or of its module type's curve (`search.grouping`). Level L (the
 highest) is dense; level l < L keeps the share floor + (1 - floor) l / L of each target's parameters: equal
-steps of parameters, not of rank.
+steps of parameters, not of rank. A target that even rank 1 stores no smaller is dense at every level.
 
 Where the search may choose between methods, targets of one module type share one categorical
 parameter more, `method/<module>`: the method their ranks are cut by.
@@ -88,9 +88,15 @@ class Space:
         steps = range(self._levels)
         shares = [self._floor + (1 - self._floor) * level / self._levels for level in steps]
         return {
-            target.name: [*(self._cost.largest_rank(target, share) for share in shares), None]
+            target.name: [*(self._rank(target, share) for share in shares), None]
             for target in self._cost.targets
         }
+
+    def _rank(self, target: TargetSpec, share: float) -> int | None:
+        """The largest rank that keeps `share` of a target's parameters, at least 1; None (dense) where that
+        saves none: levels are told apart by what they store, and a larger model than dense is none to try."""
+        rank = self._cost.largest_rank(target, share)
+        return rank if rank is not None and self._stored(target, rank) < target.parameters else None
 
     def check(self, params: Mapping[str, object]) -> None:
         """Raise RankfrontError for the first parameter whose value is not of this space.

@@ -8,6 +8,7 @@ loss saved / parameters spent, and equal worth at the margin is the best that an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,9 @@ class Steps:
     """The e steps of p parameters, those of a parameter together and from its lowest level up.
 
     Step j takes parameter `owner[j]` from level `low[j]` to `high[j]`, stores `width[j]` > 0 more and is
-    predicted to save `gain[j]` >= 0; `gain / width` falls along a parameter's steps. `sizes` (p, L + 1) are
-    those of every level, `corner` (p, L + 1) the nearest level, in size, that is the end of a step; `lowest`
-    (p,) are the levels below all steps.
+    predicted to save `gain[j]` >= 0; `gain / width` falls along a parameter's steps, up to rounding. `sizes`
+    (p, L + 1) are those of every level, `corner` (p, L + 1) the nearest level, in size, that is the end of a
+    step; `lowest` (p,) are the levels below all steps.
     """
 
     owner: Integers
@@ -61,6 +62,24 @@ class Steps:
     def size(self, levels: Integers) -> int:
         return int(self.sizes[np.arange(len(levels)), levels].sum())
 
+    @cached_property
+    def _place(self) -> Integers:
+        """Of each step (e,) how many of its parameter's are below it."""
+        return np.arange(len(self.owner)) - np.searchsorted(self.owner, self.owner)
+
+    def _worth(self, multipliers: Floats) -> Floats:
+        """What each step (e,) saves for a parameter spent; along a parameter's steps it never rises.
+
+        Along a straight part of a curve it is one number up to rounding. Were an upper step worth a last
+        digit more, it could be taken without the one below it, whose width would be left out.
+        """
+        worth = multipliers[self.owner] * self.gain / self.width
+        if not ((worth[1:] > worth[:-1]) & (self.owner[1:] == self.owner[:-1])).any():
+            return worth  # as of all curves that are bent throughout
+        table = np.full((len(self.lowest), self._place.max(initial=0) + 1), -np.inf)
+        table[self.owner, self._place] = worth
+        return np.asarray(np.minimum.accumulate(table, axis=1)[self.owner, self._place])
+
     def fill(self, multipliers: Floats, room: float) -> Integers:
         """Levels (p,) of least multiplied loss that store at most `room`, short of it by less than a step."""
         return self.grow(self.lowest, multipliers, room)
@@ -68,8 +87,8 @@ class Steps:
     def grow(self, levels: Integers, multipliers: Floats, room: float) -> Integers:
         """Take the steps above `levels` (corners), those worth most first, to the first that does not fit."""
         above = np.flatnonzero(self.low >= levels[self.owner])
-        worth = multipliers[self.owner[above]] * self.gain[above] / self.width[above]
-        above = above[np.argsort(-worth, kind="stable")]
+        # Stable, so that of a parameter's steps of equal worth the lower one comes first.
+        above = above[np.argsort(-self._worth(multipliers)[above], kind="stable")]
         taken = above[np.cumsum(self.width[above]) <= room - self.size(levels)]
         grown = levels.copy()
         np.maximum.at(grown, self.owner[taken], self.high[taken])
@@ -81,7 +100,7 @@ class Steps:
         if excess <= 0:
             return levels
         below = np.flatnonzero(self.high <= levels[self.owner])
-        worth = multipliers[self.owner[below]] * self.gain[below] / self.width[below]
+        worth = self._worth(multipliers)[below]
         # Backwards, so that of a parameter's steps of equal worth the upper one goes first.
         below = below[::-1][np.argsort(worth[::-1], kind="stable")]
         count = int(np.searchsorted(np.cumsum(self.width[below]), excess)) + 1
@@ -97,8 +116,7 @@ class Steps:
 
     def frontier(self, multipliers: Floats, losses: Floats) -> tuple[Integers, Floats]:
         """Sizes and multiplied losses (e + 1,) of `fill` at every room; `losses` (p,) are `lowest`'s."""
-        worth = multipliers[self.owner] * self.gain / self.width
-        order = np.argsort(-worth, kind="stable")
+        order = np.argsort(-self._worth(multipliers), kind="stable")
         saved = (multipliers[self.owner] * self.gain)[order]
         sizes = self.size(self.lowest) + np.append(0, np.cumsum(self.width[order]))
         return sizes, float(multipliers @ losses) - np.append(0.0, np.cumsum(saved))

@@ -180,6 +180,69 @@ def test_a_bfloat16_model_is_refined_in_float32_and_kept_as_it_scores(
     assert found.sum().item() / (len(held) * 31) == pytest.approx(kept, rel=1e-6)
 
 
+# -- mixed precision --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps on this machine's CPU multiply as they do on a GPU."""
+    gpu = actors.refine.step_precision(torch.device("cuda", 0))
+    monkeypatch.setattr(actors.refine, "step_precision", lambda device: gpu)
+
+
+def test_steps_multiply_in_bfloat16_on_gpus_alone() -> None:
+    assert actors.refine.step_precision(torch.device("cuda", 1)) == torch.bfloat16
+    assert actors.refine.step_precision(torch.device("cpu")) is None
+
+
+def gradient_of(setting: Setting, spec: RefinementSpec) -> tuple[dict[str, torch.Tensor], set[torch.dtype]]:
+    """The gradient of a step of a float32 model, and what its refined targets and its head gave."""
+    model, given = setting.dense(), set()
+    with refinable(model, setting.allocation, setting.store, 64) as moving:
+        shares = Shares(model, moving, setting.texts.training, spec)
+        shares.share(1, 0, 1)  # asks the dense model, in its own precision
+        refined = [each for each in model.modules() if isinstance(each, actors.refinable.RefinableLinear)]
+        for layer in (*refined, model.get_output_embeddings()):
+            layer.register_forward_hook(lambda layer, taken, found: given.add(found.dtype))
+        shares.share(1, 0, 1)
+        assert {value.dtype for value in moving.values()} == {torch.float32}
+        return {name: value.grad for name, value in moving.items() if value.grad is not None}, given
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_products_are_made_in_low_precision_and_gradients_in_float32(
+    setting: Setting, checkpointed: bool, request: pytest.FixtureRequest
+) -> None:
+    """The gradient is float32's to the digits that bfloat16 has, also where activations are made again."""
+    spec = replace(SPEC, checkpointed=checkpointed)
+    exact, given = gradient_of(setting, spec)
+    assert given == {torch.float32}
+    request.getfixturevalue("mixed")
+    rounded, given = gradient_of(setting, spec)
+    assert given == {torch.bfloat16}
+    assert {gradient.dtype for gradient in rounded.values()} == {torch.float32}
+    assert rounded.keys() == exact.keys()
+    errors = [((rounded[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact]
+    assert 1e-3 < min(errors) <= max(errors) < 0.3
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_refinement_in_low_precision_lowers_the_divergence(
+    setting: Setting, refined: Path, tmp_path: Path
+) -> None:
+    """By about as much as in float32, though not to the same factors; what is kept is float32."""
+    path = tmp_path / "mixed.safetensors"
+    list(setting.steps(path))
+    found, exact = RefinedFactors(path), RefinedFactors(refined)
+    before, after = (found.manifest["held_out"][key] for key in ("before", "after"))
+    assert before == exact.manifest["held_out"]["before"], "points are scored in the model's precision"
+    assert before - after > 0.8 * (before - exact.manifest["held_out"]["after"]) > 0
+    name, rank = next((name, rank) for name, rank in setting.allocation if rank is not None)
+    for mine, theirs in zip(found.rank(name, rank)[:2], exact.rank(name, rank)[:2], strict=True):
+        assert mine.dtype == torch.float32
+        assert not torch.equal(mine, theirs)
+
+
 def test_windows_come_in_turn_and_the_rate_rises_and_falls() -> None:
     seen = torch.cat([chosen_windows(6, 4, step, seed=1) for step in range(1, 7)])
     assert [sorted(turn.tolist()) for turn in seen.split(6)] == [list(range(6))] * 4

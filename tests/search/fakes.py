@@ -73,7 +73,7 @@ def open_study(
     section = SamplerSection(name=sampler, seed=seed, population=population)
     study = open_storage_study(open_journal(folder, patience), "made-up", objectives)
     levels = space_of(cost, **space)
-    proposer = make_sampler(section, lambda: landscape(levels, cost, objectives))
+    proposer = make_sampler(section, lambda: landscape(levels, cost, objectives), constraints)
     return SearchStudy(study, proposer, seed, levels, cost, objectives, constraints, lag)
 
 

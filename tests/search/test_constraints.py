@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
+import optuna
 import pytest
 from fakes import (
     DENSE_NLL,
@@ -18,11 +21,12 @@ from fakes import (
     plain,
     propose_and_complete,
     score_of,
+    space_of,
     stored,
 )
 from optuna.samplers import BaseGASampler
 from optuna.samplers._tpe.sampler import _split_trials
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from actors.samples import pack_floats
 from actors.types import Allocation, BiasScore, RankfrontError, TaskScore, TextScore
@@ -33,7 +37,7 @@ from search.pareto import hypervolume_history
 from search.pool import Job, Outcome
 from search.records import StudySummary
 from search.runner import Runner, Stop, hypervolumes, minimised, reference_point
-from search.samplers import make_sampler
+from search.samplers import make_sampler, reseed
 from search.sections import SamplerSection, StopSection
 from search.session import DenseNotes
 from search.study import SearchStudy
@@ -42,6 +46,9 @@ from search.terminal import warn_infeasible
 COST = cost_model()
 PERPLEXITY = Constraint("perplexity", 30.0)
 BUDGET = Constraint("budget.model", 0.8)
+BOTH = (PERPLEXITY, BUDGET)
+NAMES = get_args(SamplerSection.model_fields["name"].annotation)
+SPACE = space_of(COST).distributions
 
 
 def enqueue(study: SearchStudy, *shares: float) -> None:
@@ -179,6 +186,72 @@ def test_a_search_moves_to_where_the_bound_holds(tmp_path: Path, sampler: str) -
     propose_and_complete(study, 90)
     kept = [row.feasible for row in study.rows()]
     assert sum(kept[-30:]) > sum(kept[:30]) + 8
+
+
+@pytest.mark.parametrize("sampler", ["exchange", "gp"])
+def test_a_sampler_that_predicts_keeps_to_the_bound_soon(tmp_path: Path, sampler: str) -> None:
+    """Three proposals after ten trials; at random about one in thirty keeps to it."""
+    study = open_study(tmp_path, sampler, levels=40, constraints=(Constraint("nll", DENSE_NLL + 0.8),))
+    propose_and_complete(study, 13)
+    assert sum(row.feasible for row in study.rows()[10:]) >= 2
+
+
+def test_random_heeds_no_bound(tmp_path: Path) -> None:
+    free, bound = (tmp_path / name for name in ("free", "bound"))
+    for folder in (free, bound):
+        folder.mkdir()
+    studies = open_study(free, "random"), open_study(bound, "random", constraints=(Constraint("nll", 1.0),))
+    unbounded, bounded = (propose_and_complete(study, 15) for study in studies)
+    assert unbounded == bounded
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trial_that_another_program_completed_without_constraints_ends_no_search(
+    tmp_path: Path, name: str
+) -> None:
+    """It told values and no violation; every sampler goes on, also after a restart."""
+    study = open_study(tmp_path, name, constraints=BOTH)
+    propose_and_complete(study, 11)
+    others = plain(tmp_path)
+    others.tell(others.ask(dict(SPACE)), [0.5, 2.5])
+    propose_and_complete(study, 1)
+    propose_and_complete(open_study(tmp_path, name, constraints=BOTH), 1)
+    assert [trial.number for trial in stored(tmp_path) if not trial.constraints] == [11]
+
+
+def told(number: int, violated: Mapping[str, float], state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
+    """A trial as another program may leave it."""
+    params = {name: (3 * number + 5 * index) % 11 for index, name in enumerate(SPACE)}
+    values = [float(sum(params.values())), -float(min(params.values()))]
+    ended = values if state == TrialState.COMPLETE else None
+    return create_trial(
+        state=state, params=params, distributions=SPACE, values=ended, constraints=dict(violated)
+    )
+
+
+def proposed_by_gp(constraints: tuple[Constraint, ...], last: FrozenTrial) -> dict[str, Any]:
+    """After eleven trials, which violate all of `constraints` or none, and `last`."""
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for number in range(11):
+        study.add_trial(told(number, {each.metric: number - 6.0 for each in constraints}))
+    study.add_trial(last)
+    study.sampler = make_sampler(SamplerSection(name="gp"), constraints=constraints)
+    reseed(study.sampler, 0, 12)
+    return study.ask(dict(SPACE)).params
+
+
+@pytest.mark.parametrize("violated", [{}, {"perplexity": 1.0}, {"perplexity": 50.0, "theirs": 50.0}])
+def test_gp_learns_nothing_from_a_trial_that_lacks_a_constraint(violated: dict[str, float]) -> None:
+    failed = told(11, {}, TrialState.FAIL)
+    assert proposed_by_gp(BOTH, told(11, violated)) == proposed_by_gp(BOTH, failed)
+
+
+@pytest.mark.parametrize("constraints", [(), BOTH])
+def test_gp_takes_constraints_by_their_names(constraints: tuple[Constraint, ...]) -> None:
+    """Whatever their order in the trial, and beside whatever another program bounds."""
+    violated = dict(zip([each.metric for each in constraints], (7.0, -3.0), strict=False))
+    others = {"theirs": 2.0, **dict(reversed(violated.items()))}
+    assert proposed_by_gp(constraints, told(11, others)) == proposed_by_gp(constraints, told(11, violated))
 
 
 # -- fronts and choices -----------------------------------------------------------------------

@@ -16,7 +16,16 @@ from actors.types import Allocation, FactorSpec, TargetSpec
 from search.alone import Log, cells
 from search.cost import CostModel
 from search.sections import SeedSection
-from search.seeds import DENSE, curves_of, hull, measured_losses, seed_allocations, share_out, tail_losses
+from search.seeds import (
+    DENSE,
+    Curve,
+    curves_of,
+    hull,
+    measured_losses,
+    seed_allocations,
+    share_out,
+    tail_losses,
+)
 from search.spectra import truncation_loss
 
 BUDGETS = (0.95, 0.8, 0.6)
@@ -78,6 +87,35 @@ def test_an_allocation_is_the_best_but_for_one_edge(
     assert best(budget) - 1e-9 <= total <= best(budget - widest) + 1e-9
     if cost.linear(found) in {sum(c) for c in itertools.product(*(e.sizes[e.corners] for e in curves))}:
         assert total <= best(cost.linear(found) - widest) + 1e-9
+
+
+@pytest.mark.parametrize("bends", [0, 1, 3])
+def test_straight_curves_keep_the_budget(bends: int) -> None:
+    """Edges of a target that gain the same up to rounding are counted from the lowest one."""
+    random = np.random.default_rng(bends)
+    for _ in range(400):
+        curves = [straight(random, bends) for _ in range(random.integers(1, 9))]
+        least, most = (sum(int(curve.sizes[end]) for curve in curves) for end in (0, -1))
+        budgets = random.integers(least, most + 1, 4).tolist()
+        widest = max(int(np.diff(curve.sizes).max()) for curve in curves)
+        for budget, ranks in zip(budgets, share_out(curves, budgets), strict=True):
+            assert ranks is not None
+            stored = sum(
+                int(curve.sizes[curve.ranks.tolist().index(DENSE if rank is None else rank)])
+                for curve, rank in zip(curves, ranks, strict=True)
+            )
+            assert budget - widest < stored <= budget
+
+
+def straight(random: np.random.Generator, bends: int) -> Curve:
+    """A straight line of losses with at most `bends` bends, convex."""
+    count = int(random.integers(3, 20))
+    sizes = np.cumsum(random.integers(1, 60, count))
+    lacking, reach = sizes[-1] - sizes, np.cumsum(random.integers(1, 300, (1 + bends, 1)), axis=0)
+    lines = random.exponential(size=(1 + bends, 1))
+    losses = np.sum(lines * np.maximum(lacking - reach + reach[0], 0), axis=0)
+    ranks = np.append(np.arange(1, count), DENSE)
+    return Curve(ranks, sizes, losses, hull(sizes, losses))
 
 
 @settings(max_examples=30, deadline=None)

@@ -33,10 +33,11 @@ def factors(draw: st.DrawFn) -> FactorSpec:
 
 @st.composite
 def spaces(draw: st.DrawFn) -> tuple[Space, FactorSpec]:
-    """Spaces of models with targets of all shapes, where rank 1 stores less than dense."""
+    """Spaces of models with targets of all shapes, also where rank 1 stores as much as dense or more."""
     group, segments = draw(st.sampled_from(KINDS))
     blocks = draw(st.integers(1, 7 if group == "curve" else 4))
-    shapes = draw(st.lists(st.tuples(st.integers(6, 60), st.integers(6, 60)), min_size=1, max_size=3))
+    lengths = st.integers(1, 4) | st.integers(6, 60)
+    shapes = draw(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=3))
     targets = tuple(
         TargetSpec(f"{block}.m{kind}", rows, cols, kind == 0, block, f"m{kind}")
         for block in range(blocks)
@@ -88,6 +89,23 @@ def test_a_target_names_its_method_where_it_differs_from_the_configured_one(
         chosen = params.get(f"method/{name.split('.')[1]}", configured)
         assert named.pop(name, None) == (None if rank is None or chosen == configured else chosen)
     assert not named
+
+
+@every_kind
+@pytest.mark.parametrize("bias", ["none", "mean"])
+@pytest.mark.parametrize("storage", ["auto", "pivoted", "factored"])
+def test_a_target_that_no_rank_makes_smaller_stays_dense(
+    storage: str, bias: str, group: str, segments: int
+) -> None:
+    """Of a vector rank 1 is all there is. It is dense at every level, and the others are as without it."""
+    targets = (TargetSpec("0.gate", 1, 64, False, 0, "gate"), TargetSpec("0.up", 48, 24, False, 0, "up"))
+    cost = CostModel(targets, 10**4, storage, bias)
+    space = space_of(cost, group=group, segments=segments)
+    for level in range(11):
+        allocation = space.allocation(dict.fromkeys(space.distributions, level))
+        expected = cost.largest_rank(targets[1], 0.2 + 0.8 * level / 10)
+        assert allocation == Allocation((("0.gate", None), ("0.up", expected)))
+        assert space.allocation(space.params(allocation)) == allocation
 
 
 @every_kind

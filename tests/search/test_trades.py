@@ -66,3 +66,57 @@ def test_levels_of_equal_size_and_off_the_hull_are_passed_over() -> None:
     assert steps.lowest.tolist() == [1]
     assert list(zip(steps.low.tolist(), steps.high.tolist(), strict=True)) == [(1, 3), (3, 4)]
     assert steps.corner.tolist() == [[1, 1, 3, 3, 4]]
+
+
+# -- straight curves --------------------------------------------------------------------------
+
+
+def straight(random: np.random.Generator, bends: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes and convex losses (p, L + 1) of straight lines with at most `bends` bends: steps of a parameter
+    are worth the same up to rounding, or the lower ones more."""
+    count, levels = random.integers(1, 9), random.integers(2, 20)
+    sizes = np.cumsum(random.integers(1, 60, (count, levels + 1)), axis=1)
+    lines = random.exponential(size=(count, 1 + bends, 1))
+    reach = np.cumsum(random.integers(1, 300, (count, 1 + bends, 1)), axis=1)
+    lacking = sizes[:, None, -1:] - sizes[:, None, :]
+    return sizes, np.sum(lines * np.maximum(lacking - reach + reach[:, :1], 0), axis=1)
+
+
+@pytest.mark.parametrize("bends", [0, 1, 3])
+def test_straight_curves_keep_the_budget_within_one_step(bends: int) -> None:
+    """From the lowest levels and from any others, with room for as much as was asked for."""
+    random = np.random.default_rng(bends)
+    for _ in range(400):
+        sizes, losses = straight(random, bends)
+        steps = Steps.of(sizes, losses)
+        multipliers = random.lognormal(size=len(sizes))
+        room = random.uniform(sizes[:, 0].sum(), sizes[:, -1].sum())
+        levels = random.integers(0, sizes.shape[1], len(sizes))
+        for found in (steps.fill(multipliers, room), steps.restore(levels, multipliers, room)):
+            assert room - steps.width.max() < steps.size(found) <= room
+
+
+@pytest.mark.parametrize("bends", [0, 1, 3])
+def test_straight_curves_are_shrunk_by_no_step_too_many(bends: int) -> None:
+    random = np.random.default_rng(bends)
+    for _ in range(400):
+        sizes, losses = straight(random, bends)
+        steps = Steps.of(sizes, losses)
+        room = random.uniform(sizes[:, 0].sum(), sizes[:, -1].sum())
+        dense = steps.corner[:, -1]
+        shrunk = steps.shrink(dense, random.lognormal(size=len(sizes)), room)
+        assert room - steps.width.max() < steps.size(shrunk) <= room
+
+
+@pytest.mark.parametrize("bends", [0, 1, 3])
+def test_the_frontier_of_straight_curves_is_what_fill_finds(bends: int) -> None:
+    random = np.random.default_rng(bends)
+    for _ in range(60):
+        sizes, losses = straight(random, bends)
+        steps, multipliers = Steps.of(sizes, losses), random.lognormal(size=len(sizes))
+        rooms, predicted = steps.frontier(multipliers, losses[np.arange(len(sizes)), steps.lowest])
+        for room, expected in zip(rooms.tolist(), predicted.tolist(), strict=True):
+            levels = steps.fill(multipliers, room)
+            assert steps.size(levels) == room
+            found = float(multipliers @ losses[np.arange(len(sizes)), levels])
+            assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
