@@ -96,3 +96,19 @@ def test_a_study_that_cannot_start_leaves_no_folder(
             load_config(broken.config, {"model.source": str(empty)}), Console(file=io.StringIO())
         )
     assert not broken.folder.exists()
+
+
+def test_a_sampler_that_the_space_is_too_large_for_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A level for each module type in each third of the depth: only the prepared model tells how many."""
+    many = Study(root, "many", None, sampler={"name": "gp"}, space={"segments": 3})
+    prepare_here(monkeypatch)
+
+    def started(*arguments: object) -> None:
+        raise AssertionError("it was not refused")
+
+    monkeypatch.setattr(search.session, "replicas", started)
+    with pytest.raises(RankfrontError, match="'gp' takes a space of at most 20 parameters, this one has 21"):
+        search.session.search(load_config(many.config), Console(file=io.StringIO()))
+    assert not many.folder.exists()

@@ -1,5 +1,7 @@
 """`rankfront sensitivity` on a tiny model: killed, resumed, compared with scores by hand, searched after.
 
+The search begins with all that a search can begin with: references, seeds of both kinds, a warm start.
+
 One study lives through the module. Each step is a fixture; the tests look at what it left.
 """
 
@@ -15,12 +17,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from studies import PATIENCE_SECONDS, Ended, Study, calibration_windows, search_windows
+
+from actors.types import Allocation
+from search.alone import Log
+from search.folder import StudyFolder
+from search.seeds import ladder, measured, predicted
 
 # So many that the first run is killed long before its end.
 SHARES = tuple(number / 20 for number in range(19, 3, -1))
 TARGETS = 3 * 7
 FILES = ("sensitivity.parquet", "sensitivity.html", "sensitivity.png")
+SPECTRA, MEASURED = (0.8, 0.6), (0.9, 0.7, 0.5)
+WARM = ({"model.layers.0.mlp.up_proj": 9}, {"model.layers.2.mlp.down_proj": 7})
+ENQUEUED = ["dense", *["uniform"] * 2, *["seed"] * (len(SPECTRA) + len(MEASURED)), *["warm"] * len(WARM)]
 
 
 def records(study: Study) -> list[dict[str, Any]]:
@@ -32,14 +43,19 @@ def records(study: Study) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Study:
+    root = tmp_path_factory.mktemp("sensitivity")
+    (root / "warm.yaml").write_text(yaml.safe_dump(list(WARM)))
     return Study(
-        tmp_path_factory.mktemp("sensitivity"),
+        root,
         "alone",
         cluster,
         factors={"method": "feature", "bias": "mean"},
+        space={"methods": ["feature", "curvature"]},  # the latter needs gradients, and so do predicted losses
         storage="pivoted",
         sensitivity={"shares": list(SHARES)},
-        stop={"trials": 4},
+        seeds={"spectra": list(SPECTRA), "sensitivity": list(MEASURED)},
+        warm_start={"sources": [str(root / "warm.yaml")]},
+        stop={"trials": len(ENQUEUED) + 1},
     )
 
 
@@ -178,12 +194,34 @@ def test_a_search_begins_in_the_same_folder(study: Study, resumed: Resumed, sear
     """With a space of its own: what was scored alone binds nothing of the search."""
     assert searched.code == 0, searched.err
     assert "factor store: reused" in searched.out
-    assert [trial.state.name for trial in searched.trials] == ["COMPLETE"] * 4
+    assert {trial.state.name for trial in searched.trials} == {"COMPLETE"}
     [dense] = [record for record in resumed.records if record["target"] is None]
     text = dense["score"]["text"]
     assert searched.trials[0].values[1] == pytest.approx(text["nats"] / text["tokens"], abs=1e-6)
     after = study.content()
     assert {name: after[name] == resumed.files[name] for name in FILES} == dict.fromkeys(FILES, True)
+
+
+def test_a_search_begins_with_references_then_seeds_then_the_warm_start(
+    study: Study, resumed: Resumed, searched: Ended
+) -> None:
+    """In that order, each once, as they are worked out from the folder; then the sampler proposes."""
+    folder = StudyFolder.open(study.folder)
+    cost, floor = folder.cost, folder.config.space.floor
+    log = Log(folder.path, folder.prepared.fingerprints)
+    by_spectra = predicted(cost, floor, folder.config.factor_spec, folder.factor_store)
+    expected = [
+        Allocation.dense(cost.targets),
+        *map(cost.uniform, (0.8, 0.5)),
+        *ladder(cost, by_spectra, SPECTRA),
+        *ladder(cost, measured(cost, floor, SHARES, log), MEASURED),
+        *(Allocation.of(ranks, cost.targets) for ranks in WARM),
+    ]
+    *enqueued, proposed = folder.read_study().rows()
+    assert [row.allocation for row in enqueued] == expected
+    assert [row.origin for row in enqueued] == ENQUEUED
+    assert proposed.origin == "exchange"
+    assert "warm start: 2 allocations of " in searched.out
 
 
 def test_beside_a_study_nothing_is_scored_twice(study: Study, resumed: Resumed, searched: Ended) -> None:

@@ -35,7 +35,9 @@ from search.runner import Runner, Stop
 from search.sections import PlateauSection, StopSection
 from search.study import SearchStudy
 
-every_sampler = pytest.mark.parametrize("sampler", ["exchange", "tpe", "nsga2", "nsga3"])
+# Its fits take minutes together.
+GP = pytest.param("gp", marks=pytest.mark.slow)
+every_sampler = pytest.mark.parametrize("sampler", ["exchange", "tpe", "nsga2", "nsga3", "random", GP])
 LAG = 9
 COUNT = 45
 BOUND = Constraint("budget.model", 0.95)
