@@ -111,8 +111,8 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
 
     At least `replicas.min` and at most `replicas.max`, and where nodes may join as many as the most: those
     that wait for a node are what an autoscaler goes by. Threads are no more than any node with room has for
-    each. Sums over other numbers of threads differ: in a deterministic search `auto` is one thread, however
-    many replicas there are.
+    each, and one where the nodes with GPUs are yet to come. Sums over other numbers of threads differ: in a
+    deterministic search `auto` is one thread, however many replicas there are.
     """
     section, gpus = config.replicas, gpus_each(config.replicas, machine)
     wanted_threads = 1 if section.threads == "auto" else section.threads
@@ -138,10 +138,12 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
 def _cores(machine: Machine, gpus: float) -> list[int]:
     """Cores that each node with room has for a replica; of a node with GPUs, where its GPUs are all used.
 
-    Where no node has any, a node is waited for: it is taken to be as the largest of those there are.
+    Where none has room, a node is waited for. It is taken to be as the largest that has GPUs, if too few for
+    a replica. Where none has any it is not known at all, and a replica asks for one core: for as many as a
+    large head has, no smaller node with GPUs would ever be enough, nor would an autoscaler bring one.
     """
     if not gpus:
         return [int(room.cpus) for room in machine.rooms if room.cpus >= 1] or [machine.cores]
-    used = [(room.cpus, gpu_places(room.gpus, gpus)) for room in machine.rooms]
-    largest = max((int(room.cpus) for room in machine.rooms), default=machine.cores)
+    used = [(room.cpus, gpu_places(room.gpus, gpus)) for room in machine.nodes]
+    largest = max((int(room.cpus) for room in machine.nodes if room.gpus), default=1)
     return [int(cpus / places) for cpus, places in used if places] or [largest]

@@ -277,7 +277,11 @@ TWO_NODES = (Room(cpus=16, gpus=4, memory=2.0**40), Room(cpus=8, gpus=1, memory=
         (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 2}, (2, 8)),  # the other node's GPU is no half of two
         (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 0.5}, (10, 2)),
         (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 4, "count": 3}, (3, 8)),
-        (Machine(4, 0, 1, True, (Room(4, 0, 1),)), {"gpus": 2, "max": 3}, (3, 4)),  # nodes are to be brought
+        # Nodes are to be brought, which may have fewer cores than the head.
+        (Machine(16, 0, 1, True, (Room(16, 0, 1),)), {"gpus": 1, "max": 8}, (8, 1)),
+        (Machine(16, 0, 1, True), {"gpus": 0.5, "max": 8}, (8, 1)),
+        (Machine(16, 0, 1, True, (Room(16, 0, 1),)), {"gpus": 2, "max": 3, "threads": 4}, (3, 4)),
+        (Machine(72, 1, 1, True, (Room(64, 0, 1), Room(8, 1, 1))), {"gpus": 2, "max": 2}, (2, 8)),
     ],
     ids=str,
 )
