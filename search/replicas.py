@@ -45,6 +45,11 @@ def _start_pool(folder: StudyFolder, machine: Machine, say: Callable[[str], None
     say(f"replicas: {count}, {threads} threads" + (f" and {in_words(gpus)}" if gpus else "") + " each")
     if waits is not None:
         say(waits)
+    elif machine.grows and not gpus:  # `auto`, which took the cluster for one of CPUs
+        say(
+            "replicas: no node has a GPU now, and replicas.gpus is auto: they take none; "
+            "replicas: {gpus: 1, max: N} waits for nodes that have one, and an autoscaler brings them"
+        )
     section, run = config.replicas, config.run
     if run.deterministic and run.lag + 1 < DEPTH * count:
         taken = DEPTH * count

@@ -341,6 +341,26 @@ def test_replicas_whose_number_is_named_wait_for_a_node_that_has_their_gpus(
     assert {spec.gpus for spec in pools[1][0]} == {None}
 
 
+@pytest.mark.parametrize(
+    ("machine", "section", "said"),
+    [
+        (Machine(8, 0, 2**40, True, (Room(8, 0, 1),)), {}, True),
+        (Machine(8, 0, 2**40, True, (Room(8, 0, 1),)), {"gpus": 1, "max": 2}, False),
+        (Machine(8, 0, 2**40), {}, False),  # no node joins it
+        (Machine(24, 5, 1, True, TWO_NODES), {}, False),
+    ],
+    ids=str,
+)
+def test_a_cluster_that_is_taken_for_one_of_cpus_is_told_how_gpu_nodes_come(
+    machine: Machine, section: dict[str, Any], said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.replicas, "Pool", lambda *arguments: None)
+    lines: list[str] = []
+    folder = folder_of(config_of(tmp_path, replicas=section))
+    search.replicas._start_pool(folder, machine, lines.append, silent)
+    assert any("replicas: {gpus: 1, max: N} waits for nodes" in line for line in lines) == said
+
+
 def test_what_replicas_keep_counts_as_their_memory(tmp_path: Path) -> None:
     machine = Machine(cores=8, gpus=0, memory=60 * 10**9)
     config = config_of(tmp_path, scoring={"prefix_memory_mb": 12_500.0})
