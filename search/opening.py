@@ -18,6 +18,7 @@ from search.begun import Identity, folder_identity, stored_identity, write_ident
 from search.config import Config, check_names, parse_saved
 from search.database import leased
 from search.files import write_atomic
+from search.fitting import crowding
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.gpus import gpu_shortage
 from search.identity import config_differences, fingerprint_differences, refuse
@@ -75,6 +76,9 @@ def opened(
         machine = connect()
         if not (path / PREPARED).exists():
             gpu_shortage(config.replicas, machine)  # refused before the long work, not after it
+            crowded = crowding(config.replicas, machine)
+            if crowded is not None:
+                say(crowded)
         same = _fingerprint_check(config.study, identity)
         count = builder_count(config.builders, machine)
         with ProgressBar(console) as bar:

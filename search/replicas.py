@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 from actors.storage import ITEMSIZE
-from actors.types import Prepared, RankfrontError, ReplicaSpec
+from actors.types import Prepared, ReplicaSpec
 from search.cluster import Need, cluster_nodes
 from search.config import Config
 from search.database import resolve, shown
 from search.elastic import Elastic
 from search.events import Note, silent
+from search.fitting import at_once, crowding
 from search.folder import StudyFolder
 from search.gpus import gpu_shortage, gpus_each, places_by_gpu
 from search.hangs import Bounds
@@ -42,7 +43,9 @@ def _start_pool(folder: StudyFolder, machine: Machine, say: Callable[[str], None
     count, threads = replica_plan(config, prepared, machine)
     elastic = elastic_of(config, prepared, machine, threads)
     gpus = elastic.need.gpus
-    say(f"replicas: {count}, {threads} threads" + (f" and {in_words(gpus)}" if gpus else "") + " each")
+    line = f"replicas: {count}, {threads} threads" + (f" and {in_words(gpus)}" if gpus else "") + " each"
+    room = count if machine.grows else at_once(config.replicas, machine, threads)
+    say(line + (f", {room} at once" if room < count else ""))
     if waits is not None:
         say(waits)
     elif machine.grows and not gpus:  # `auto`, which took the cluster for one of CPUs
@@ -87,21 +90,13 @@ def elastic_of(config: Config, prepared: Prepared, machine: Machine, threads: in
     """How the number of replicas follows the nodes. What this process started stays as it is.
 
     Raises:
-        RankfrontError: fewer replicas than `replicas.min` fit a machine that no node joins.
+        RankfrontError: none, or fewer replicas than `replicas.min`, fit a machine that no node joins.
     """
     section, gpus = config.replicas, gpus_each(config.replicas, machine)
     need = Need(threads, gpus, 0.0 if gpus else replica_bytes(config, prepared))
     if machine.grows:
         return Elastic(section.min, section.max, section.count == "auto", need, cluster_nodes)
-    fit = machine.cores // threads
-    if gpus:
-        fit = min(fit, places_by_gpu(machine, gpus))
-    if section.min > fit:
-        each = f"{threads} of {machine.cores} cores" + (f" and {in_words(gpus)}" if gpus else "")
-        raise RankfrontError(
-            f"replicas.min: {section.min} never run at once: each takes {each}, and no node joins this "
-            f"machine; {fit} at most"
-        )
+    crowding(section, machine, threads)
     return Elastic(section.min, need=need)
 
 

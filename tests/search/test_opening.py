@@ -323,6 +323,75 @@ def test_gpus_that_no_node_has_are_refused_before_anything_is_prepared(
         search.replicas._start_pool(folder_of(config), machine, print, silent)
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"threads": 16}, r"^replicas\.threads: 16, this machine has 2 cores, .*; 2 at most, or auto"),
+        ({"threads": 16, "count": 4}, r"^replicas\.threads: 16, this machine has 2 cores"),
+        ({"min": 3}, r"^replicas\.min: 3 never run at once: each takes 1 of 2 cores.*; 2 at most"),
+        ({"min": 2, "threads": 2}, r"^replicas\.min: 2 never run at once: each takes 2 of 2 .*; 1 at most"),
+    ],
+    ids=str,
+)
+def test_replicas_that_never_run_at_once_are_refused_before_anything_is_prepared(
+    section: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that no node joins. Of a study that is prepared, as its replicas start."""
+    machine = Machine(2, 0, 2**40)
+    monkeypatch.setattr(search.opening, "connect", lambda: machine)
+    monkeypatch.setattr(search.opening, "prepare", lambda *_: pytest.fail("the long work has begun"))
+    config = config_of(tmp_path, runs=str(tmp_path / "runs"), replicas=section)
+    with (
+        pytest.raises(RankfrontError, match=words),
+        search.opening.opened(config, Console(file=io.StringIO())),
+    ):
+        pass
+    assert not config.folder.exists()
+    with pytest.raises(RankfrontError, match=words):
+        search.replicas._start_pool(folder_of(config), machine, print, silent)
+
+
+@pytest.mark.parametrize(
+    ("machine", "section", "fit", "each"),
+    [
+        (Machine(2, 0, 2**40), {"count": 1000}, 2, "1 of 2 cores"),
+        (Machine(2, 0, 2**40), {"count": 4, "threads": 2}, 1, "2 of 2 cores"),
+        (Machine(16, 4, 1), {"count": 5}, 4, "1 of 16 cores and a GPU"),
+        (Machine(2, 0, 2**40), {"count": 2}, 2, None),
+        (Machine(2, 0, 2**40, True), {"count": 4, "threads": 16}, 4, None),  # nodes may join
+    ],
+    ids=str,
+)
+def test_replicas_of_which_some_wait_are_said_before_anything_is_prepared(
+    machine: Machine,
+    section: dict[str, Any],
+    fit: int,
+    each: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And as they start; those that fit are a search all the same."""
+
+    def prepare(*arguments: Any) -> Prepared:
+        raise RankfrontError("enough")
+
+    monkeypatch.setattr(search.opening, "connect", lambda: machine)
+    monkeypatch.setattr(search.opening, "prepare", prepare)
+    monkeypatch.setattr(search.replicas, "Pool", lambda *arguments: None)
+    shown, config = io.StringIO(), config_of(tmp_path, replicas=section)
+    with pytest.raises(RankfrontError, match="enough"), search.opening.opened(config, Console(file=shown)):
+        pass
+    said: list[str] = []
+    search.replicas._start_pool(folder_of(config), machine, said.append, silent)
+    if each is None:
+        assert shown.getvalue() == ""
+        assert said[0].endswith(" each")
+    else:
+        assert f"replicas.count: {section['count']}, and {fit} run" in shown.getvalue()
+        assert f"each takes {each}; the others wait" in shown.getvalue()
+        assert said[0].endswith(f" each, {fit} at once")
+
+
 def test_replicas_whose_number_is_named_wait_for_a_node_that_has_their_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
