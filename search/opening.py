@@ -43,17 +43,23 @@ def _nothing_more(session: Session) -> None:
     pass
 
 
+def _any_machine(machine: Machine) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def opened(
     config: Config,
     console: Console,
     path: Path | None = None,
     check: Callable[[Session], None] = _nothing_more,
+    suits: Callable[[Machine], None] = _any_machine,
 ) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
 
     All of it in the folder `path`, where the study's is not the one that the config names: its config is the
     saved one, and stays. What `check` raises of the prepared study ends it before anything is saved.
+    What `suits` raises of the machine ends it before the preparation begins.
 
     Only a trial binds a config. Before the first one a study may have been prepared, and its targets scored
     alone (`search.sensitivity`); what is in its storage then follows the config.
@@ -74,6 +80,7 @@ def opened(
         if repaired:
             say(f"journal: {repaired}")
         machine = connect()
+        suits(machine)
         if not (path / PREPARED).exists():
             gpu_shortage(config.replicas, machine)  # refused before the long work, not after it
             crowded = crowding(config.replicas, machine)
