@@ -6,6 +6,7 @@ One builder does it all; several split the text of a pass between them and the t
 from __future__ import annotations
 
 import contextlib
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ from actors.operations import operations
 from actors.packing import check_packing
 from actors.planning import plan
 from actors.resident import local_source
+from actors.shared_folder import Mark, leave_mark, sees, take_mark
 from actors.splits import SplitData, load_choice, load_split
 from actors.text import calibration_windows, fingerprint_windows
 from actors.types import (
@@ -178,6 +180,22 @@ class Builder:
         names = {target.name for target in pending}
         gradients = [name for name in self._gradients if name in names]
         return plan(self._model, pending, self._windows, gradients, memory, self._spreads)
+
+    def mark(self) -> Mark:
+        """Leave a mark where factors are written, before the long work: `finish` takes it away, or `unmark`.
+
+        Raises:
+            RankfrontError: nothing can be written there.
+        """
+        return leave_mark(self._store.partial)
+
+    def unmark(self, mark: Mark) -> None:
+        take_mark(mark)
+
+    def blind(self, mark: Mark) -> str | None:
+        """The name of this node where it does not see another builder's mark in its own folder of that name:
+        neither would that one see what is written here."""
+        return None if sees(self._store.partial / mark.file.name) else platform.node()
 
     def collect(self, made: BuildPlan, group: int, shard: int, shards: int) -> Iterator[Progress]:
         """Measure the moments of a group over this builder's share of the text."""

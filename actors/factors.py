@@ -24,6 +24,7 @@ from actors.decompose import Factors, decompose
 from actors.models import DTYPES
 from actors.moments import Moments
 from actors.node_cache import MANIFEST, locked, settle, sha256_of
+from actors.shared_folder import no_store
 from actors.types import FactorSpec, RankfrontError, TargetSpec, digest
 
 Tensor = torch.Tensor
@@ -117,6 +118,8 @@ class StoreBuilder:
     def finish(self, fingerprint: str) -> None:
         """Seal the store: checksum every file, write the manifest, move the whole into its place.
 
+        Marks (`actors.shared_folder`) and what a process left that was killed as it wrote are removed.
+
         Raises:
             RankfrontError: the disk is full.
         """
@@ -142,7 +145,7 @@ class StoreBuilder:
             }
             manifest["checksum"] = digest(manifest)
             (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for left_behind in self.partial.glob("*.tmp"):  # by a process that was killed as it wrote
+            for left_behind in self.partial.glob("*.tmp"):
                 left_behind.unlink()
             if self.folder.exists():  # a damaged store: ours is whole
                 shutil.rmtree(self.folder)
@@ -212,11 +215,18 @@ def store_problem(folder: Path, fingerprint: str) -> str | None:
 
 
 class FactorStore:
-    """Read access to a store. Tensors are mapped from disk: replicas of a node share the pages."""
+    """Read access to a store. Tensors are mapped from disk: replicas of a node share the pages.
+
+    Raises:
+        RankfrontError: this node sees no store there.
+    """
 
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
         self.folder = Path(folder)
-        self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
+        except FileNotFoundError as error:
+            raise RankfrontError(no_store(self.folder)) from error
         self.targets = tuple(TargetSpec(**target) for target in self.manifest["targets"])
         self.methods: dict[str, list[str]] = self.manifest["methods"]
         self._device = device

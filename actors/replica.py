@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from actors.harness_results import HarnessScore, HarnessSpec
 from actors.helper import Helper
 from actors.refinement import FEWER_NUMBERS, RefinementSpec, RefinementStep
+from actors.shared_folder import Mark
 from actors.types import (
     Allocation,
     BuildPlan,
@@ -64,6 +65,15 @@ class Preparer:
 
     def inspect(self) -> Iterator[str | Mapping[str, str] | Foreseen | Prepared | BuildPlan]:
         yield from self._builder.inspect()
+
+    def mark(self) -> Mark:
+        return self._builder.mark()
+
+    def unmark(self, mark: Mark) -> None:
+        self._builder.unmark(mark)
+
+    def blind(self, mark: Mark) -> str | None:
+        return self._builder.blind(mark)
 
     def collect(self, plan: BuildPlan, group: int, shard: int, shards: int) -> Iterator[Progress]:
         yield from self._builder.collect(plan, group, shard, shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from search.shares import gpu_places
 OBJECT_STORE_BYTES = 80 * 2**20
 # All of rankfront's named actors are in it: a driver finds those that an earlier one left.
 NAMESPACE = "rankfront"
+# Within a data centre a port answers in milliseconds; over a tunnel, in a second or two.
+ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,12 @@ def _join(address: str, common: Mapping[str, Any]) -> None:
     right = "HOST:PORT of a cluster's head node, or auto for the cluster that this machine is in"
     if address.startswith("ray://"):  # a client sees no node that is to be vacated, and holds no lease
         raise RankfrontError(f"RAY_ADDRESS={address}: a driver joins the cluster itself; set it to {right}")
+    silence = _silence(address)
+    if silence is not None:
+        raise RankfrontError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({silence}); see that it runs and that no "
+            f"firewall is between, or set it to {right}"
+        )
     try:
         ray.init(**common)
     except ConnectionError as error:
@@ -116,6 +125,21 @@ def _join(address: str, common: Mapping[str, Any]) -> None:
         raise RankfrontError(f"RAY_ADDRESS={address}: {_line(error)}; set it to {right}") from error
     except Exception as error:  # of no class of its own where a node does not come up in time
         raise RankfrontError(f"RAY_ADDRESS={address}: cannot be joined: {_line(error)}") from error
+
+
+def _silence(address: str) -> str | None:
+    """Why nothing can be reached at a HOST:PORT, None where something answers; of other addresses Ray tells.
+
+    Ray itself would ask a closed port again and again, for minutes and without a word.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+        return _line(error)
+    return None
 
 
 def _start(common: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ def follow(
     other.
 
     Raises:
-        RankfrontError: some could not be refined; the others were.
+        RankfrontError: some could not be refined, the others were; or so many workers never run at once.
     """
     folder, say = session.folder, session.say
     with contextlib.ExitStack() as held:
@@ -83,14 +83,15 @@ def follow(
             score_finished(folder, study, near, started(), stop, say, CHOICE)
         summary = summarise(folder, study)
         rows = finalists(summary, section, say)
+        left = [row for row in rows if section.refine and not is_refined(folder, row)]
+        # It may refuse: before what is scored for them.
+        workers = worker_count(folder.config, session.machine) if left and not stop.reason else 0
         reference = dense_row(summary)
         numbers = [row.number for row in ([reference] if reference else []) + rows]
         if rows and not stop.reason and unscored(folder, study, numbers):
             score_finished(folder, study, numbers, started(), stop, say)
-    left = [row for row in rows if section.refine and not is_refined(folder, row)]
     failed = []
     if left and not stop.reason:
-        workers = worker_count(folder.config, session.machine)
         with refiner(folder, session.machine, workers, say) as worker:
             for place, row in enumerate(left, start=1):
                 kept = f"{row.budget_model:.1%} of all parameters"

@@ -19,6 +19,7 @@ from search.begun import Identity, folder_identity, stored_identity, write_ident
 from search.config import Config, check_names, parse_saved
 from search.database import leased
 from search.files import write_atomic
+from search.fitting import crowding
 from search.folder import CONFIG, PREPARED, StudyFolder
 from search.gpus import gpu_shortage
 from search.identity import config_differences, fingerprint_differences, refuse
@@ -43,18 +44,23 @@ def _nothing_more(session: Session) -> None:
     pass
 
 
+def _any_machine(machine: Machine) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def opened(
     config: Config,
     console: Console,
     path: Path | None = None,
     check: Callable[[Session], None] = _nothing_more,
+    suits: Callable[[Machine], None] = _any_machine,
 ) -> Iterator[Session]:
     """Lock the study of a config, hold the config against what the study was, prepare it, save both.
 
     All of it in the folder `path`, where the study's is not the one that the config names: its config is the
-    saved one, and stays. What `check` raises of the study, as it will be prepared, ends it before the long
-    work.
+    saved one, and stays. What `suits` raises of the machine, and `check` of the study as it will be prepared,
+    ends it before the long work.
 
     Only a trial binds a config. Before the first one a study may have been prepared, and its targets scored
     alone (`search.sensitivity`); what is in its storage then follows the config.
@@ -75,8 +81,12 @@ def opened(
         if repaired:
             say(f"journal: {repaired}")
         machine = connect()
+        suits(machine)
         if not (path / PREPARED).exists():
             gpu_shortage(config.replicas, machine)  # refused before the long work, not after it
+            crowded = crowding(config.replicas, machine)
+            if crowded is not None:
+                say(crowded)
         same = _fingerprint_check(config.study, identity)
         count = builder_count(config.builders, machine)
         checked: list[Session] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
@@ -11,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.replica import Preparer
+from actors.shared_folder import SHARE, Mark, sees
 from actors.types import BuildPlan, Foreseen, PreparationSpec, Prepared, Progress, RankfrontError
 from search.cluster import Machine, actor_options, threads_each
 from search.failures import cause_of, process_died
@@ -41,8 +43,8 @@ def prepare(
     A build whose processes die is begun again, from the targets it has, as long as it gets further.
 
     Raises:
-        RankfrontError: what the preparation, `check` or `foresee` says is wrong, that its processes died, or
-            that so many builders never run at once.
+        RankfrontError: what the preparation, `check` or `foresee` says is wrong, that its processes died, that
+            so many builders never run at once, or that they or the driver do not see one folder.
     """
     while True:
         progressed = False
@@ -120,6 +122,7 @@ def _steps(spec: PreparationSpec, machine: Machine, builders: int) -> Generator[
         if shortage is not None:
             yield shortage
         actors += [_start(spec, machine, builders) for _ in range(shards - 1)]
+        _refuse_unshared(spec, actors)
         total = sum(map(len, plan.groups))
         done = 0
         for number, group in enumerate(plan.groups):
@@ -133,6 +136,27 @@ def _steps(spec: PreparationSpec, machine: Machine, builders: int) -> Generator[
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _refuse_unshared(spec: PreparationSpec, actors: list[Any]) -> None:
+    """See that all builders write into one folder, and that the driver will read there what they wrote.
+
+    Raises:
+        RankfrontError: a node does not see what the first builder's writes; says which, and what is right.
+    """
+    mark: Mark = ray.get(actors[0].mark.remote())
+    answers = ray.get([actor.blind.remote(mark) for actor in actors[1:]])
+    blind = sorted({f"node {node}" for node in answers if node is not None})
+    # Factors at a URL are copied to the driver's machine, when they are wanted there.
+    if spec.shared is None and not sees(mark.file):
+        blind.append(f"the driver's machine {platform.node()}")
+    if not blind:
+        return
+    ray.get(actors[0].unmark.remote(mark))
+    raise RankfrontError(
+        f"factor store: what node {mark.node} writes in {mark.file.parent.parent} is not seen by "
+        f"{', '.join(blind)} under that path; {SHARE}"
+    )
 
 
 def _start(spec: PreparationSpec, machine: Machine, builders: int) -> Any:

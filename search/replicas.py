@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 from actors.storage import ITEMSIZE
-from actors.types import Prepared, RankfrontError, ReplicaSpec
+from actors.types import Prepared, ReplicaSpec
 from search.cluster import Need, cluster_nodes
 from search.config import Config
 from search.database import resolve, shown
 from search.elastic import Elastic
 from search.events import Note, silent
+from search.fitting import at_once, crowding
 from search.folder import StudyFolder
 from search.gpus import gpu_shortage, gpus_each, places_by_gpu
 from search.hangs import Bounds
@@ -42,9 +43,16 @@ def _start_pool(folder: StudyFolder, machine: Machine, say: Callable[[str], None
     count, threads = replica_plan(config, prepared, machine)
     elastic = elastic_of(config, prepared, machine, threads)
     gpus = elastic.need.gpus
-    say(f"replicas: {count}, {threads} threads" + (f" and {in_words(gpus)}" if gpus else "") + " each")
+    line = f"replicas: {count}, {threads} threads" + (f" and {in_words(gpus)}" if gpus else "") + " each"
+    room = count if machine.grows else at_once(config.replicas, machine, threads)
+    say(line + (f", {room} at once" if room < count else ""))
     if waits is not None:
         say(waits)
+    elif machine.grows and not gpus:  # `auto`, which took the cluster for one of CPUs
+        say(
+            "replicas: no node has a GPU now, and replicas.gpus is auto: they take none; "
+            "replicas: {gpus: 1, max: N} waits for nodes that have one, and an autoscaler brings them"
+        )
     section, run = config.replicas, config.run
     if run.deterministic and run.lag + 1 < DEPTH * count:
         taken = DEPTH * count
@@ -82,21 +90,13 @@ def elastic_of(config: Config, prepared: Prepared, machine: Machine, threads: in
     """How the number of replicas follows the nodes. What this process started stays as it is.
 
     Raises:
-        RankfrontError: fewer replicas than `replicas.min` fit a machine that no node joins.
+        RankfrontError: none, or fewer replicas than `replicas.min`, fit a machine that no node joins.
     """
     section, gpus = config.replicas, gpus_each(config.replicas, machine)
     need = Need(threads, gpus, 0.0 if gpus else replica_bytes(config, prepared))
     if machine.grows:
         return Elastic(section.min, section.max, section.count == "auto", need, cluster_nodes)
-    fit = machine.cores // threads
-    if gpus:
-        fit = min(fit, places_by_gpu(machine, gpus))
-    if section.min > fit:
-        each = f"{threads} of {machine.cores} cores" + (f" and {in_words(gpus)}" if gpus else "")
-        raise RankfrontError(
-            f"replicas.min: {section.min} never run at once: each takes {each}, and no node joins this "
-            f"machine; {fit} at most"
-        )
+    crowding(section, machine, threads)
     return Elastic(section.min, need=need)
 
 
@@ -111,8 +111,8 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
 
     At least `replicas.min` and at most `replicas.max`, and where nodes may join as many as the most: those
     that wait for a node are what an autoscaler goes by. Threads are no more than any node with room has for
-    each. Sums over other numbers of threads differ: in a deterministic search `auto` is one thread, however
-    many replicas there are.
+    each, and one where the nodes with GPUs are yet to come. Sums over other numbers of threads differ: in a
+    deterministic search `auto` is one thread, however many replicas there are.
     """
     section, gpus = config.replicas, gpus_each(config.replicas, machine)
     wanted_threads = 1 if section.threads == "auto" else section.threads
@@ -138,10 +138,12 @@ def replica_plan(config: Config, prepared: Prepared, machine: Machine) -> tuple[
 def _cores(machine: Machine, gpus: float) -> list[int]:
     """Cores that each node with room has for a replica; of a node with GPUs, where its GPUs are all used.
 
-    Where no node has any, a node is waited for: it is taken to be as the largest of those there are.
+    Where none has room, a node is waited for. It is taken to be as the largest that has GPUs, if too few for
+    a replica. Where none has any it is not known at all, and a replica asks for one core: for as many as a
+    large head has, no smaller node with GPUs would ever be enough, nor would an autoscaler bring one.
     """
     if not gpus:
         return [int(room.cpus) for room in machine.rooms if room.cpus >= 1] or [machine.cores]
-    used = [(room.cpus, gpu_places(room.gpus, gpus)) for room in machine.rooms]
-    largest = max((int(room.cpus) for room in machine.rooms), default=machine.cores)
+    used = [(room.cpus, gpu_places(room.gpus, gpus)) for room in machine.nodes]
+    largest = max((int(room.cpus) for room in machine.nodes if room.gpus), default=1)
     return [int(cpus / places) for cpus, places in used if places] or [largest]

@@ -20,7 +20,7 @@ from search.finals import front_and_dense, score_finished
 from search.folder import StudyFolder, report
 from search.metrics import RayMetrics
 from search.opening import Session, opened
-from search.pool import Pool
+from search.pool import Machine, Pool
 from search.records import StudySummary
 from search.references import reference_allocations
 from search.replicas import replicas
@@ -31,6 +31,7 @@ from search.seeds import seed_allocations
 from search.signals import stop_on_signals
 from search.study import SearchStudy
 from search.warm import check_sources, warm_allocations
+from search.worker import worker_count
 
 
 def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary, str]:
@@ -49,7 +50,11 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
             raise RankfrontError(problem)
         warm.extend(warm_allocations(config, folder.prepared.targets, folder.leased, session.say))
 
-    with opened(config, console, check=check) as session:
+    def suits(machine: Machine) -> None:
+        if config.finalists.wanted and config.finalists.refine:
+            worker_count(config, machine)  # refused now, not when the search is done
+
+    with opened(config, console, check=check, suits=suits) as session:
         folder = session.folder
         study = folder.open_study()
         references = config.references

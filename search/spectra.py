@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from actors.node_cache import MANIFEST
+from actors.shared_folder import no_store
 from actors.types import RankfrontError
 
 Spectra = dict[str, dict[str, np.ndarray]]
@@ -39,7 +41,9 @@ def losses(store: Path) -> Spectra:
 def _read(store: Path, tensor: str) -> Spectra:
     found: Spectra = {}
     try:
-        manifest = json.loads((store / "manifest.json").read_text())
+        if not (store / MANIFEST).exists():
+            raise RankfrontError(no_store(store))
+        manifest = json.loads((store / MANIFEST).read_text())
         for name, entry in manifest["files"].items():
             with safe_open(store / name, framework="np") as file:
                 if tensor in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)

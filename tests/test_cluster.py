@@ -13,6 +13,12 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from actors.types import Prepared
+from search.cluster import Machine, Room
+from search.config import load_config
+from search.replicas import replica_plan
+from search.terminal import override
+
 ROOT = Path(__file__).resolve().parents[1]
 AWS = ROOT / "cluster.yaml"
 ON_PREM = ROOT / "configs" / "cluster-onprem.yaml"
@@ -175,6 +181,20 @@ def test_aws_head_is_on_demand_without_gpu_and_workers_are_spot() -> None:
         assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
         assert worker["node_config"]["InstanceType"].startswith("g")
         assert (worker["min_workers"], worker["max_workers"]) == (0, 8)
+
+
+def test_aws_search_line_has_gpu_nodes_come() -> None:
+    """None is kept: what replicas ask for, before there is a GPU, is what the autoscaler goes by."""
+    header = AWS.read_text(encoding="utf-8").partition("\n\n")[0]
+    [line] = [line for line in header.splitlines() if "RAY_ADDRESS=auto rankfront search" in line]
+    words = shlex.split(line.removeprefix("#"))
+    overrides = dict(override(words[place + 1]) for place, word in enumerate(words) if word == "--set")
+    config = load_config(ROOT / "configs" / "llama-3.2-1b.yaml", overrides)
+    kind = prepared(AWS)["available_node_types"]["gpu"]
+    assert (config.replicas.gpus, config.replicas.max) == (1, kind["max_workers"])
+    head = Machine(8, 0, 2**35, grows=True, rooms=(Room(8, 0, 2**35),))
+    nothing = Prepared("", "", (), 10**9, {}, {}, {}, {}, reused=True)
+    assert replica_plan(config, nothing, head) == (kind["max_workers"], 1)
 
 
 def test_aws_opens_no_port_beyond_rays_default_of_ssh() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from stores import MIXED, SPEC, Setting, build, names, one_block, setting_of, we
 
 from actors.decompose import decompose
 from actors.factors import (
+    FactorStore,
     needing_gradients,
     needing_spreads,
     refuse_idle_patterns,
@@ -36,6 +39,13 @@ def setting(biased_llama: Path, ids: torch.Tensor) -> Setting:
 @pytest.fixture(scope="module")
 def few(setting: Setting) -> Setting:
     return one_block(setting)
+
+
+def test_a_store_that_a_node_does_not_see_is_said(tmp_path: Path) -> None:
+    """By a replica, on whichever node it is: it would end at the manifest."""
+    here = re.escape(f"factor store {tmp_path}/elsewhere: node {platform.node()} sees no manifest.json")
+    with pytest.raises(RankfrontError, match=f"^{here} there.* set runs or cache.factors to a folder that"):
+        FactorStore(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("method", ["feature", "weight", "curvature"])

@@ -7,8 +7,10 @@ import io
 import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,9 +275,9 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
     ("address", "error", "says"),
     [
         (
-            "192.0.2.1:6379",
-            ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379"),
-            "RAY_ADDRESS=192.0.2.1:6379: no cluster answers there (Failed to connect",
+            "auto",
+            ConnectionError("Could not find any running Ray instance."),
+            "RAY_ADDRESS=auto: no cluster answers there (Could not find",
         ),
         ("garbage", ValueError("Invalid address format: garbage"), "RAY_ADDRESS=garbage: Invalid address"),
         (
@@ -284,9 +286,9 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
             "RAY_ADDRESS=ray://127.0.0.1:1: a driver joins the cluster itself; set it to HOST:PORT",
         ),
         (
-            "192.0.2.1:6379",
+            "auto",
             Exception("Timed\nout."),
-            "192.0.2.1:6379: cannot be joined: Timed out.",
+            "RAY_ADDRESS=auto: cannot be joined: Timed out.",
         ),
         (
             None,
@@ -325,6 +327,36 @@ def test_an_address_that_is_none_is_refused_by_ray_as_expected(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(RankfrontError, match=f"^RAY_ADDRESS={address}: .*; set it to HOST:PORT.*or auto"):
         connect()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
+def test_a_port_where_nothing_listens_is_said_at_once(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray alone would ask it for minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # taken, and not listened at: nobody else opens it meanwhile
+        address = f"{host}:{free.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        start = time.monotonic()
+        with pytest.raises(RankfrontError, match=f"^RAY_ADDRESS={address}: no cluster answers there .*auto"):
+            connect()
+        assert time.monotonic() - start < 20
+
+
+def test_what_listens_is_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the test above: the look at the port refuses no cluster."""
+    asked: list[object] = []
+
+    def init(**settings: object) -> None:
+        asked.append(settings)
+        raise ConnectionError("no Ray")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", init)
+        with pytest.raises(RankfrontError, match=r"no cluster answers there \(no Ray\)"):
+            connect()
+    assert len(asked) == 1
 
 
 def test_every_command_has_help() -> None:

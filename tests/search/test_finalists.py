@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +12,24 @@ from typing import Any
 import pytest
 from fakes import MadeUpPool, open_study, propose_and_complete
 from ray.exceptions import ActorDiedError, RayTaskError
+from rich.console import Console
 from tiny_study import MACHINE, Tiny
 from typer.testing import CliRunner
 
 import search.finalists
+import search.opening
+import search.session
 from actors.types import Allocation, RankfrontError
 from search.choosing import chosen, untold
 from search.cli import app
+from search.config import parse_config
 from search.evaluations import Evaluations
 from search.finalist_table import finalist_cells
-from search.finalists import finalists, reported
+from search.finalists import finalists, reported, run_finalists
 from search.folder import StudyFolder, summarise
 from search.journal import driver_lock
 from search.opening import Session
-from search.pool import Job, Outcome
+from search.pool import Job, Machine, Outcome
 from search.records import StudySummary, TrialRow
 from search.sections import FinalistSection
 
@@ -190,6 +195,38 @@ def test_a_finalist_that_cannot_be_refined_is_passed_over(
     variants = {e.trial for e in evaluations(study).rows if e.variant.startswith("refined")}
     assert variants == {2}
     assert "Refined finalists" in (study.folder.path / "report.html").read_text()
+
+
+def test_more_workers_than_ever_run_at_once_are_refused_before_anything_is_scored(
+    study: Tiny, started: list[str]
+) -> None:
+    config = study.folder.config
+    many = config.model_copy(update={"refine": config.refine.model_copy(update={"workers": 5})})
+    folder, screen = replace(study.folder, config=many), Console(file=io.StringIO())
+    with pytest.raises(RankfrontError, match=r"^refine\.workers: 5 never run at once: .*; 1 at most"):
+        run_finalists(folder, FinalistSection(count=1), screen)
+    assert started == []
+    run_finalists(folder, FinalistSection(count=1, refine=False), screen)
+    assert started == ["replicas"]
+
+
+@pytest.mark.parametrize(
+    ("finalists", "refused"), [({"count": 3}, True), ({"count": 3, "refine": False}, False), ({}, False)]
+)
+def test_a_search_is_refused_at_once_whose_finalists_could_not_be_refined(
+    finalists: dict[str, Any], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*arguments: Any) -> Any:
+        raise RankfrontError("the long work has begun")
+
+    monkeypatch.setattr(search.opening, "connect", lambda: Machine(2, 0, 2**40))
+    monkeypatch.setattr(search.opening, "prepare", prepare)
+    hub = {"model": {"source": "org/model"}, "text": {"source": "org/text"}}
+    raw = {"study": "s", "runs": str(tmp_path), **hub, "refine": {"workers": 3}, "finalists": finalists}
+    words = r"^refine\.workers: 3 never run at once: .* 2 at most" if refused else "the long work has begun"
+    with pytest.raises(RankfrontError, match=words):
+        search.session.search(parse_config(raw), Console(file=io.StringIO()))
+    assert not (tmp_path / "s").exists()
 
 
 def test_an_error_of_our_own_leaves_a_report(study: Tiny) -> None:

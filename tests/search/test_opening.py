@@ -311,7 +311,11 @@ TWO_NODES = (Room(cpus=16, gpus=4, memory=2.0**40), Room(cpus=8, gpus=1, memory=
         (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 2}, (2, 8)),  # the other node's GPU is no half of two
         (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 0.5}, (10, 2)),
         (Machine(24, 5, 1, True, TWO_NODES), {"gpus": 4, "count": 3}, (3, 8)),
-        (Machine(4, 0, 1, True, (Room(4, 0, 1),)), {"gpus": 2, "max": 3}, (3, 4)),  # nodes are to be brought
+        # Nodes are to be brought, which may have fewer cores than the head.
+        (Machine(16, 0, 1, True, (Room(16, 0, 1),)), {"gpus": 1, "max": 8}, (8, 1)),
+        (Machine(16, 0, 1, True), {"gpus": 0.5, "max": 8}, (8, 1)),
+        (Machine(16, 0, 1, True, (Room(16, 0, 1),)), {"gpus": 2, "max": 3, "threads": 4}, (3, 4)),
+        (Machine(72, 1, 1, True, (Room(64, 0, 1), Room(8, 1, 1))), {"gpus": 2, "max": 2}, (2, 8)),
     ],
     ids=str,
 )
@@ -353,6 +357,75 @@ def test_gpus_that_no_node_has_are_refused_before_anything_is_prepared(
         search.replicas._start_pool(folder_of(config), machine, print, silent)
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"threads": 16}, r"^replicas\.threads: 16, this machine has 2 cores, .*; 2 at most, or auto"),
+        ({"threads": 16, "count": 4}, r"^replicas\.threads: 16, this machine has 2 cores"),
+        ({"min": 3}, r"^replicas\.min: 3 never run at once: each takes 1 of 2 cores.*; 2 at most"),
+        ({"min": 2, "threads": 2}, r"^replicas\.min: 2 never run at once: each takes 2 of 2 .*; 1 at most"),
+    ],
+    ids=str,
+)
+def test_replicas_that_never_run_at_once_are_refused_before_anything_is_prepared(
+    section: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that no node joins. Of a study that is prepared, as its replicas start."""
+    machine = Machine(2, 0, 2**40)
+    monkeypatch.setattr(search.opening, "connect", lambda: machine)
+    monkeypatch.setattr(search.opening, "prepare", lambda *_: pytest.fail("the long work has begun"))
+    config = config_of(tmp_path, runs=str(tmp_path / "runs"), replicas=section)
+    with (
+        pytest.raises(RankfrontError, match=words),
+        search.opening.opened(config, Console(file=io.StringIO())),
+    ):
+        pass
+    assert not config.folder.exists()
+    with pytest.raises(RankfrontError, match=words):
+        search.replicas._start_pool(folder_of(config), machine, print, silent)
+
+
+@pytest.mark.parametrize(
+    ("machine", "section", "fit", "each"),
+    [
+        (Machine(2, 0, 2**40), {"count": 1000}, 2, "1 of 2 cores"),
+        (Machine(2, 0, 2**40), {"count": 4, "threads": 2}, 1, "2 of 2 cores"),
+        (Machine(16, 4, 1), {"count": 5}, 4, "1 of 16 cores and a GPU"),
+        (Machine(2, 0, 2**40), {"count": 2}, 2, None),
+        (Machine(2, 0, 2**40, True), {"count": 4, "threads": 16}, 4, None),  # nodes may join
+    ],
+    ids=str,
+)
+def test_replicas_of_which_some_wait_are_said_before_anything_is_prepared(
+    machine: Machine,
+    section: dict[str, Any],
+    fit: int,
+    each: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And as they start; those that fit are a search all the same."""
+
+    def prepare(*arguments: Any) -> Prepared:
+        raise RankfrontError("enough")
+
+    monkeypatch.setattr(search.opening, "connect", lambda: machine)
+    monkeypatch.setattr(search.opening, "prepare", prepare)
+    monkeypatch.setattr(search.replicas, "Pool", lambda *arguments: None)
+    shown, config = io.StringIO(), config_of(tmp_path, replicas=section)
+    with pytest.raises(RankfrontError, match="enough"), search.opening.opened(config, Console(file=shown)):
+        pass
+    said: list[str] = []
+    search.replicas._start_pool(folder_of(config), machine, said.append, silent)
+    if each is None:
+        assert shown.getvalue() == ""
+        assert said[0].endswith(" each")
+    else:
+        assert f"replicas.count: {section['count']}, and {fit} run" in shown.getvalue()
+        assert f"each takes {each}; the others wait" in shown.getvalue()
+        assert said[0].endswith(f" each, {fit} at once")
+
+
 def test_replicas_whose_number_is_named_wait_for_a_node_that_has_their_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +442,26 @@ def test_replicas_whose_number_is_named_wait_for_a_node_that_has_their_gpus(
     search.replicas._start_pool(folder_of(config), machine, said.append, silent)
     assert said[2] == "replicas: 5, 4 threads and a GPU each"
     assert {spec.gpus for spec in pools[1][0]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("machine", "section", "said"),
+    [
+        (Machine(8, 0, 2**40, True, (Room(8, 0, 1),)), {}, True),
+        (Machine(8, 0, 2**40, True, (Room(8, 0, 1),)), {"gpus": 1, "max": 2}, False),
+        (Machine(8, 0, 2**40), {}, False),  # no node joins it
+        (Machine(24, 5, 1, True, TWO_NODES), {}, False),
+    ],
+    ids=str,
+)
+def test_a_cluster_that_is_taken_for_one_of_cpus_is_told_how_gpu_nodes_come(
+    machine: Machine, section: dict[str, Any], said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.replicas, "Pool", lambda *arguments: None)
+    lines: list[str] = []
+    folder = folder_of(config_of(tmp_path, replicas=section))
+    search.replicas._start_pool(folder, machine, lines.append, silent)
+    assert any("replicas: {gpus: 1, max: N} waits for nodes" in line for line in lines) == said
 
 
 def test_what_replicas_keep_counts_as_their_memory(tmp_path: Path) -> None:

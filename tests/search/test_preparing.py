@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +101,7 @@ def test_two_builders_make_what_one_makes(root: Path, by_one: Prepared, tmp_path
     assert waits.startswith("calibration.builders: 2 need a CPU each and there are 1 CPUs")
     assert not prepared.reused
     assert prepared.fingerprints == by_one.fingerprints
+    assert not list(tmp_path.rglob("*.tmp")), "what told whether the builders see one folder"
     same_store(prepared, by_one)
     assert watched.shown[-1] == Progress("decomposing", 21, 21)
     assert [progress.total for progress in watched.shown if progress.step == "calibrating"][-1] == 8
@@ -201,6 +204,66 @@ def test_a_check_that_refuses_stops_before_anything_is_measured(
     assert shown == []
     assert deaths(tmp_path) == 0
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def apart(folder: Path, marks: Path) -> type:
+    """A preparer that, if it is not the first, has another folder under the path of the first one's, as on a
+    node that shares none; measuring leaves a file in `marks`."""
+
+    class Apart(dying(marks, "collect", after=0, times=99)):  # type: ignore[misc]
+        def __init__(self, spec: PreparationSpec, threads: int) -> None:
+            from dataclasses import replace
+
+            try:
+                (folder / "first").mkdir()
+            except FileExistsError:
+                spec = replace(spec, cache=str(folder / "elsewhere"))
+            super().__init__(spec, threads)
+
+    return Apart
+
+
+def test_builders_that_share_no_folder_are_refused_before_anything_is_measured(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.preparing, "Preparer", apart(tmp_path, tmp_path))
+    watched = Watched(spec_of(root, tmp_path / "runs"), builders=2)
+    here, stores = re.escape(platform.node()), re.escape(str(tmp_path / "runs" / "factors"))
+    says = rf"^factor store: what node {here} writes in {stores} is not seen by node {here} under that path; "
+    with pytest.raises(RankfrontError, match=says + "set runs or cache.factors to a folder that all nodes"):
+        watched.run()
+    assert watched.shown == []
+    assert deaths(tmp_path) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_driver_that_would_not_see_the_factors_is_told_before_anything_is_measured(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One builder on another node is enough for that. Of a URL the driver makes a copy."""
+    marks = str(tmp_path)
+
+    class Away(dying(tmp_path, "collect", after=0, times=1)):  # type: ignore[misc]
+        def mark(self) -> Any:
+            """What the driver finds nothing of under this path."""
+            from dataclasses import replace
+            from pathlib import Path
+
+            found = super().mark()
+            self.unmark(found)
+            return replace(found, file=Path(marks) / "there" / "x.partial" / found.file.name)
+
+    monkeypatch.setattr(search.preparing, "Preparer", Away)
+    spec = spec_of(root, tmp_path / "runs")
+    there = re.escape(str(tmp_path / "there"))
+    says = rf"^factor store: what node .* {there} is not seen by the driver's machine \S+ under that path"
+    with pytest.raises(RankfrontError, match=says):
+        Watched(spec, builders=1).run()
+    assert deaths(tmp_path) == 0
+    with pytest.raises(RankfrontError, match="the preparation's process died"):  # as it measured
+        Watched(replace(spec, shared=f"file://{tmp_path}/shared", node_cache=str(tmp_path / "n")), 1).run()
+    assert deaths(tmp_path) == 1
 
 
 def test_the_workers_mistakes_are_told_as_they_are(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,13 @@ def test_a_store_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> No
         file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(RankfrontError, match=f"factor store {tmp_path}"):
         energies(tmp_path)
+
+
+def test_a_store_that_this_machine_does_not_see_is_said(tmp_path: Path) -> None:
+    """As where the driver's machine does not share the folder that the builders write in."""
+    here = re.escape(f"node {platform.node()} sees no manifest.json there")
+    with pytest.raises(RankfrontError, match=f"{here}.*set runs or cache.factors to a folder that all nodes"):
+        losses(tmp_path / "elsewhere")
 
 
 def test_energy_kept_is_the_share_of_the_first_ranks() -> None:
