@@ -43,8 +43,8 @@ def prepare(
     A build whose processes die is begun again, from the targets it has, as long as it gets further.
 
     Raises:
-        RankfrontError: what the preparation, `check` or `foresee` says is wrong, that its processes died, that
-            so many builders never run at once, or that they or the driver do not see one folder.
+        RankfrontError: what the preparation, `check` or `foresee` says is wrong, that its processes died,
+            that so many builders never run at once, or that they or the driver do not see one folder.
     """
     while True:
         progressed = False
