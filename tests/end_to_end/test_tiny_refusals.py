@@ -17,7 +17,7 @@ from studies import Ended, Study
 import search.opening
 import search.session
 from actors.preparation import prepare
-from actors.types import Prepared, RankfrontError
+from actors.types import Foreseen, Prepared, RankfrontError
 from search.config import load_config
 from search.pool import Machine
 
@@ -51,12 +51,15 @@ def test_other_objectives_are_refused_by_name(study: Study, searched: Ended) -> 
 
 
 def prepare_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepared(spec: Any, machine: Machine, count: int, say: Any, show: Any, check: Any) -> Prepared:
+    def prepared(spec: Any, *arguments: Any) -> Prepared:
+        *_, check, foresee = arguments
         for item in prepare(spec):
             if isinstance(item, Prepared):
                 return item
             if isinstance(item, Mapping):
                 check(item)
+            if isinstance(item, Foreseen):
+                foresee(item.prepared)
         raise AssertionError("nothing was prepared")
 
     monkeypatch.setattr(search.opening, "connect", lambda: Machine(cores=1, gpus=0, memory=2**30))
@@ -101,7 +104,7 @@ def test_a_study_that_cannot_start_leaves_no_folder(
 def test_a_sampler_that_the_space_is_too_large_for_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A level for each module type in each third of the depth: only the prepared model tells how many."""
+    """A level for each module type in each third of the depth: only the loaded model tells how many."""
     many = Study(root, "many", None, sampler={"name": "gp"}, space={"segments": 3})
     prepare_here(monkeypatch)
 

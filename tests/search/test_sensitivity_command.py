@@ -67,7 +67,7 @@ class Machinery:
         self.pools: list[MadeUpPool] = []
 
     def prepare(self, *arguments: Any) -> Prepared:
-        check: Callable[[Mapping[str, str]], None] = arguments[-1]
+        check: Callable[[Mapping[str, str]], None] = arguments[5]
         check(self.fingerprints)
         sizes = dict.fromkeys(("search", "test", "search.forward", "test.forward", "calibration"), 100)
         return Prepared(
