@@ -14,7 +14,7 @@ for name in ("config.yaml", "prepared.json", "front.json", "front.png", "report.
     assert (folder / name).stat().st_size > 500, name
 
 storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-trials = optuna.load_study(study_name="smollm2", storage=storage).trials
+trials = optuna.load_study(study_name=folder.name, storage=storage).trials
 assert [trial.number for trial in trials] == list(range(count)), "trial numbers"
 assert all(trial.state.name == "COMPLETE" for trial in trials), [trial.state.name for trial in trials]
 
