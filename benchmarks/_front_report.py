@@ -240,11 +240,12 @@ def _paired(pairs: Sequence[float]) -> str:
 
 
 def _covered(reading: Reading, run: Run) -> str | None:
-    """How much of a surgical search's front the seeds of ours weakly dominate, on the search split."""
+    """How much of a surgical search's front, down to the lowest budget that counts, the seeds of ours weakly
+    dominate, on the search split."""
     if not reading.count(run):
         return None
     theirs = reading.points(run)
-    theirs = theirs[np.isfinite(theirs[:, 0])]
+    theirs = theirs[np.isfinite(theirs[:, 0]) & (theirs[:, 0] >= reading.setup.lowest)]
     theirs = theirs[front(theirs)]
     lines = []
     for ours in reading.of(OURS):
@@ -254,7 +255,8 @@ def _covered(reading: Reading, run: Run) -> str | None:
             lines.append(f"seed {ours.seed}: {held} of {len(theirs)}")
     if not lines:
         return None
-    return f"Points of the front of `{run.name}` that ours weakly dominates: {', '.join(lines)}."
+    lowest = f"{reading.setup.lowest:.0%}"
+    return f"Points of the front of `{run.name}` from {lowest} on that ours weakly dominates: {', '.join(lines)}."
 
 
 def _progress(reading: Reading) -> Iterator[list[str]]:
