@@ -255,8 +255,8 @@ def _covered(reading: Reading, run: Run) -> str | None:
             lines.append(f"seed {ours.seed}: {held} of {len(theirs)}")
     if not lines:
         return None
-    lowest = f"{reading.setup.lowest:.0%}"
-    return f"Points of the front of `{run.name}` from {lowest} on that ours weakly dominates: {', '.join(lines)}."
+    theirs_above = f"the front of `{run.name}` from {reading.setup.lowest:.0%} on"
+    return f"Points of {theirs_above} that ours weakly dominates: {', '.join(lines)}."
 
 
 def _progress(reading: Reading) -> Iterator[list[str]]:
