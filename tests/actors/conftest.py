@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from decomposed import decomposed
 from refinements import Setting
 
-from actors.calibration import collect_moments
-from actors.models import list_targets, load_model
-from actors.types import Allocation, FactorSpec, ModelSource
+from actors.types import Allocation, FactorSpec
 
 
 @pytest.fixture(scope="module", params=[("llama", "mean"), ("biased_llama", "none")])
@@ -21,18 +20,15 @@ def setting(
     """Some targets dense, some at ranks that run as a product and some that run as factors."""
     which, bias = request.param
     folder: Path = request.getfixturevalue(which)
-    model = load_model(folder, ModelSource(str(folder)))
-    targets = list_targets(model)
     place = tmp_path_factory.mktemp("stores") / "store"
-    store = tiny.tiny_store(
-        place, model, targets, collect_moments(model, targets, ids), FactorSpec("feature", bias=bias)
-    )
+    made = decomposed(folder, place, ids, FactorSpec("feature", bias=bias))
     shares = (None, 0.25, 0.5, 0.75)
     ranks = {
         target.name: None if shares[n % 4] is None else int(target.full_rank * shares[n % 4])
-        for n, target in enumerate(targets)
+        for n, target in enumerate(made.targets)
     }
-    return Setting(folder, targets, store, Allocation.of(ranks, targets), tiny.refinement_texts(ids))
+    allocation = Allocation.of(ranks, made.targets)
+    return Setting(folder, made.targets, made.store, allocation, tiny.refinement_texts(ids))
 
 
 @pytest.fixture(scope="module")

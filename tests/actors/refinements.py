@@ -7,27 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.factors import FactorStore
-from actors.models import load_model
+from decomposed import Decomposed
+
 from actors.refinable import Texts
 from actors.refine import refine
 from actors.refinement import RefinementSpec, RefinementStep
-from actors.types import Allocation, ModelSource, TargetSpec
+from actors.types import Allocation
 
 VOCABULARY = 384
 SPEC = RefinementSpec(steps=12, tokens=128, learning_rate=3e-4, warmup=2, evaluate_every=4, top_k=VOCABULARY)
 
 
 @dataclass(frozen=True)
-class Setting:
-    folder: Path
-    targets: tuple[TargetSpec, ...]
-    store: FactorStore
+class Setting(Decomposed):
     allocation: Allocation
     texts: Texts
-
-    def dense(self) -> Any:
-        return load_model(self.folder, ModelSource(str(self.folder)))
 
     def steps(self, path: Path, spec: RefinementSpec = SPEC, **other: Any) -> Iterator[RefinementStep]:
         store = other.get("store", self.store)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from decomposed import Decomposed, decomposed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -25,14 +26,7 @@ FEW, MANY = 1, 10**9  # tokens for which a rank below and near full runs as two 
 
 
 @dataclass(frozen=True)
-class Setting:
-    folder: Path
-    targets: tuple[TargetSpec, ...]
-    store: FactorStore
-
-    def dense(self) -> Any:
-        return load_model(self.folder, ModelSource(str(self.folder)))
-
+class Setting(Decomposed):
     def trial(self) -> tuple[Any, TrialModel]:
         model = self.dense()
         return model, TrialModel(model, self.targets, self.store)
@@ -53,12 +47,9 @@ def setting(
 ) -> Setting:
     which, bias = request.param
     folder: Path = request.getfixturevalue(which)
-    model = load_model(folder, ModelSource(str(folder)))
-    targets = list_targets(model)
     place = tmp_path_factory.mktemp("stores") / "store"
-    moments = collect_moments(model, targets, ids)
-    spec = FactorSpec("feature", choices=("weight",), bias=bias)
-    return Setting(folder, targets, tiny.tiny_store(place, model, targets, moments, spec))
+    made = decomposed(folder, place, ids, FactorSpec("feature", choices=("weight",), bias=bias))
+    return Setting(folder, made.targets, made.store)
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -9,45 +9,37 @@ from typing import Any
 
 import numpy as np
 import pytest
+import refinements
 import tiny
 import torch
 from captured import weight
+from decomposed import decomposed
 from infinite import Infinite
 from regressions import Floats, error, reduced_rank
 from torch import nn
 from transformers import GPTJConfig, GPTJForCausalLM
 
 import actors.refit
-from actors.calibration import collect_moments
 from actors.decompose import damping
 from actors.divergence import dense_top
 from actors.errors import OpaqueModelError
-from actors.factors import FactorStore
 from actors.low_rank import TrialModel
 from actors.models import list_targets, load_model
 from actors.perplexity import window_losses
-from actors.refinable import Texts, refinable
+from actors.refinable import refinable
 from actors.refined import RefinedFactors
 from actors.refinement import REFIT, RefinementSpec, RefinementStep
 from actors.refit import Refit, refit
-from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, ScoringError, TargetSpec
+from actors.types import Allocation, FactorSpec, ModelSource, RankfrontError, ScoringError
 
 SPEC = RefinementSpec(method=REFIT, evaluate_every=1, top_k=384, batch_tokens=256)
 
 
 @dataclass(frozen=True)
-class Setting:
-    folder: Path
-    targets: tuple[TargetSpec, ...]
-    store: FactorStore
-    allocation: Allocation
-    texts: Texts
-
-    def dense(self) -> Any:
-        return load_model(self.folder, ModelSource(str(self.folder)))
-
-    def steps(self, path: Path, spec: RefinementSpec = SPEC, store: Any = None) -> Iterator[RefinementStep]:
-        return refit(self.dense(), store or self.store, self.allocation, self.texts, spec, path, {"trial": 3})
+class Setting(refinements.Setting):
+    def steps(self, path: Path, spec: RefinementSpec = SPEC, **other: Any) -> Iterator[RefinementStep]:
+        store = other.get("store", self.store)
+        return refit(self.dense(), store, self.allocation, self.texts, spec, path, {"trial": 3})
 
     def ranked(self) -> list[tuple[str, int]]:
         return [(name, rank) for name, rank in self.allocation if rank is not None]
@@ -60,18 +52,16 @@ def setting(
     """Some targets dense, in the last block all after the third; the rest cut low."""
     which, bias = request.param
     folder: Path = request.getfixturevalue(which)
-    model = load_model(folder, ModelSource(str(folder)))
-    targets = list_targets(model)
-    moments = collect_moments(model, targets, ids)
-    spec = FactorSpec("feature", bias=bias)
-    store = tiny.tiny_store(tmp_path_factory.mktemp("stores") / "store", model, targets, moments, spec)
+    place = tmp_path_factory.mktemp("stores") / "store"
+    made = decomposed(folder, place, ids, FactorSpec("feature", bias=bias))
     shares = (0.5, 0.3, None, 0.6, 0.4)
     ranks = {
         target.name: int(target.full_rank * share)
-        for n, target in enumerate(targets[:17])
+        for n, target in enumerate(made.targets[:17])
         if (share := shares[n % 5]) is not None
     }
-    return Setting(folder, targets, store, Allocation.of(ranks, targets), tiny.refinement_texts(ids))
+    allocation = Allocation.of(ranks, made.targets)
+    return Setting(folder, made.targets, made.store, allocation, tiny.refinement_texts(ids))
 
 
 @pytest.fixture(scope="module")

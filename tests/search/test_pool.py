@@ -14,7 +14,7 @@ import ray
 import search.pool
 from actors.types import Allocation, RankfrontError, ReplicaSpec
 from search.events import Note, silent
-from search.hangs import FIRST, LEAST_LOAD, LEAST_SCORE, TIMES, Bound, Bounds, Seconds
+from search.hangs import LEAST_LOAD, LEAST_SCORE, TIMES, Bounds, Seconds
 from search.pool import Job, Outcome, Pool, connect
 
 # A pool that lost a job would be waited for without end.
@@ -317,19 +317,6 @@ def test_a_longer_split_may_take_longer(pool_of: Any) -> None:
     assert pool._slots[0].overdue
     [outcome] = drain(pool, [], known=(1,)).values()
     assert outcome.score is not None
-
-
-def test_without_a_figure_the_bound_is_many_times_the_longest_so_far() -> None:
-    bound = Bound("auto", least=600.0)
-    assert bound.seconds == FIRST
-    for seconds, most in ((2.0, 600.0), (50.0, 50.0 * TIMES), (40.0, 50.0 * TIMES)):
-        bound.ended(seconds)
-        assert bound.seconds == most
-    asked, none = Bound(7.0, least=600.0), Bound(None, least=600.0)
-    for each in (asked, none):
-        each.ended(50.0)
-    assert asked.seconds == 7.0
-    assert none.seconds == float("inf")
 
 
 def test_a_hanging_trial_is_noticed_without_a_figure_once_others_were_scored(pool_of: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -82,13 +83,21 @@ def straight(random: np.random.Generator, bends: int) -> tuple[np.ndarray, np.nd
     return sizes, np.sum(lines * np.maximum(lacking - reach + reach[:, :1], 0), axis=1)
 
 
+Case = tuple[np.random.Generator, np.ndarray, np.ndarray, Steps]
+
+
+def cases(bends: int, count: int) -> Iterator[Case]:
+    """So many straight curves, with what they were drawn from: sizes, losses, and their steps."""
+    random = np.random.default_rng(bends)
+    for _ in range(count):
+        sizes, losses = straight(random, bends)
+        yield random, sizes, losses, Steps.of(sizes, losses)
+
+
 @pytest.mark.parametrize("bends", [0, 1, 3])
 def test_straight_curves_keep_the_budget_within_one_step(bends: int) -> None:
     """From the lowest levels and from any others, with room for as much as was asked for."""
-    random = np.random.default_rng(bends)
-    for _ in range(400):
-        sizes, losses = straight(random, bends)
-        steps = Steps.of(sizes, losses)
+    for random, sizes, _, steps in cases(bends, 400):
         multipliers = random.lognormal(size=len(sizes))
         room = random.uniform(sizes[:, 0].sum(), sizes[:, -1].sum())
         levels = random.integers(0, sizes.shape[1], len(sizes))
@@ -98,10 +107,7 @@ def test_straight_curves_keep_the_budget_within_one_step(bends: int) -> None:
 
 @pytest.mark.parametrize("bends", [0, 1, 3])
 def test_straight_curves_are_shrunk_by_no_step_too_many(bends: int) -> None:
-    random = np.random.default_rng(bends)
-    for _ in range(400):
-        sizes, losses = straight(random, bends)
-        steps = Steps.of(sizes, losses)
+    for random, sizes, _, steps in cases(bends, 400):
         room = random.uniform(sizes[:, 0].sum(), sizes[:, -1].sum())
         dense = steps.corner[:, -1]
         shrunk = steps.shrink(dense, random.lognormal(size=len(sizes)), room)
@@ -110,10 +116,8 @@ def test_straight_curves_are_shrunk_by_no_step_too_many(bends: int) -> None:
 
 @pytest.mark.parametrize("bends", [0, 1, 3])
 def test_the_frontier_of_straight_curves_is_what_fill_finds(bends: int) -> None:
-    random = np.random.default_rng(bends)
-    for _ in range(60):
-        sizes, losses = straight(random, bends)
-        steps, multipliers = Steps.of(sizes, losses), random.lognormal(size=len(sizes))
+    for random, sizes, losses, steps in cases(bends, 60):
+        multipliers = random.lognormal(size=len(sizes))
         rooms, predicted = steps.frontier(multipliers, losses[np.arange(len(sizes)), steps.lowest])
         for room, expected in zip(rooms.tolist(), predicted.tolist(), strict=True):
             levels = steps.fill(multipliers, room)
