@@ -21,6 +21,7 @@ from actors.refinement import REFIT, RefinementSpec, RefinementStep, file_of, re
 from actors.refit import refit
 from actors.resident import resident
 from actors.scoring import Scorer
+from actors.shared_folder import sees
 from actors.text import calibration_windows, fingerprint_windows
 from actors.types import Allocation, RankfrontError, ReplicaSpec, Score
 
@@ -109,7 +110,7 @@ class Refiner:
 
     def find(self, file: str) -> None:
         """Raises RankfrontError where the folder here has no such `file`, which the driver sees in it."""
-        if not (self._folder / file).exists():
+        if not sees(self._folder / file):
             raise RankfrontError(
                 f"{self._folder}: node {platform.node()}, which refines, does not see the driver's files "
                 "in it, and the driver would not see what is refined; set runs to a folder that both share, "
