@@ -2,7 +2,8 @@
 far.
 
 Work that is stopped too early is paid for twice, and a trial that is stopped on every attempt fails: without
-a figure of the user's no replica that works comes near a bound, and one that hangs is waited for longer.
+a figure of the user's no replica that works comes near a bound, and one that hangs is waited for longer. Only
+a node that joins late and copies a model for longer than that needs such a figure.
 """
 
 from __future__ import annotations

@@ -170,7 +170,8 @@ class Pool:
             return self._lost(slot, error)
         slot.strikes = 0
         slot.add_work(score.busy)
-        self._bounds.score.ended(score.seconds / self._lengths.get(job.split, 1.0))
+        if score.stopped_by is None:  # a part of a score tells nothing of how long a whole one takes
+            self._bounds.score.ended(score.seconds / self._lengths.get(job.split, 1.0))
         self._next(slot)
         return Outcome(job, score)
 

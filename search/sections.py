@@ -247,8 +247,9 @@ class ReplicaSection(Section):
     or so many times more as its split is longer than the search split, is stopped, and the trial is tried
     again; one that takes more than `load_seconds` to load, once it is on a node, is started again. `auto` is
     20 times the longest that any took so far, at least 10 minutes for a score and 30 to load, 4 hours before
-    any is known; null waits for ever. On a cluster that outlives the driver, replicas of one that died wait
-    `alone_seconds` for the next; 0 ends them with it.
+    any is known: where a node that joins late copies the model for longer, set `load_seconds`. null waits for
+    ever. On a cluster that outlives the driver, replicas of one that died wait `alone_seconds` for the next;
+    0 ends them with it.
 
     `threads` are the CPU threads of each; `auto` shares the cores, and is one in a deterministic search. A
     trial whose replica dies is scored at most `attempts` times.

@@ -14,7 +14,7 @@ import ray
 import search.pool
 from actors.types import Allocation, RankfrontError, ReplicaSpec
 from search.events import Note, silent
-from search.hangs import LEAST_LOAD, LEAST_SCORE, TIMES, Bounds, Seconds
+from search.hangs import FIRST, LEAST_LOAD, LEAST_SCORE, TIMES, Bounds, Seconds
 from search.pool import Job, Outcome, Pool, connect
 
 # A pool that lost a job would be waited for without end.
@@ -116,7 +116,8 @@ def replica_class(
             self.last = rank
             text = TextScore("made-up", nats=float(rank), tokens=1, stderr=0.0)
             busy = (1e9, 0.0)  # of two GPUs: all of any time, and none
-            return Score(split, text, {}, 1, seconds, replica=self.name, busy=busy)
+            stopped_by = 0 if act == "part" else None
+            return Score(split, text, {}, 1, seconds, replica=self.name, busy=busy, stopped_by=stopped_by)
 
     return MadeUpReplica
 
@@ -341,6 +342,20 @@ def test_a_hanging_trial_is_noticed_without_a_figure_once_others_were_scored(poo
     now[0] += 2
     assert drain(pool, [], known=(2,))[2].score is not None
     assert pool.health()[0].failure == f"no score within {most} seconds, replica stopped"
+
+
+def test_a_score_that_was_stopped_at_a_stage_tells_nothing_of_how_long_a_whole_one_takes(
+    pool_of: Any,
+) -> None:
+    now = [0.0]
+    behaviour = {1: ["part"], 2: ["hang"]}
+    pool = pool_of(behaviour, count=1, trial_seconds="auto", seconds=2.0, clock=lambda: now[0])
+    drain(pool, [1])
+    pool.submit(Job(2, allocation(2)))
+    for now[0], overdue in ((FIRST - 1, False), (FIRST + 1, True)):
+        assert [*pool.wait(0.01)] == []
+        assert pool._slots[0].overdue == overdue
+    assert drain(pool, [], known=(2,))[2].score is not None
 
 
 def test_a_replica_that_hangs_as_it_loads_is_started_again(pool_of: Any) -> None:
