@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FEWER_TOKENS = "; a smaller scoring.batch_tokens takes less"
+"""What an error says of a score that memory did not suffice for."""
+
 LESS_MEMORY = (
     "; refine.checkpointed: true and a smaller scoring.batch_tokens take less for activations. "
     f"{FEWER_NUMBERS}"
@@ -109,7 +112,7 @@ class Replica:
     def score(self, allocation: Allocation, split: str, rivals: tuple[Rival, ...]) -> Score:
         """Raises ScoringError where there is no valid score, ShortOfMemoryError where memory did not suffice
         for one: the replica stays."""
-        return _in_memory(lambda: self._scorer.score(allocation, split, rivals), f" on the {split} split")
+        return _scoring(lambda: self._scorer.score(allocation, split, rivals), split)
 
 
 def _in_memory(work: Callable[[], T], where: str, hint: str = "") -> T:
@@ -126,8 +129,13 @@ def _in_memory(work: Callable[[], T], where: str, hint: str = "") -> T:
     raise ShortOfMemoryError(f"out of memory{where}: {reason}{hint}")
 
 
+def _scoring(work: Callable[[], T], split: str) -> T:
+    """The same of a score, with what would take less."""
+    return _in_memory(work, f" on the {split} split", FEWER_TOKENS)
+
+
 def _refining(work: Callable[[], T]) -> T:
-    """The same of a refinement, with what would take less."""
+    """The same of a refinement."""
     return _in_memory(work, " while refining", LESS_MEMORY)
 
 
@@ -173,7 +181,7 @@ class Refiner:
         self._refiner.find(file)
 
     def score(self, allocation: Allocation, split: str, file: str | None) -> Score:
-        return _in_memory(lambda: self._refiner.score(allocation, split, file), f" on the {split} split")
+        return _scoring(lambda: self._refiner.score(allocation, split, file), split)
 
     def ask(self, allocation: Allocation, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore:
         return _in_memory(lambda: self._refiner.ask(allocation, file, spec, task), f" on {task}")

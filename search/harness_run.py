@@ -9,7 +9,7 @@ from rich.console import Console
 
 from actors.harness_results import HarnessSpec, task_fingerprints
 from actors.refinement import FOLDER as REFINED
-from actors.types import Progress, RankfrontError, ScoringError
+from actors.types import Progress, RankfrontError, ScoringError, ShortOfMemoryError
 from search.evaluations import Evaluations
 from search.finals import finished_numbers, reopened
 from search.folder import StudyFolder, report
@@ -115,7 +115,7 @@ def ask(
         show(Progress(f"{question.task}: trial {number}, {variant}", done, len(queue)))
         try:
             score = worker.ask(question.row.allocation, question.file, spec, question.task)
-        except ScoringError as error:
+        except (ScoringError, ShortOfMemoryError) as error:
             say(f"trial {number}, {variant}, has no score on {question.task}: {error}")
         else:
             evaluations.add(HarnessEvaluation(number, variant, question.fingerprint, score), say)

@@ -38,7 +38,9 @@ def test_running_out_of_memory_is_a_trial_without_a_score() -> None:
     replica._scorer = Exhausted()  # type: ignore[assignment]
     with pytest.raises(ShortOfMemoryError) as raised:
         replica.score(Allocation((("t", 1),)), "search", ())
-    assert str(raised.value) == f"out of memory on the search split: {REASON}"
+    assert str(raised.value) == (
+        f"out of memory on the search split: {REASON}; a smaller scoring.batch_tokens takes less"
+    )
     assert raised.value.__context__ is None  # nor does it hold the frames, and the tensors in them
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 

@@ -20,7 +20,7 @@ from actors.reasoning import pack, score_task
 from actors.refined import RefinedFactors
 from actors.scoring import Scorer
 from actors.tasks import TASKS
-from actors.types import RankfrontError, ReplicaSpec, ScoringError
+from actors.types import RankfrontError, ReplicaSpec, ScoringError, ShortOfMemoryError
 from search.cli import app
 from search.evaluations import Evaluations
 from search.folder import StudyFolder
@@ -119,24 +119,27 @@ def test_the_report_and_the_table_show_the_answers(study: Tiny, tasks: Path) -> 
 class Answering:
     """A worker that answers after `stop`, or not at all."""
 
-    def __init__(self, stop: Stop, broken: int) -> None:
-        self.stop, self.broken, self.asked = stop, broken, 0
+    def __init__(self, stop: Stop, broken: int, error: RankfrontError) -> None:
+        self.stop, self.broken, self.error, self.asked = stop, broken, error, 0
 
     def ask(self, allocation: Any, file: str | None, spec: HarnessSpec, task: str) -> HarnessScore:
         self.asked += 1
         if self.asked == self.broken:
-            raise ScoringError("made-up reason")
+            raise self.error
         if self.asked == 3:
             self.stop.reason = "SIGINT"
         return HarnessScore(task, (), 0.5)
 
 
-def test_a_stopped_run_keeps_its_answers_and_a_broken_model_has_none(study: Tiny) -> None:
+@pytest.mark.parametrize("kind", [ScoringError, ShortOfMemoryError])
+def test_a_stopped_run_keeps_its_answers_and_where_there_is_none_it_goes_on(
+    study: Tiny, kind: type[RankfrontError]
+) -> None:
     spec = HarnessSpec(("a", "b"), None, 1, None)
     prints = {"a": "f1", "b": "f2"}
     rows = list(study.folder.open_study().rows())
     stop, said = Stop(), io.StringIO()
-    worker: Any = Answering(stop, broken=2)
+    worker: Any = Answering(stop, 2, kind("made-up reason"))
     queue = questions(study.folder, rows, (), prints, pytest.fail)
     ask(study.folder, queue, spec, worker, stop, lambda line: print(line, file=said), lambda progress: None)
     assert worker.asked == 3
