@@ -129,6 +129,8 @@ def read_configuration(
 ) -> Configuration:
     """A configuration alone, applied to a `model` by its source; `overrides` maps dotted keys to values.
 
+    Of these alone `model.trust_remote_code` is taken: a file that came from elsewhere gives no permission.
+
     Raises:
         RankfrontError: the file is no YAML, and where.
         ConfigError: the file cannot be read, or every mistake in it, one line each.
@@ -142,7 +144,7 @@ def read_configuration(
     named = raw.get("model") or {}
     if not isinstance(named, dict):
         raise ConfigError(str(file), [f"model: {named!r} is no section"])
-    raw = {**raw, "model": {**named, "source": model}}
+    raw = {**raw, "model": {**named, "source": model, "trust_remote_code": False}}
     for key, value in (overrides or {}).items():
         set_key(raw, key, value)
     mistakes = _own_mistakes(raw)
