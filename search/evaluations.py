@@ -9,13 +9,16 @@ from typing import Any
 
 from search.files import append_record, read_records
 from search.journal import repair
-from search.records import HARNESS, Evaluation, HarnessEvaluation, Key, TrialRow
+from search.records import FORGOTTEN, HARNESS, Evaluation, Forgotten, HarnessEvaluation, Key, TrialRow
 
 FILE = "evaluations.jsonl"
 
+Row = Evaluation | HarnessEvaluation | Forgotten
+
 
 class Evaluations:
-    """Rows of trials, keyed by (trial, variant, split, fingerprint); a later row replaces an equal key's.
+    """Rows of trials, keyed by (trial, variant, split, fingerprint); a later row replaces an equal key's, and
+    one that forgets a variant removes all of it.
 
     A number may have stood for another trial, in a journal that is gone or before a backup was restored. So
     a row counts where a trial of its number has the allocation that was scored; one of a version that did not
@@ -32,9 +35,21 @@ class Evaluations:
         rows = read_records(self._path, _row)
         counting = [row for row in rows if self._is_of_trial(row)]
         self.left_out = len(rows) - len(counting)
-        self._rows = {row.key: row for row in counting}
+        self._rows: dict[Key, Evaluation | HarnessEvaluation] = {}
+        for row in counting:
+            self._take(row)
 
-    def _is_of_trial(self, row: Evaluation | HarnessEvaluation) -> bool:
+    def _take(self, row: Row) -> None:
+        if isinstance(row, Forgotten):
+            for key in self._of(row.trial, row.variant):
+                del self._rows[key]
+        else:
+            self._rows[row.key] = row
+
+    def _of(self, trial: int, variant: str) -> list[Key]:
+        return [key for key, row in self._rows.items() if (row.trial, row.variant) == (trial, variant)]
+
+    def _is_of_trial(self, row: Row) -> bool:
         allocation = self._allocations.get(row.trial)
         return allocation is not None and row.allocation in (None, allocation.key)
 
@@ -53,7 +68,12 @@ class Evaluations:
         row = self._rows.get((trial, variant, split, fingerprint))
         return row if isinstance(row, Evaluation) else None
 
-    def add(self, row: Evaluation | HarnessEvaluation, say: Callable[[str], None]) -> None:
+    def forget(self, trial: int, variant: str, say: Callable[[str], None]) -> None:
+        """A variant's rows so far count no more, as its factors are made anew. Durable, as `add` is."""
+        if self._of(trial, variant):
+            self.add(Forgotten(trial, variant), say)
+
+    def add(self, row: Row, say: Callable[[str], None]) -> None:
         """Durable when it returns, with the allocation of its trial, one of those that this was made for.
 
         What a crash left of a row before it is dropped, and told to `say`.
@@ -65,9 +85,9 @@ class Evaluations:
                 say(f"evaluations: {repaired}")
             self._whole = True
         append_record(self._path, row.to_dict())
-        self._rows[row.key] = row
+        self._take(row)
 
 
-def _row(data: Mapping[str, Any]) -> Evaluation | HarnessEvaluation:
-    kind = HarnessEvaluation if data["split"] == HARNESS else Evaluation
-    return kind.from_dict(data)
+def _row(data: Mapping[str, Any]) -> Row:
+    kinds: dict[str, type[Row]] = {HARNESS: HarnessEvaluation, FORGOTTEN: Forgotten}
+    return kinds.get(data["split"], Evaluation).from_dict(data)

@@ -22,7 +22,7 @@ from search.records import FACTORS, StudySummary, TrialRow
 from search.refine import refined_file
 
 DESCRIPTION, LISTED = "ranks.yaml", "ranks.json"
-DECIDES = ("format", "study", "trial", "storage", "ranks", "methods")
+DECIDES = ("format", "study", "trial", "variant", "storage", "ranks", "methods")
 """Keys of a description that say which model it is, given the same base model and factors."""
 
 

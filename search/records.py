@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from actors.harness_results import HarnessScore
@@ -15,6 +15,8 @@ FACTORS = "factors"
 """The variant that is a trial's own factors."""
 HARNESS = "lm_eval"
 """The split of what lm-evaluation-harness measured: its tasks have splits of their own."""
+FORGOTTEN = "forgotten"
+"""The split of a row that ends those of a variant."""
 
 Key = tuple[int, str, str, str]
 """Of the evaluations table: trial, variant, split, fingerprint."""
@@ -138,6 +140,22 @@ class HarnessEvaluation:
     def from_dict(cls, data: Mapping[str, Any]) -> HarnessEvaluation:
         score = HarnessScore.from_dict(data["harness"])
         return cls(data["trial"], data["variant"], data["fingerprint"], score, data.get("allocation"))
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A row of that table, of split `FORGOTTEN`: rows of its variant before it are of a file that is gone."""
+
+    trial: int
+    variant: str
+    allocation: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "split": FORGOTTEN}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Forgotten:
+        return cls(data["trial"], data["variant"], data["allocation"])
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,13 @@ def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, co
     Raises:
         RankfrontError: also where the worker's files are not the driver's.
     """
-    spec = folder.config.refinement
+    spec, say = folder.config.refinement, partial(console.print, markup=False)
     variant, path = refined_path(folder, row)
     _tidy(path)
     ended = "it was refined before"
     if not path.exists():
+        # Rounding, and a GPU's lower precision, may end elsewhere: scores of a file that is gone are not its.
+        Evaluations(folder.path, [row]).forget(row.number, variant, say)
         facts = {"study": folder.config.study, "trial": row.number, "variant": variant}
         with _seen(path) as file:
             worker.find(file)
@@ -91,7 +93,6 @@ def refine_by(worker: Worker, folder: StudyFolder, row: TrialRow, stop: Stop, co
                 f"{path}: refined, and not there for the driver: what the worker wrote is elsewhere or was "
                 "removed; set runs to a folder that both share, or start the driver on the worker's node"
             )
-    say = partial(console.print, markup=False)
     scores = {} if stop.reason else scored(folder, row, variant, path.name, worker, say)
     return Refined(variant, path, stop.reason or ended, scores)
 

@@ -50,6 +50,22 @@ def test_a_later_row_replaces_an_equal_key(tmp_path: Path) -> None:
     assert table.rows == opened(tmp_path).rows == (row(0, 2.0),)
 
 
+def test_what_was_known_of_a_variant_is_forgotten_until_it_is_measured_anew(tmp_path: Path) -> None:
+    table = opened(tmp_path)
+    kept = [row(0), row(1, variant="refined")]
+    answer = HarnessEvaluation(0, "refined", "f3", HarnessScore("piqa", (), 0.5), DENSE.key)
+    for each in (*kept, row(0, variant="refined"), row(0, variant="refined", split="search"), answer):
+        table.add(each, print)
+    for _ in range(2):  # the second time there is nothing to forget
+        table.forget(0, "refined", print)
+        assert table.rows == opened(tmp_path).rows == tuple(kept)
+        assert table.harness == opened(tmp_path).harness == ()
+    assert len((tmp_path / FILE).read_text().splitlines()) == 6
+    again = row(0, 1.5, variant="refined")
+    table.add(again, print)
+    assert opened(tmp_path).rows == (*kept, again)
+
+
 @pytest.mark.parametrize("change", [{"variant": "refined"}, {"split": "search"}, {"fingerprint": "f2"}])
 def test_each_part_of_the_key_counts(tmp_path: Path, change: dict[str, str]) -> None:
     table = opened(tmp_path)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from actors.preparation import prepare
 from actors.scoring import Scorer
 from actors.types import Allocation, Prepared, ReplicaSpec
-from search.allocation_file import schema
+from search.allocation_file import read_configuration, schema
 from search.cli import main
 from search.config import parse_config
 from search.evaluations import Evaluations
@@ -137,7 +137,7 @@ def test_the_front_goes_on_where_it_was_stopped_or_has_grown(
     assert {file.name: file.stat().st_ino for file in first.iterdir()} == before
 
 
-@pytest.mark.parametrize("changed", ["form", "ranks", "factors"])
+@pytest.mark.parametrize("changed", ["form", "ranks", "factors", "variant"])
 def test_a_folder_of_another_model_is_not_passed_over(
     changed: str, folder: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +149,8 @@ def test_a_folder_of_another_model_is_not_passed_over(
         arguments += ("--format", "dense")
     elif changed == "ranks":
         told["ranks"] |= dict.fromkeys([*told["ranks"]][:1], 1)
+    elif changed == "variant":
+        told["variant"] = "refined-0a1b2c3d"
     else:
         told["fingerprints"]["factors"] = "0" * 64
     (tmp_path / "trial-00002" / "ranks.yaml").write_text(yaml.safe_dump(told))
@@ -156,6 +158,18 @@ def test_a_folder_of_another_model_is_not_passed_over(
     assert run(*arguments) == 2
     assert "trial-00002 exists already; name another folder with --to" in capsys.readouterr().err
     assert [place.name for place in tmp_path.iterdir()] == ["trial-00002"]
+
+
+def test_a_file_gives_no_permission_to_run_code(folder: StudyFolder, tmp_path: Path) -> None:
+    """It may come from anyone: only who runs the command gives it."""
+    assert run("export", folder.path, "--trial", "2", "--config-only", "--to", tmp_path / "out") == 0
+    file = tmp_path / "out" / "ranks.yaml"
+    told = description(file.parent)
+    file.write_text(yaml.safe_dump({**told, "model": {**told["model"], "trust_remote_code": True}}))
+    for given in (False, True):
+        overrides = {"model.trust_remote_code": True} if given else {}
+        found = read_configuration(file, told["model"]["source"], overrides)
+        assert found.config.model.trust_remote_code == given
 
 
 @pytest.mark.parametrize(

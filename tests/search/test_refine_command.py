@@ -76,6 +76,15 @@ def test_a_trial_is_refined_scored_beside_its_own_factors_and_exported(
     assert description["variant"] == name
 
 
+def test_what_is_refined_anew_is_scored_anew(study: Tiny) -> None:
+    """On another machine other factors may come of it: nothing is known of those."""
+    found = study.refine()
+    asked = [*study.asked]
+    found.path.unlink()
+    study.refine()
+    assert study.asked == [*asked, ("search", found.path.name), ("test", found.path.name)]
+
+
 def test_a_refit_is_another_variant_of_the_trial(
     study: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
