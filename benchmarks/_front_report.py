@@ -126,7 +126,7 @@ def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]
         f"after at most {setup.refinement.steps} steps of KL to the dense model on the first "
         f"{setup.refine_windows} windows of the calibration text, ranks as they were, at a rate of at most "
         f"{setup.refinement.learning_rate:g}; {min(setup.refinement.held_out, setup.choice_tokens):,} tokens "
-        "of the text that chooses tell which step is kept. `refit`: picks of uniform in closed form instead. "
+        "of the text that chooses tell which step is kept. `refit`: such picks in closed form instead. "
         "On another kind of processor (last table) factors of the same fingerprint differ by rounding, and "
         "by the labels that were drawn for them."
     )
@@ -163,9 +163,8 @@ def report(setup: Setup, book: Book, picture: Path, where: str) -> Iterator[str]
 
 
 def _budgets(reading: Reading) -> Iterator[list[str]]:
-    setup, budgets, ours, uniform = reading.setup, reading.setup.budgets, reading.of(OURS)[0], Run("uniform")
-    ways = (ours, setup.refinement), (Run(SEEDS), setup.refinement)
-    for run, spec in (*ways, (uniform, setup.refinement), (uniform, setup.refit)):
+    setup, budgets, ours, seeds = reading.setup, reading.setup.budgets, reading.of(OURS)[0], Run(SEEDS)
+    for run, spec in ((ours, setup.refinement), (seeds, setup.refinement), (seeds, setup.refit)):
         found = [reading.refined(run, spec, budget) for budget in budgets]
         if any(found):
             yield [refined_name(run, spec), *(_spread([pair[1]] if pair else [], 1) for pair in found)]

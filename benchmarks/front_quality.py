@@ -60,8 +60,7 @@ def play(bench: Bench) -> None:
     for run in others:
         played(bench, run)
     finals.ask()
-    for spec in (bench.setup.refinement, bench.setup.refit):  # side by side, of what every machine has
-        finals.refine(uniform, spec)
+    finals.refine(seeds, bench.setup.refit)  # beside the steps of the same picks
 
 
 def played(bench: Bench, run: Run) -> None:

@@ -153,13 +153,13 @@ def test_our_picks_are_refined_and_asked_as_a_replica_would_be(bench: Any) -> No
     ours = {"exchange/0", "exchange/0 refined"}
     assert set(asked) == {"dense", "uniform", "seeds", "seeds refined", *ours, *SURGICAL}
     picks = bench.book.picks
-    refined = [(name, f"{name} refined") for name in ("exchange/0", "seeds", "uniform")]
-    for name, found in (*refined, ("uniform", "uniform refit")):
+    refined = [(name, f"{name} refined") for name in ("exchange/0", "seeds")]
+    for name, found in (*refined, ("seeds", "seeds refit")):
         budgets = [{under: pick.budget for under, pick in picks[each].items()} for each in (name, found)]
         assert budgets[0] == budgets[1] != {}
     files = [*(bench.folder / "refined").glob("*.safetensors")]
     each = {pick.score for name, _ in refined for pick in picks[name].values()}
-    assert len(files) == len(each) + len({pick.score for pick in picks["uniform"].values()})
+    assert len(files) == len(each) + len({pick.score for pick in picks["seeds"].values()})
 
 
 @pytest.mark.parametrize("share", [0.4, 0.8, 0.95])
