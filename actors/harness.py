@@ -22,7 +22,10 @@ from actors.types import ModelSource, RankfrontError, ScoringError, TextScore, T
 
 
 class Harness:
-    """lm-evaluation-harness with the tasks it is asked for, found among its own and those of a folder."""
+    """lm-evaluation-harness with the tasks it is asked for, found among its own and those of a folder.
+
+    A name, a pattern or a group stands for the same tasks as in `lm_eval --include_path`.
+    """
 
     def __init__(self, spec: HarnessSpec) -> None:
         """Raises RankfrontError where the harness is not installed, or knows no such task."""
@@ -33,9 +36,10 @@ class Harness:
         except ImportError as error:
             raise RankfrontError(INSTALL) from error
         folder = None if spec.include_path is None else str(spec.include_path)
-        # The thousands of the harness's own take long to list: only where the folder has not every name.
+        # The thousands of the harness's own take long to list, and a single task of the folder has no need of
+        # them. A pattern may match them too, and a group of the folder may name them.
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
-        if folder is not None and not all(manager.match_tasks([name]) for name in spec.tasks):
+        if folder is not None and not {*spec.tasks}.issubset(manager.all_subtasks):
             manager = TaskManager(include_path=folder)
         unknown = [name for name in spec.tasks if not manager.match_tasks([name])]
         if unknown:
