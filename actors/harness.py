@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from actors.devices import device_here
 from actors.harness_results import INSTALL, HarnessSpec
 from actors.modeling_rankfront import RankfrontForCausalLM  # also registers the model type of an export
 from actors.models import context_limit, load_tokenizer, whole_model
@@ -91,20 +90,20 @@ def _refuse_non_finite(model: Any, inputs: Any, keywords: Mapping[str, Any], out
 
 
 class LoadedFolder:
-    """A model folder in memory, ready to be measured: an export, or any that transformers loads.
+    """A model folder in memory on a device that is there, ready to be measured: an export, or any that
+    transformers loads.
 
     Code that a folder brings is not run: exports load by rankfront's own classes.
 
     Raises:
-        RankfrontError: the device is not there, or the folder is no such model.
+        RankfrontError: the folder is no such model.
     """
 
-    def __init__(self, folder: Path, device: str = "auto") -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         quieten()
-        self.device = device_here(device)
         model = whole_model(folder, str(folder), dtype="auto", use_safetensors=True)
         self.tokenizer: Any = load_tokenizer(folder, ModelSource(str(folder)))
-        self.model: Any = model.to(self.device).eval()
+        self.model: Any = model.to(device).eval()
         self.model.requires_grad_(False)
 
     def perplexity(self, text: TextSource, window: int, tokens: int, batch_tokens: int) -> TextScore:

@@ -218,7 +218,7 @@ def test_a_question_is_known_by_what_is_asked(mine: Path, tmp_path: Path) -> Non
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RankfrontError, match=f"{tmp_path}: cannot be loaded as a model"):
-        LoadedFolder(tmp_path)
+        LoadedFolder(tmp_path, "cpu")
 
 
 def test_errors_that_the_harness_cannot_tell_are_none() -> None:
