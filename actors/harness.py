@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from actors.devices import device_here
 from actors.harness_results import INSTALL, HarnessSpec
 from actors.modeling_rankfront import RankfrontForCausalLM  # also registers the model type of an export
 from actors.models import context_limit, load_tokenizer, whole_model
@@ -22,7 +21,10 @@ from actors.types import ModelSource, RankfrontError, ScoringError, TextScore, T
 
 
 class Harness:
-    """lm-evaluation-harness with the tasks it is asked for, found among its own and those of a folder."""
+    """lm-evaluation-harness with the tasks it is asked for, found among its own and those of a folder.
+
+    A name, a pattern or a group stands for the same tasks as in `lm_eval --include_path`.
+    """
 
     def __init__(self, spec: HarnessSpec) -> None:
         """Raises RankfrontError where the harness is not installed, or knows no such task."""
@@ -33,9 +35,10 @@ class Harness:
         except ImportError as error:
             raise RankfrontError(INSTALL) from error
         folder = None if spec.include_path is None else str(spec.include_path)
-        # The thousands of the harness's own take long to list: only where the folder has not every name.
+        # The thousands of the harness's own take long to list, and a single task of the folder has no need of
+        # them. A pattern may match them too, and a group of the folder may name them.
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
-        if folder is not None and not all(manager.match_tasks([name]) for name in spec.tasks):
+        if folder is not None and not {*spec.tasks}.issubset(manager.all_subtasks):
             manager = TaskManager(include_path=folder)
         unknown = [name for name in spec.tasks if not manager.match_tasks([name])]
         if unknown:
@@ -87,20 +90,20 @@ def _refuse_non_finite(model: Any, inputs: Any, keywords: Mapping[str, Any], out
 
 
 class LoadedFolder:
-    """A model folder in memory, ready to be measured: an export, or any that transformers loads.
+    """A model folder in memory on a device that is there, ready to be measured: an export, or any that
+    transformers loads.
 
     Code that a folder brings is not run: exports load by rankfront's own classes.
 
     Raises:
-        RankfrontError: the device is not there, or the folder is no such model.
+        RankfrontError: the folder is no such model.
     """
 
-    def __init__(self, folder: Path, device: str = "auto") -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         quieten()
-        self.device = device_here(device)
         model = whole_model(folder, str(folder), dtype="auto", use_safetensors=True)
         self.tokenizer: Any = load_tokenizer(folder, ModelSource(str(folder)))
-        self.model: Any = model.to(self.device).eval()
+        self.model: Any = model.to(device).eval()
         self.model.requires_grad_(False)
 
     def perplexity(self, text: TextSource, window: int, tokens: int, batch_tokens: int) -> TextScore:

@@ -87,17 +87,21 @@ def is_model_folder(path: Path) -> bool:
 def evaluate_folder(
     folder: Path, harness: HarnessSpec | None, text: TextSource | None, window: int, tokens: int, device: str
 ) -> FolderEvaluation:
-    """Load a folder and measure it in this process.
+    """Load a folder and measure it in this process, on `device`.
 
     Raises:
-        RankfrontError: nothing was asked, or the folder, a task or the text is not what it must be.
+        RankfrontError: nothing was asked, the device is not there or has no room, or the folder, a task or
+            the text is not what it must be.
     """
     if text is None and harness is None:
         raise RankfrontError("evaluate: name --tasks a,b or --text SOURCE, or both")
+    from actors.devices import device_here, room_on
     from actors.harness import Harness, LoadedFolder
 
+    device = device_here(device)
     asked = None if harness is None else Harness(harness)  # before the long work: it may not know a task
-    loaded = LoadedFolder(folder, device)
-    score = None if text is None else loaded.perplexity(text, window, tokens, BATCH_TOKENS)
-    results = None if asked is None else loaded.harness(asked)
+    with room_on(device):
+        loaded = LoadedFolder(folder, device)
+        score = None if text is None else loaded.perplexity(text, window, tokens, BATCH_TOKENS)
+        results = None if asked is None else loaded.harness(asked)
     return FolderEvaluation(folder, tuple(metrics_of(results)) if results else (), results, score)

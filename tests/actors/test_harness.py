@@ -76,6 +76,43 @@ def test_an_unknown_task_is_named(mine: Path) -> None:
         Harness(HarnessSpec(("tiny_piqa", "tiny_piqb"), None, 1, mine))
 
 
+@pytest.fixture
+def own(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a task and groups; `mine` is in the place of the harness's own tasks, which are many."""
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(mine / "manager.py"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    task = yaml.safe_load((mine / "tiny_piqa.yaml").read_text()) | {"task": "tiny_own", "tag": "tagged"}
+    groups = {"theirs": ["tiny_piqa", "tiny_own"], "ours": ["tiny_own"]}
+    files = [task, *({"group": name, "task": tasks} for name, tasks in groups.items())]
+    for index, content in enumerate(files):
+        (folder / f"{index}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [
+        (("theirs",), {"tiny_piqa", "tiny_own"}),
+        (("tiny_*",), {"tiny_piqa", "tiny_own"}),
+        (("tiny_own", "tiny_p*"), {"tiny_piqa", "tiny_own"}),
+        (("ours",), {"tiny_own"}),
+        (("tagged",), {"tiny_own"}),
+    ],
+)
+def test_a_folder_adds_to_the_harness_s_own_tasks(
+    asked: tuple[str, ...], answered: set[str], case: Case, own: Path
+) -> None:
+    """Its groups name them, and a pattern matches both."""
+    found = LoadedFolder(case.folder, "cpu").harness(Harness(HarnessSpec(asked, 1, 1, own)))
+    assert {metric.task for metric in metrics_of(found)} == answered
+
+
+def test_a_task_of_the_folder_does_without_listing_the_harness_s_own(own: Path) -> None:
+    harness = Harness(HarnessSpec(("tiny_own",), None, 1, own))
+    assert harness._manager.all_subtasks == ["tiny_own"]
+
+
 def test_perplexity_is_a_plain_loops(case: Case, tmp_path: Path) -> None:
     rows = [json.dumps({"text": document}) for document in tiny.documents()]
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
@@ -181,7 +218,7 @@ def test_a_question_is_known_by_what_is_asked(mine: Path, tmp_path: Path) -> Non
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RankfrontError, match=f"{tmp_path}: cannot be loaded as a model"):
-        LoadedFolder(tmp_path)
+        LoadedFolder(tmp_path, "cpu")
 
 
 def test_errors_that_the_harness_cannot_tell_are_none() -> None:

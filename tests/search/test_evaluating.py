@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from actors.harness_results import HarnessMetric
@@ -71,6 +73,32 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("actors.harness.whole_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(RankfrontError, match=rf"^--device {device}: .* finds no such .*; one of auto, cpu$"):
         evaluate(llama, "--text", "./nothing.txt", "--device", device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "step"),
+    [
+        ("--text", "torch.nn.Module.to"),
+        ("--text", "transformers.LlamaModel.forward"),
+        ("--tasks", "transformers.LlamaModel.forward"),
+    ],
+)
+def test_a_device_without_room_is_said(
+    asked: str, step: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the model itself, or for what either measurement takes."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    (tmp_path / "text.txt").write_text("\n\n".join(tiny.documents()))
+    arguments = {
+        "--text": (tmp_path / "text.txt", "--window", 32, "--tokens", 100),
+        "--tasks": ("tiny_piqa", "--include-path", tiny.tiny_harness_task(tmp_path, 2)),
+    }
+    monkeypatch.setattr(step, full)
+    with pytest.raises(RankfrontError, match=r"^--device cpu: out of memory, .*; --device cpu needs none"):
+        evaluate(llama, asked, *arguments[asked], "--device", "cpu")
 
 
 @pytest.mark.parametrize(
