@@ -227,7 +227,7 @@ class Runner:
             self._failures.append(f"trial {planned.number}: {reason or 'no score'}")
             for each in (planned, *twins):
                 with suppress(TakenError):  # what the other program wrote stays
-                    self._study.fail(each.number, reason or "no score")
+                    self._study.fail(each.number, reason or "no score", outcome.lost)
                     self._note("failed", trial=each.number, reason=reason or "no score")
         else:
             source = self._study.scored_as(planned.allocation)
