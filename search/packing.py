@@ -126,4 +126,5 @@ class Packing:
             macs=self.cost.macs(allocation),
             constraints=trial.constraints,
             ranked=ranked,
+            lost=was_lost(trial),
         )
