@@ -16,7 +16,8 @@ A proposal is made in four steps, all on arrays.
 Invariant: a proposal follows from the study's trials, the trial's number and the generators' state alone.
 What is kept between proposals is what was read of finished trials, which never change; so a restart goes on
 the same. Losses of trials that failed or were pruned are not learned from, nor are those of another space.
-Where small trials failed or violate a bound, ever fewer are proposed (`search.reach`).
+Where small trials failed or violate a bound, ever fewer are proposed (`search.reach`); a failure that is none
+of the model's, as where a replica died, says nothing and counts for nothing.
 
 Tried on made-up losses and no help: multipliers of single parameters without those of module types and
 blocks (less hypervolume up to 100 trials); aiming at a plain sequence, without the expected gain; mixing for

@@ -33,6 +33,19 @@ def result_of(score: Score, copied_from: int | None = None) -> dict[str, Any]:
     return result
 
 
+def failure_of(reason: str, lost: bool = False) -> dict[str, Any]:
+    """The result of a trial without a score; `lost` where the reason is none of the model's."""
+    return {"reason": reason, "lost": True} if lost else {"reason": reason}
+
+
+def was_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial's result is a failure that says nothing of its model, as a replica's that died.
+
+    Results of versions that did not tell count as the model's.
+    """
+    return bool(trial.user_attrs.get(RESULT, {}).get("lost", False))
+
+
 def score_in(trial: FrozenTrial) -> Score | None:
     """The score that a trial's result holds, if it holds one."""
     result = trial.user_attrs.get(RESULT, {})
@@ -113,4 +126,5 @@ class Packing:
             macs=self.cost.macs(allocation),
             constraints=trial.constraints,
             ranked=ranked,
+            lost=was_lost(trial),
         )

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.constraints import total
 from search.landscape import Landscape
-from search.packing import PLAN
+from search.packing import PLAN, was_lost
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -68,6 +68,7 @@ class Reader:
         state.
 
         A trial with parameters that are not of this space, or with a value that is not finite, is left out.
+        So is one that failed for a reason that is none of the model's: its place may be proposed again.
         """
         if study._storage is not self._storage:
             self._storage, self._ends, self._places = study._storage, {}, {}
@@ -79,7 +80,9 @@ class Reader:
         ends = [self._ends[trial.number] for trial in trials if trial.state.is_finished()]
         findings = [end for end in ends if isinstance(end, Finding)]
         failed = [end for end in ends if isinstance(end, int)]
-        return findings, failed, set(self._places.values())
+        lost = {trial.number for trial in trials if _lost(trial)}
+        taken = {place for number, place in self._places.items() if number not in lost}
+        return findings, failed, taken
 
     def _look(self, trial: FrozenTrial, signs: Floats) -> None:
         """Keep where a trial is, and how it ended if it did."""
@@ -91,7 +94,7 @@ class Reader:
         end: Finding | int | None = None
         if place is not None and trial.state == TrialState.COMPLETE:
             end = self._finding(trial, place, signs)
-        elif place is not None and trial.state == TrialState.FAIL:
+        elif place is not None and trial.state == TrialState.FAIL and not _lost(trial):
             _, end = self._scored_at(trial, place)
         self._ends[trial.number] = end
 
@@ -118,3 +121,8 @@ class Reader:
         """Predicted losses (p,) and size of a trial, by its ranks where it has a plan."""
         land, ranks = self._landscape, trial.user_attrs.get(PLAN, {}).get("ranks", ())
         return land.of_ranks(ranks) if len(ranks) == len(land.owner) else land.of_levels(place.levels)
+
+
+def _lost(trial: FrozenTrial) -> bool:
+    """Whether a trial failed and nothing is known of its model; one that is shown to run did not."""
+    return trial.state == TrialState.FAIL and was_lost(trial)

@@ -32,7 +32,8 @@ class TrialRow:
     the trial whose score answered this one, where its allocation was known. `macs` are the
     multiply-accumulates of a token, None where they are not known. `constraints` has what was recorded of
     each: a violation, where it is above 0. Where a trial is not `ranked` another program gave it no levels of
-    this space: its allocation, budgets and MACs are the dense model's, and say nothing of it.
+    this space: its allocation, budgets and MACs are the dense model's, and say nothing of it. It is `lost`
+    where its failure says nothing of the model.
     """
 
     number: int
@@ -51,6 +52,7 @@ class TrialRow:
     macs: int | None = None
     constraints: Mapping[str, float] = field(default_factory=dict)
     ranked: bool = True
+    lost: bool = False
 
     @property
     def feasible(self) -> bool:

@@ -26,7 +26,7 @@ TICK_SECONDS = 0.25
 
 # Proposals that need no replica (scored before, or in flight) between two looks at the pool.
 KNOWN_PER_LOOK = 16
-# That many in a row without a new allocation: the sampler has run out of them.
+# That many of a sampler's in a row without a new allocation: it has run out of them.
 EXHAUSTED = 500
 # So many failures in a study without a single score: more than one round on many GPUs, and it is not one
 # allocation that is wrong, but what all have in common.
@@ -134,6 +134,7 @@ class Runner:
         self._note = note
         self._planned: dict[int, Planned] = {}
         self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
+        self._seen: set[str] = set()  # allocations that a trial has, unless it was lost
         self._known_in_a_row = 0
         self._failures: list[str] = []  # of this run, which tries again what an earlier one failed at
         self._judged: tuple[int, str | None] = (-1, None)
@@ -142,6 +143,7 @@ class Runner:
     def run(self) -> str:
         """Returns why it stopped."""
         self._study.replay()
+        self._count_known()
         for planned in self._study.in_flight():
             self._start(planned)
         while True:
@@ -163,8 +165,25 @@ class Runner:
                 planned = self._study.propose(self._origin)
             except (ForeignError, TakenError):
                 continue  # another program's trial: recorded as failed with its reason, or started by it
-            self._note("proposed", trial=planned.number, origin=self._study.origin(planned.number))
+            origin = self._study.origin(planned.number)
+            self._note("proposed", trial=planned.number, origin=origin)
+            self._see(planned.allocation.key, origin)
             self._start(planned)
+
+    def _see(self, key: str, origin: str) -> None:
+        """Count a proposal of the sampler that brings nothing new; any other trial begins the count anew."""
+        known = key in self._seen and origin == self._origin
+        self._known_in_a_row = self._known_in_a_row + 1 if known else 0
+        self._seen.add(key)
+
+    def _count_known(self) -> None:
+        """Count by the record: so a search ends at the same trial, however often it was stopped."""
+        self._seen, self._known_in_a_row = set(), 0
+        for row in self._study.rows():
+            if row.ranked and row.state != "WAITING":
+                self._see(row.allocation.key, row.origin)
+                if row.lost:
+                    self._seen.discard(row.allocation.key)
 
     def _held_back(self) -> bool:
         """Whether a trial is under way whose end the next proposal must know."""
@@ -174,9 +193,7 @@ class Runner:
 
     def _start(self, planned: Planned) -> None:
         """Answer a trial from the record of an equal allocation, or have it scored, if none is under way."""
-        if planned.allocation.key not in self._twins and self._answered(planned):
-            self._known_in_a_row += 1
-        else:
+        if planned.allocation.key in self._twins or not self._answered(planned):
             self._dispatch(planned)
 
     def _answered(self, planned: Planned) -> bool:
@@ -212,11 +229,9 @@ class Runner:
         key = planned.allocation.key
         if key in self._twins:
             self._twins[key].append(planned)
-            self._known_in_a_row += 1
             return
         self._twins[key] = []
         self._planned[planned.number] = planned
-        self._known_in_a_row = 0
         self._pool.submit(Job(planned.number, planned.allocation, rivals=self._rivals(planned)))
 
     def _record(self, outcome: Outcome) -> None:
@@ -227,8 +242,10 @@ class Runner:
             self._failures.append(f"trial {planned.number}: {reason or 'no score'}")
             for each in (planned, *twins):
                 with suppress(TakenError):  # what the other program wrote stays
-                    self._study.fail(each.number, reason or "no score")
+                    self._study.fail(each.number, reason or "no score", outcome.lost)
                     self._note("failed", trial=each.number, reason=reason or "no score")
+            if outcome.lost:
+                self._count_known()  # what came after it as known is new again
         else:
             source = self._study.scored_as(planned.allocation)
             with suppress(TakenError):
@@ -248,13 +265,14 @@ class Runner:
             self._note("finished", trial=planned.number, values=named, **facts)
 
     def _rule_met(self) -> str | None:
-        """The first stop rule that holds. Enqueued trials are scored whatever the number of trials."""
+        """The first stop rule that holds. Enqueued trials are scored whatever the number of trials, and where
+        the sampler has run out of new ones."""
         rules = self._rules
         if rules.trials is not None and self._study.started >= rules.trials and not self._study.waiting:
             return f"{rules.trials} trials"
         if len(self._failures) >= HOPELESS and not self._study.count(TrialState.COMPLETE):
             return f"no trial has a score, {len(self._failures)} failed; the last, {self._failures[-1]}"
-        if self._known_in_a_row >= EXHAUSTED:
+        if self._known_in_a_row >= EXHAUSTED and not self._study.waiting:
             return f"nothing new in the last {EXHAUSTED} proposals"
         if rules.hours is not None and time.monotonic() - self.progress.started > rules.hours * 3600:
             return f"{rules.hours} hours"

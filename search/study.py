@@ -23,7 +23,7 @@ from search.constraints import ATTRIBUTE, Constraint, violations
 from search.cost import CostModel
 from search.database_storage import grouped
 from search.lagged import DECIMALS, Lagged, bound, join_generation
-from search.packing import PLAN, RESULT, result_of, scored
+from search.packing import PLAN, RESULT, failure_of, result_of, scored, was_lost
 from search.records import Objective
 from search.samplers import reseed
 from search.space import Space
@@ -71,16 +71,17 @@ class SearchStudy(StudyView):
     def enqueue(self, allocations: Iterable[tuple[Allocation, str]]) -> list[int]:
         """Add (allocation, origin) pairs as WAITING trials; those already in the study are left out.
 
-        What was scored in part is not in it yet. A dense model that ended without a score is added anew: all
-        is measured from it.
+        What was scored in part is not in it yet, nor what failed for a reason that is none of the model's: a
+        replica died, or had too little memory. A dense model that ended without a score is added anew,
+        whatever the reason: all is measured from it.
         """
         known, numbers = set(), []
         for trial in self.frozen():
-            if PLAN not in trial.user_attrs or trial.state == TrialState.PRUNED:
+            if PLAN not in trial.user_attrs or trial.state == TrialState.PRUNED or was_lost(trial):
                 continue
-            lost = trial.state.is_finished() and not scored(trial)
+            unscored = trial.state.is_finished() and not scored(trial)
             allocation = self._packing.allocation(trial)
-            if not (lost and allocation.is_dense):
+            if not (unscored and allocation.is_dense):
                 known.add(allocation.key)
         for allocation, origin in allocations:
             if allocation.key in known:
@@ -171,7 +172,7 @@ class SearchStudy(StudyView):
                 planned = Planned(trial.number, self._packing.allocation(trial))
                 self.record(planned, Score.from_dict(result["score"]), result.get("copied_from"))
             else:
-                self.fail(trial.number, result["reason"])
+                self.fail(trial.number, result["reason"], was_lost(trial))
             replayed.append(trial.number)
         return replayed
 
@@ -228,9 +229,12 @@ class SearchStudy(StudyView):
         self.complete(Planned(number, allocation), score)
         return number
 
-    def fail(self, number: int, reason: str) -> None:
-        """Record a trial as failed, with its reason. It gets no values."""
-        self._finish(number, TrialState.FAIL, None, {"reason": reason})
+    def fail(self, number: int, reason: str, lost: bool = False) -> None:
+        """Record a trial as failed, with its reason. It gets no values.
+
+        `lost` where the reason says nothing of the model: its allocation may be added or proposed again.
+        """
+        self._finish(number, TrialState.FAIL, None, failure_of(reason, lost))
 
     def _finish(
         self,

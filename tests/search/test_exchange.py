@@ -22,8 +22,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from actors.types import Allocation
 from search import aims, exchange
 from search.exchange import FILL, MIX, MOVES, TRADE, ExchangeSampler
+from search.lagged import Snapshot
 from search.landscape import Landscape
-from search.packing import PLAN
+from search.packing import PLAN, RESULT, failure_of
 from search.reach import BEYOND
 from search.reading import MOVE
 from search.records import Objective
@@ -308,6 +309,40 @@ def test_where_small_models_break_ever_fewer_are_proposed(fails: bool) -> None:
             study.tell(trial.number, values)
     assert 1 <= sum(broken) <= 20  # half of all, where the strip stays as it is
     assert min(size for size, bad in zip(sizes, broken, strict=True) if not bad) < 0.72
+
+
+def test_only_failures_of_the_model_hold_small_sizes_back() -> None:
+    """A replica that died says nothing of a size."""
+    reaches = []
+    for lost in (None, True, False):
+        sampler = sampler_of()
+        study = warm(sampler)
+        if lost is not None:
+            levels = sampler._steps.fill(np.ones(len(LAND.names)), 0.57 * DENSE)
+            result = failure_of("broken", lost)
+            add(study, levels, state=TrialState.FAIL, values=None, user_attrs={RESULT: result})
+        findings, failed, _ = sampler._reader.read(study)
+        reaches.append(sampler._reach(sampler._trials(findings, failed)))
+    nothing, lost, broken = reaches
+    assert lost == nothing
+    assert nothing.limit < broken.limit
+
+
+@pytest.mark.parametrize("running_then", [False, True])
+def test_the_place_of_a_lost_trial_is_free_once_it_is_shown_to_have_failed(running_then: bool) -> None:
+    """In a deterministic search one that has ended is shown to run, and holds its place, for a while."""
+    sampler = sampler_of()
+    study = warm(sampler, ())
+    levels = sampler._steps.fill(np.ones(len(LAND.names)), 0.5 * DENSE)
+    attributes = {RESULT: failure_of("the replica died", lost=True)}
+    add(study, levels, state=TrialState.FAIL, values=None, user_attrs=attributes)
+    key = sampler._reader._place(study.get_trials()[1]).key  # type: ignore[union-attr]
+    if running_then:
+        assert key in sampler._reader.read(Snapshot(study, 1))[2]
+    assert key not in sampler._reader.read(study)[2]
+    assert key in sampler._reader.read(Snapshot(study, 1))[2]
+    add(study, levels)
+    assert key in sampler._reader.read(study)[2], "another trial has it"
 
 
 def test_what_is_in_the_study_is_not_proposed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from fakes import (
 
 from actors.types import Allocation
 from search.pool import Job, Outcome
-from search.runner import HOPELESS, Stop, hypervolumes
-from search.sections import PlateauSection
+from search.runner import HOPELESS, Runner, Stop, hypervolumes
+from search.sections import PlateauSection, StopSection
+from search.study import SearchStudy
 
 
 def test_stops_at_the_number_of_trials(tmp_path: Path) -> None:
@@ -128,6 +129,84 @@ def test_a_small_space_without_a_number_of_trials_does_not_hang(
         return Outcome(job, score_of(job.allocation))
 
     assert runner(study, MadeUpPool(answer, size=8), stop, tokens=10**6).run() == "SIGINT"
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Ten proposals in a row are enough; the reason that is then given."""
+    monkeypatch.setattr("search.runner.EXHAUSTED", 10)
+    return "nothing new in the last 10 proposals"
+
+
+def small(folder: Path, lag: int | None = None) -> SearchStudy:
+    """Of 27 allocations."""
+    folder.mkdir(exist_ok=True)
+    return open_study(folder, levels=2, lag=lag)
+
+
+def test_a_search_of_a_small_space_ends_at_the_same_trial_however_often_it_is_stopped(
+    tmp_path: Path, few: str
+) -> None:
+    """Among those that bring nothing new, too, and with trials in flight. Repeated, it adds none."""
+    whole = small(tmp_path / "whole", lag=6)
+    pool = MadeUpPool(size=4)
+    assert runner(whole, pool).run() == few
+    expected, scores = whole.rows(), len(pool.submitted)
+    assert scores <= 27 < len(expected) - 10
+    for between in (12, len(expected) - 5, len(expected) - 1):
+        folder = tmp_path / f"between-{between}"
+        runner(small(folder, lag=6), MadeUpPool(size=4), trials=between).run()
+        assert len(small(folder).rows()) == between
+        again = small(folder, lag=6)
+        assert runner(again, MadeUpPool(size=4)).run() == few
+        assert again.rows() == expected
+    for flying in (0, 9, scores - 3, scores - 1):
+        folder, stop, answered = tmp_path / f"flying-{flying}", Stop(), cycle(range(scores))
+
+        def killed(job: Job, stop: Stop = stop, last: int = flying, answered: Any = answered) -> Outcome:
+            stop.reason = "SIGKILL" if next(answered) >= last else None
+            return Outcome(job, score_of(job.allocation))
+
+        assert runner(small(folder, lag=6), MadeUpPool(killed, size=4), stop).run() == "SIGKILL"
+        again = small(folder, lag=6)
+        assert runner(again, MadeUpPool(size=4)).run() == few
+        assert [row.allocation for row in again.rows()] == [row.allocation for row in expected]
+    assert runner(small(folder, lag=6), MadeUpPool()).run() == few
+    assert len(small(folder).rows()) == len(expected)
+
+
+def test_a_search_that_ran_out_scores_what_is_enqueued_and_asks_another_sampler(
+    tmp_path: Path, few: str
+) -> None:
+    study = small(tmp_path)
+    runner(study, MadeUpPool()).run()
+    count = study.started
+    study.enqueue([(Allocation.of({"layers.0.up_proj": 7}, TARGETS), "enqueued")])
+    assert runner(study, MadeUpPool()).run() == few
+    assert states(study)[count] == "COMPLETE"
+    assert study.started >= count + 1 + 10, "the sampler, which has learned of it, is asked again"
+    count = study.started
+    loop = Runner(study, MadeUpPool(), StopSection(trials=None), "another", Stop())  # type: ignore[arg-type]
+    assert loop.run() == few
+    assert study.started >= count + 10
+
+
+def test_what_was_lost_is_new(tmp_path: Path, few: str) -> None:
+    """A search whose replicas had no memory for any proposal ran out of nothing. What the model failed at is
+    known."""
+    for lost in (True, False):
+        study = small(tmp_path / str(lost))
+        study.enqueue([(study.dense, "dense")])
+
+        def answer(job: Job, lost: bool = lost) -> Outcome:
+            dense = job.allocation.is_dense
+            return Outcome(job, score_of(job.allocation)) if dense else Outcome(job, None, "broken", lost)
+
+        reason = runner(study, MadeUpPool(answer), trials=200).run()
+        assert reason == ("200 trials" if lost else few)
+        pool = MadeUpPool()
+        assert runner(small(tmp_path / str(lost)), pool).run() == few
+        assert (len({job.allocation.key for job in pool.submitted}) > 15) == lost
 
 
 @pytest.mark.parametrize("rule", [{"trials": 200}, {"trials": None, "tokens": 1000}, {"hours": 9.0}])
