@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from captured import Setting, captured, close
 from torch import nn
 
+from actors.calibration import collect_moments
 from actors.errors import OpaqueModelError
 from actors.models import list_targets, load_model
 from actors.passes import leaving
@@ -101,6 +103,19 @@ def test_where_nothing_is_shared_all_is_as_ever(model_type: str, ids: torch.Tens
     for _ in range(3):
         stream.advance()
     assert torch.equal(stream.run(0), state[0])
+
+
+def test_moments_are_of_every_token(ids: torch.Tensor, tmp_path: Path) -> None:
+    """Also in the blocks that read others' K/V, of which a pass for one logit needs the last token alone."""
+    model = made(tmp_path, "gemma4_text", FOUR, sharing=2)
+    setting, ids = Setting(model, list_targets(model)), ids[:6]
+    found, seen = collect_moments(model, setting.targets, ids), captured(setting, ids)
+    for name, moments in found.items():
+        mean, covariance = seen[name].spread(moments.side)
+        assert moments.tokens == ids.numel()
+        close(moments.spread.covariance, covariance, 1e-4)
+        if moments.side == "input":
+            close(moments.input_mean, mean, 1e-4)
 
 
 class Writer(nn.Module):
