@@ -203,7 +203,10 @@ def collect(
             if made.checkpointed:
                 stack.enter_context(checkpointed(blocks[first:]))
         stack.enter_context(torch.enable_grad() if needed else torch.no_grad())
-        asked = {} if needed or not _may_keep_last(model) else {"logits_to_keep": 1}
+        # Asked for one logit, Gemma 4 takes the last token alone through blocks without K/V of their own: so
+        # only passes that come as far as the head ask for one.
+        to_the_head = made.repeated and not needed
+        asked = {"logits_to_keep": 1} if to_the_head and _may_keep_last(model) else {}
         for start in range(0, len(windows), made.rows):
             batch = windows[start : start + made.rows].to(device)
             sums.forward()

@@ -21,6 +21,7 @@ from torch import nn
 
 from actors.models import decoder_blocks
 from actors.nonfinite import all_finite
+from actors.passes import left_in
 from actors.types import Allocation, TargetSpec
 
 Tensor = torch.Tensor
@@ -34,9 +35,10 @@ class PrefixCache:
 
     Invariants: a state is used only by a trial that agrees with `base` in every target below its block, and
     only for the very input it came from (ids, positions, mask, by digest); only finite states are kept;
-    `bytes` never exceeds the memory. A block that hands on more than a hidden state ends what can be
-    skipped. A model that runs a block again, or an earlier one after it, skips none: of a block's inputs one
-    is kept, and what enters a block a second time depends on blocks behind it.
+    `bytes` never exceeds the memory. A block that hands on more than a hidden state, be it in a mapping that
+    it is called with, ends what can be skipped. A model that runs a block again, or an earlier one after it,
+    skips none: of a block's inputs one is kept, and what enters a block a second time depends on blocks
+    behind it.
     """
 
     def __init__(
@@ -114,8 +116,9 @@ class PrefixCache:
                 hidden_states = self._pass.batch[index].clone()  # some blocks work in place
             elif index:
                 self._keep(index, hidden_states)
+            left = left_in(args, keywords)
             output = forward(hidden_states, *args, **keywords)
-            self._forms[index] = form_of(output)
+            self._forms[index] = OPAQUE if left() else form_of(output)
             return output
 
         return run

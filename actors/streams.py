@@ -15,7 +15,7 @@ from torch import nn
 
 from actors.errors import OpaqueModelError
 from actors.models import decoder_blocks
-from actors.passes import counted
+from actors.passes import counted, leaving
 from actors.planning import PROBE_TOKENS
 from actors.prefix import BARE, OPAQUE, form_of, set_forward
 
@@ -39,26 +39,35 @@ class Stream:
         """`rows` are the windows of a batch; `layers` are those that the blocks are asked for.
 
         Raises:
-            OpaqueModelError: the model runs a block, or one of the layers, more than once in a pass.
+            OpaqueModelError: the model runs a block, or one of the layers, more than once in a pass, or a
+                block leaves something for later ones in a mapping that it is called with.
         """
         prefix, self._blocks = decoder_blocks(model)
         self._model = model
         self._batches = windows.split(rows)
-        watched = {f"{prefix}.{index}": block for index, block in enumerate(self._blocks)}
-        self._refuse_repeated(watched | {name: model.get_submodule(name) for name in layers})
+        blocks = {f"{prefix}.{index}": block for index, block in enumerate(self._blocks)}
+        self._refuse_opaque(blocks, blocks | {name: model.get_submodule(name) for name in layers})
         # None: block 0 reads what the model gives it.
         self._states: list[Tensor | None] = [None] * len(self._batches)
         self._forms: list[int] = []  # what each passed block handed on
 
     @torch.no_grad()
-    def _refuse_repeated(self, watched: Mapping[str, nn.Module]) -> None:
-        with counted(watched) as calls:
+    def _refuse_opaque(self, blocks: Mapping[str, nn.Module], watched: Mapping[str, nn.Module]) -> None:
+        """Before any work is done; what a block returns is seen as the text comes to it."""
+        with counted(watched) as calls, leaving(blocks) as left:
             self._model(self._there(self._batches[0][:1, :PROBE_TOKENS]), use_cache=False)
         again = next((name for name in watched if calls[name] > 1), None)
         if again is not None:
             raise OpaqueModelError(
                 f"{type(self._model).__name__} runs {again} more than once in a pass, so no text can be "
                 "taken through it block by block; use refine.method: gradient"
+            )
+        first = next((name for name in blocks if name in left), None)
+        if first is not None:
+            raise OpaqueModelError(
+                f"{type(self._model).__name__}: {first} leaves something for later blocks (as shared K/V) in "
+                "a mapping that it is called with, so no text can be taken through block by block; use "
+                "refine.method: gradient"
             )
 
     def _there(self, ids: Tensor) -> Tensor:
