@@ -15,14 +15,30 @@ from search.cost import CostModel
 from search.records import TrialRow
 from search.space import Space
 
-# Our one attribute at a trial's creation, and our one packed result written before its final state.
+# Our one attribute before a trial runs, and our one packed result written before its final state.
 PLAN, RESULT = "rankfront.plan", "rankfront.result"
+FIXED = "fixed_params"
+"""Optuna's system attribute of what `enqueue_trial` was given."""
 UNSCORED = "another program completed it, without a score"
 
 
 def origin_of(trial: FrozenTrial) -> str:
     """Who proposed a trial; `enqueued` where another program did."""
     return str(trial.user_attrs.get(PLAN, {}).get("origin", "enqueued"))
+
+
+def has_plan(trial: FrozenTrial) -> bool:
+    """Whether a driver of ours made a trial or took it up; an empty plan is one that was taken back."""
+    return bool(trial.user_attrs.get(PLAN))
+
+
+def is_ours(trial: FrozenTrial) -> bool:
+    """Whether a trial that runs is the driver's to score, and not another program's that runs it itself.
+
+    Earlier versions wrote no plan to the enqueued trials that they took up. Where there is none, a trial
+    that `enqueue_trial` made is held for one of those, whoever started it.
+    """
+    return has_plan(trial) if PLAN in trial.user_attrs else FIXED in trial.system_attrs
 
 
 def result_of(score: Score, copied_from: int | None = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from search.constraints import ATTRIBUTE, Constraint, violations
 from search.cost import CostModel
 from search.database_storage import grouped
 from search.lagged import DECIMALS, Lagged, bound, join_generation
-from search.packing import PLAN, RESULT, result_of, scored
+from search.packing import FIXED, PLAN, RESULT, has_plan, result_of, scored
 from search.records import Objective
 from search.samplers import reseed
 from search.space import Space
@@ -129,10 +129,10 @@ class SearchStudy(StudyView):
             ForeignError: it did.
         """
         trial = next(iter(self._trials(TrialState.WAITING)), None)
-        if trial is None or PLAN in trial.user_attrs:
+        if trial is None or has_plan(trial):
             return
         try:
-            self._space.check({**trial.params, **trial.system_attrs.get("fixed_params", {})})
+            self._space.check({**trial.params, **trial.system_attrs.get(FIXED, {})})
         except RankfrontError as error:
             result = {"reason": str(error)}
             for storage, trial_id in (
@@ -144,7 +144,16 @@ class SearchStudy(StudyView):
             raise ForeignError(str(error)) from error
 
     def _take_up(self, frozen: FrozenTrial) -> Planned:
-        """Start a WAITING trial that the mirror just handed out."""
+        """Start a WAITING trial that the mirror just handed out; another program's gets a plan first.
+
+        By it the next driver tells the trial from those that other programs run.
+
+        Raises:
+            TakenError: another program started it at this moment.
+        """
+        planned = Planned(frozen.number, self._packing.allocation(frozen))
+        if not has_plan(frozen):
+            frozen.user_attrs[PLAN] = self._packing.plan(planned.allocation, "enqueued")
         try:
             started = self._start_stored(frozen)
         except UpdateFinishedTrialError:
@@ -152,7 +161,7 @@ class SearchStudy(StudyView):
         if not started:
             self._rebuild()
             raise TakenError(f"trial {frozen.number} was started by another program")
-        return Planned(frozen.number, self._packing.allocation(frozen))
+        return planned
 
     def _start_stored(self, frozen: FrozenTrial) -> bool:
         return start_stored(self._storage, self._ids[frozen.number], frozen)
