@@ -103,6 +103,8 @@ def start_stored(storage: BaseStorage, trial_id: int, frozen: FrozenTrial) -> bo
 
     Raises:
         UpdateFinishedTrialError: another program ended it.
+        ValueError: an earlier trial, another program's, has one of the parameters as of another kind: ours
+            can then be stored with a whole trial, but not added to one.
     """
     stored = storage.get_trial(trial_id)
     if stored.state != TrialState.WAITING:
@@ -113,7 +115,13 @@ def start_stored(storage: BaseStorage, trial_id: int, frozen: FrozenTrial) -> bo
     for name, value in frozen.params.items():
         if name not in stored.params:
             distribution = frozen.distributions[name]
-            storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+            try:
+                storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+            except ValueError as error:
+                # Optuna holds a study to the first distribution that any of its trials has for a parameter.
+                raise ValueError(
+                    f"params.{name}: an earlier trial has it as no {distribution}: {error}"
+                ) from error
     added = not has_plan(stored)
     if added:
         # After the levels: what is kept of a plan is of them.

@@ -39,7 +39,8 @@ class TakenError(RankfrontError):
 
 
 class ForeignError(RankfrontError):
-    """An enqueued trial has levels that are not of this space; it is recorded as failed with this reason."""
+    """An enqueued trial has levels, or distributions, that are not of this space, or takes none of them; it
+    is recorded as failed with this reason."""
 
 
 class SearchStudy(StudyView):
@@ -96,7 +97,7 @@ class SearchStudy(StudyView):
         """The next trial, RUNNING in the storage when this returns: an enqueued one, or the sampler's.
 
         Raises:
-            ForeignError: an enqueued trial's parameters are outside the space.
+            ForeignError: an enqueued trial's parameters, or their distributions, are not of the space.
             TakenError: another program started the enqueued trial at this moment.
             RankfrontError: the storage cannot be written; the mirror is ahead of it, and of no use any more.
         """
@@ -123,7 +124,8 @@ class SearchStudy(StudyView):
         return Planned(number, allocation)
 
     def _refuse_foreign(self) -> None:
-        """Fail the next WAITING trial if another program gave it levels that are not of this space.
+        """Fail the next WAITING trial if another program gave it levels, or distributions, that are not
+        of this space.
 
         Raises:
             ForeignError: it did.
@@ -133,15 +135,16 @@ class SearchStudy(StudyView):
             return
         try:
             self._space.check({**trial.params, **trial.system_attrs.get(FIXED, {})})
+            self._space.check_distributions(trial.distributions)
         except RankfrontError as error:
-            result = {"reason": str(error)}
-            for storage, trial_id in (
-                (self._storage, self._ids[trial.number]),
-                (self._memory, trial.number),
-            ):
-                storage.set_trial_user_attr(trial_id, RESULT, result)
-                storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            self._refuse(trial.number, str(error))
             raise ForeignError(str(error)) from error
+
+    def _refuse(self, number: int, reason: str) -> None:
+        """Fail a WAITING trial."""
+        for storage, trial_id in ((self._storage, self._ids[number]), (self._memory, number)):
+            storage.set_trial_user_attr(trial_id, RESULT, {"reason": reason})
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _take_up(self, frozen: FrozenTrial) -> Planned:
         """Start a WAITING trial that the mirror just handed out; another program's gets a plan first.
@@ -149,6 +152,7 @@ class SearchStudy(StudyView):
         By it the next driver tells the trial from those that other programs run.
 
         Raises:
+            ForeignError: the storage takes no levels for it; it is recorded as failed.
             TakenError: another program started it at this moment.
         """
         planned = Planned(frozen.number, self._packing.allocation(frozen))
@@ -158,6 +162,10 @@ class SearchStudy(StudyView):
             started = self._start_stored(frozen)
         except UpdateFinishedTrialError:
             started = False
+        except ValueError as error:
+            self._rebuild()  # it waits still, with a part of its levels
+            self._refuse(frozen.number, str(error))
+            raise ForeignError(str(error)) from error
         if not started:
             self._rebuild()
             raise TakenError(f"trial {frozen.number} was started by another program")

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from fakes import (
+    CHOOSING,
     OBJECTIVES,
     TARGETS,
     MadeUpPool,
@@ -19,6 +20,7 @@ from fakes import (
     space_of,
     states,
 )
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
@@ -28,12 +30,23 @@ from search.journal import open_journal
 from search.packing import FIXED, PLAN
 from search.samplers import make_sampler
 from search.sections import SamplerSection
+from search.space import Space
 from search.study import SearchStudy, TakenError, open_storage_study
 from search.view import Planned
 
 LEVELS = {"q_proj": 1, "up_proj": 10, "down_proj": 4}
 SPACE = space_of(cost_model())
 WRITES = ("set_trial_system_attr", "set_trial_param", "set_trial_user_attr", "set_trial_state_values")
+KINDS = {
+    "a level as a choice": ({}, "q_proj", CategoricalDistribution((0, 1, 2)), 1),
+    "a level on a log scale": ({}, "q_proj", IntDistribution(1, 10, log=True), 1),
+    "methods in another order": (
+        {"factors": CHOOSING},
+        "method/q_proj",
+        CategoricalDistribution(CHOOSING.choices[::-1]),
+        "weight",
+    ),
+}
 
 
 class Programs:
@@ -42,10 +55,10 @@ class Programs:
     def __init__(self, reopen: Callable[[], BaseStorage]) -> None:
         self.storage = reopen
 
-    def driver(self, lag: int | None = None) -> SearchStudy:
+    def driver(self, lag: int | None = None, space: Space = SPACE) -> SearchStudy:
         study = open_storage_study(self.storage(), "made-up", OBJECTIVES)
         sampler = make_sampler(SamplerSection(name="nsga2", population=6))
-        return SearchStudy(study, sampler, 0, SPACE, cost_model(), OBJECTIVES, lag=lag)
+        return SearchStudy(study, sampler, 0, space, cost_model(), OBJECTIVES, lag=lag)
 
     def other(self) -> optuna.Study:
         return optuna.load_study(study_name="made-up", storage=self.storage())
@@ -198,3 +211,43 @@ def test_our_own_that_waits_keeps_its_plan(programs: Programs) -> None:
     assert study.propose("random") == Planned(0, allocation)
     assert programs.other().trials[0].user_attrs == before
     assert programs.driver().in_flight() == [Planned(0, allocation)]
+
+
+@pytest.mark.parametrize(("changes", "name", "theirs", "value"), KINDS.values(), ids=KINDS)
+def test_a_distribution_of_another_kind_fails_its_trial_only(
+    programs: Programs, changes: dict[str, Any], name: str, theirs: BaseDistribution, value: object
+) -> None:
+    """Its value is of the space, and yet Optuna asks for no such trial."""
+    space = space_of(cost_model(), **changes)
+    given = {**space.params(SPACE.allocation(LEVELS)), name: value}
+    study = programs.driver(space=space)
+    distributions = {**space.distributions, name: theirs}
+    programs.other().add_trial(waiting(params=given, distributions=distributions))
+    runner(study, MadeUpPool(), trials=3).run()
+    again = programs.driver(space=space)
+    assert states(again) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert again.rows() == study.rows()
+    reason = again.rows()[0].reason or ""
+    assert reason.startswith(f"params.{name}: {theirs} is not {space.distributions[name]}")
+
+
+def test_another_range_of_levels_is_of_the_same_kind(programs: Programs) -> None:
+    """Optuna lets a range change; the level is of the space."""
+    study = programs.driver()
+    wider = {**SPACE.distributions, "q_proj": IntDistribution(0, 99)}
+    programs.other().add_trial(waiting(distributions=wider))
+    assert study.propose("random") == Planned(0, SPACE.allocation(LEVELS))
+
+
+def test_what_cannot_be_started_beside_another_kind_fails_alone(programs: Programs) -> None:
+    """Optuna writes no level to a trial where an earlier one has the parameter as of another kind."""
+    study, other = programs.driver(), programs.other()
+    choices = {**SPACE.distributions, "up_proj": CategoricalDistribution((10,))}
+    other.add_trial(waiting(state=TrialState.RUNNING, distributions=choices))
+    enqueue(other)
+    add(other)
+    runner(study, MadeUpPool(), trials=4).run()
+    again = programs.driver()
+    assert states(again) == ["RUNNING", "FAIL", "COMPLETE", "COMPLETE"]
+    assert again.rows() == study.rows()
+    assert (again.rows()[1].reason or "").startswith("params.up_proj: an earlier trial has it as no Int")
