@@ -15,7 +15,7 @@ from search.cost import CostModel
 from search.records import TrialRow
 from search.space import Space
 
-# Our one attribute at a trial's creation, and our one packed result written before its final state.
+# Our one attribute before a trial runs, and our one packed result written before its final state.
 PLAN, RESULT = "rankfront.plan", "rankfront.result"
 UNSCORED = "another program completed it, without a score"
 
@@ -23,6 +23,11 @@ UNSCORED = "another program completed it, without a score"
 def origin_of(trial: FrozenTrial) -> str:
     """Who proposed a trial; `enqueued` where another program did."""
     return str(trial.user_attrs.get(PLAN, {}).get("origin", "enqueued"))
+
+
+def has_plan(trial: FrozenTrial) -> bool:
+    """Whether a driver of ours made a trial or took it up; an empty plan is one that was taken back."""
+    return bool(trial.user_attrs.get(PLAN))
 
 
 def result_of(score: Score, copied_from: int | None = None) -> dict[str, Any]:

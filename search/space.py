@@ -16,7 +16,12 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
 
 from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
 from search.cost import CostModel
@@ -114,6 +119,22 @@ class Space:
                     )
             elif not isinstance(value, int) or not 0 <= value <= self._levels:
                 raise RankfrontError(f"params.{name}: level {value!r} is not an integer in 0..{self._levels}")
+
+    def check_distributions(self, distributions: Mapping[str, BaseDistribution]) -> None:
+        """Raise RankfrontError for the first distribution that Optuna holds for of another kind than ours.
+
+        Such a trial cannot be asked for in this space, whatever its values: a level that is a choice, or a
+        method whose choices are others or in another order. Names that are no parameter are passed over.
+        """
+        for name, ours in self.distributions.items():
+            if name not in distributions:
+                continue
+            try:
+                check_distribution_compatibility(distributions[name], ours)
+            except ValueError as error:
+                raise RankfrontError(
+                    f"params.{name}: {distributions[name]} is not {ours}: {error}"
+                ) from error
 
     def allocation(self, params: Mapping[str, int | str]) -> Allocation:
         """The allocation of a full set of parameters.

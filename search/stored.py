@@ -16,6 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from actors.types import RankfrontError
+from search.packing import PLAN, has_plan
 from search.records import Objective
 
 
@@ -95,7 +96,16 @@ def number_of(storage: BaseStorage, study_id: int, trial_id: int, expected: int)
 
 
 def start_stored(storage: BaseStorage, trial_id: int, frozen: FrozenTrial) -> bool:
-    """Write what the sampler added to a WAITING trial, then that it runs; False where it runs already."""
+    """Write what was added to a WAITING trial, then that it runs; False where it runs already.
+
+    Invariant: a trial that we started has its levels and its plan; until then it is WAITING, with any part
+    of them. One that another program started has no plan of ours.
+
+    Raises:
+        UpdateFinishedTrialError: another program ended it.
+        ValueError: an earlier trial, another program's, has one of the parameters as of another kind: ours
+            can then be stored with a whole trial, but not added to one.
+    """
     stored = storage.get_trial(trial_id)
     if stored.state != TrialState.WAITING:
         return False
@@ -105,6 +115,19 @@ def start_stored(storage: BaseStorage, trial_id: int, frozen: FrozenTrial) -> bo
     for name, value in frozen.params.items():
         if name not in stored.params:
             distribution = frozen.distributions[name]
-            storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+            try:
+                storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+            except ValueError as error:
+                # Optuna holds a study to the first distribution that any of its trials has for a parameter.
+                raise ValueError(
+                    f"params.{name}: an earlier trial has it as no {distribution}: {error}"
+                ) from error
+    added = not has_plan(stored)
+    if added:
+        # After the levels: what is kept of a plan is of them.
+        storage.set_trial_user_attr(trial_id, PLAN, frozen.user_attrs[PLAN])
     # Last, so that a trial that is RUNNING always has all of its levels.
-    return storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    started = storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    if added and not started:
+        storage.set_trial_user_attr(trial_id, PLAN, {})  # of who was faster: no attribute can be deleted
+    return started

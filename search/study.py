@@ -23,7 +23,7 @@ from search.constraints import ATTRIBUTE, Constraint, violations
 from search.cost import CostModel
 from search.database_storage import grouped
 from search.lagged import DECIMALS, Lagged, bound, join_generation
-from search.packing import PLAN, RESULT, failure_of, result_of, scored, was_lost
+from search.packing import PLAN, RESULT, failure_of, has_plan, result_of, scored, was_lost
 from search.records import Objective
 from search.samplers import reseed
 from search.space import Space
@@ -39,7 +39,8 @@ class TakenError(RankfrontError):
 
 
 class ForeignError(RankfrontError):
-    """An enqueued trial has levels that are not of this space; it is recorded as failed with this reason."""
+    """An enqueued trial has levels, or distributions, that are not of this space, or takes none of them; it
+    is recorded as failed with this reason."""
 
 
 class SearchStudy(StudyView):
@@ -77,7 +78,7 @@ class SearchStudy(StudyView):
         """
         known, numbers = set(), []
         for trial in self.frozen():
-            if PLAN not in trial.user_attrs or trial.state == TrialState.PRUNED or was_lost(trial):
+            if not has_plan(trial) or trial.state == TrialState.PRUNED or was_lost(trial):
                 continue
             unscored = trial.state.is_finished() and not scored(trial)
             allocation = self._packing.allocation(trial)
@@ -97,7 +98,7 @@ class SearchStudy(StudyView):
         """The next trial, RUNNING in the storage when this returns: an enqueued one, or the sampler's.
 
         Raises:
-            ForeignError: an enqueued trial's parameters are outside the space.
+            ForeignError: an enqueued trial's parameters, or their distributions, are not of the space.
             TakenError: another program started the enqueued trial at this moment.
             RankfrontError: the storage cannot be written; the mirror is ahead of it, and of no use any more.
         """
@@ -124,36 +125,52 @@ class SearchStudy(StudyView):
         return Planned(number, allocation)
 
     def _refuse_foreign(self) -> None:
-        """Fail the next WAITING trial if another program gave it levels that are not of this space.
+        """Fail the next WAITING trial if another program gave it levels, or distributions, that are not
+        of this space.
 
         Raises:
             ForeignError: it did.
         """
         trial = next(iter(self._trials(TrialState.WAITING)), None)
-        if trial is None or PLAN in trial.user_attrs:
+        if trial is None or has_plan(trial):
             return
         try:
             self._space.check({**trial.params, **trial.system_attrs.get("fixed_params", {})})
+            self._space.check_distributions(trial.distributions)
         except RankfrontError as error:
-            result = {"reason": str(error)}
-            for storage, trial_id in (
-                (self._storage, self._ids[trial.number]),
-                (self._memory, trial.number),
-            ):
-                storage.set_trial_user_attr(trial_id, RESULT, result)
-                storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            self._refuse(trial.number, str(error))
             raise ForeignError(str(error)) from error
 
+    def _refuse(self, number: int, reason: str) -> None:
+        """Fail a WAITING trial."""
+        for storage, trial_id in ((self._storage, self._ids[number]), (self._memory, number)):
+            storage.set_trial_user_attr(trial_id, RESULT, {"reason": reason})
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
     def _take_up(self, frozen: FrozenTrial) -> Planned:
-        """Start a WAITING trial that the mirror just handed out."""
+        """Start a WAITING trial that the mirror just handed out; another program's gets a plan first.
+
+        By it the next driver tells the trial from those that other programs run.
+
+        Raises:
+            ForeignError: the storage takes no levels for it; it is recorded as failed.
+            TakenError: another program started it at this moment.
+        """
+        planned = Planned(frozen.number, self._packing.allocation(frozen))
+        if not has_plan(frozen):
+            frozen.user_attrs[PLAN] = self._packing.plan(planned.allocation, "enqueued")
         try:
             started = self._start_stored(frozen)
         except UpdateFinishedTrialError:
             started = False
+        except ValueError as error:
+            self._rebuild()  # it waits still, with a part of its levels
+            self._refuse(frozen.number, str(error))
+            raise ForeignError(str(error)) from error
         if not started:
             self._rebuild()
             raise TakenError(f"trial {frozen.number} was started by another program")
-        return Planned(frozen.number, self._packing.allocation(frozen))
+        return planned
 
     def _start_stored(self, frozen: FrozenTrial) -> bool:
         return start_stored(self._storage, self._ids[frozen.number], frozen)

@@ -21,7 +21,7 @@ from actors.types import Allocation, RankfrontError, Score
 from search.constraints import feasible
 from search.cost import CostModel
 from search.memory import Memory
-from search.packing import RESULT, Packing, origin_of, scored
+from search.packing import RESULT, Packing, has_plan, origin_of, scored
 from search.parents import Parents
 from search.pareto import Front
 from search.records import Objective, TrialRow
@@ -117,13 +117,14 @@ class StudyView:
         return sum(self._memory.counts[state] for state in states)
 
     def in_flight(self) -> list[Planned]:
-        """Trials that were RUNNING without a result when the last driver ended: to be scored again under
-        their number."""
+        """The driver's trials that were RUNNING without a result when the last driver ended: to be scored
+        again under their number. What another program started is its own, whatever its levels."""
         flying = []
         for trial in self._trials(TrialState.RUNNING):
+            if RESULT in trial.user_attrs or not has_plan(trial):
+                continue
             with contextlib.suppress(RankfrontError):  # no levels of this space: another program runs it
-                if RESULT not in trial.user_attrs:
-                    flying.append(Planned(trial.number, self._packing.allocation(trial)))
+                flying.append(Planned(trial.number, self._packing.allocation(trial)))
         return flying
 
     def rows(self) -> tuple[TrialRow, ...]:
