@@ -41,7 +41,8 @@ class _Sums:
     """The sums of one group of targets, fed by hooks; see `Moments` for what is kept of which side.
 
     A token's vector meets its gradient on the way back, so it is held from when it is computed: in the
-    forward pass, or, where that is `checkpointed`, when the block is computed again.
+    forward pass, or, where that is `checkpointed`, when the block is computed again. Where the model goes on
+    to change it in place (Falcon adds its attention to what leaves the MLP) a copy is held.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class _Sums:
     ) -> None:
         self._targets, self._leaders = {target.name: target for target in targets}, made.leaders
         self._checkpointed, self._repeated = made.checkpointed, made.repeated
+        self._overwritten = made.overwritten
         spread = [target for target in targets if target.name in spreads]
         full = full_inputs(spread, made.leaders)
         self._inputs = {made.leaders[t.name]: Scatter(full=made.leaders[t.name] in full) for t in targets}
@@ -126,7 +128,8 @@ class _Sums:
         if not self._backward and tensor.requires_grad:
             tensor.register_hook(lambda gradient: self._meet(name, gradient=gradient))
         if self._backward == self._checkpointed:
-            self._meet(name, vectors=vectors.detach())
+            vectors = vectors.detach()
+            self._meet(name, vectors=vectors.clone() if name in self._overwritten else vectors)
 
     def _meet(self, name: str, vectors: Tensor | None = None, gradient: Tensor | None = None) -> None:
         """One half has come: it waits for the other, or both are added."""

@@ -87,6 +87,7 @@ def plan(
                     moments=largest,
                     activations=activations,
                     repeated=probe.again is not None,
+                    overwritten=probe.overwritten,
                 )
             )
     if found:
@@ -136,7 +137,8 @@ def _moment_bytes(
 @dataclass(frozen=True)
 class _Probe:
     """What one short forward pass tells: `leaders` names for every target the first target that reads the
-    same input in every call; `again` names a target, or a block of one, that runs more than once; the rest
+    same input in every call; `again` names a target, or a block of one, that runs more than once;
+    `overwritten` those of whose held vectors, as the model changes them in place, a copy is kept; the rest
     are bytes a token: what is kept of the blocks until the way back, by autograd or to meet its gradient; one
     block's input; logits."""
 
@@ -146,6 +148,7 @@ class _Probe:
     logits: int
     blocks: int
     again: str | None
+    overwritten: tuple[str, ...]
 
     def activations(self, tokens: int, checkpointed: bool, gradients: bool) -> int:
         """Bytes a batch of `tokens` takes beside weights and moments."""
@@ -160,6 +163,7 @@ def _probe(model: nn.Module, targets: Sequence[TargetSpec], gradients: Collectio
     tap = Tap()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes over an address meanwhile
+    held: dict[str, tuple[Tensor, int]] = {}  # with its version, which every change in place raises
     boundary = 0
 
     def keep(tensor: Tensor) -> Tensor:
@@ -172,7 +176,8 @@ def _probe(model: nn.Module, targets: Sequence[TargetSpec], gradients: Collectio
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             tap.note(target.name, args[0])
             if target.name in gradients:
-                keep(output if target.rows <= target.cols else args[0])
+                vectors = keep(output if target.rows <= target.cols else args[0])
+                held[target.name] = vectors, vectors._version
 
         return hook
 
@@ -194,10 +199,12 @@ def _probe(model: nn.Module, targets: Sequence[TargetSpec], gradients: Collectio
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         logits = model(tokens, use_cache=False).logits
         width = logits.shape[-1] * (2 * logits.element_size() + 8)  # logits, their gradient, float32 twice
-    each = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
+    copied = {name: tensor for name, (tensor, version) in held.items() if tensor._version != version}
+    storages = [*kept.values(), *(tensor.untyped_storage() for tensor in copied.values())]
+    each = sum(storage.nbytes() for storage in storages) / PROBE_TOKENS
     leaders = {name: leader if calls[name] == calls[leader] else name for name, leader in tap.leaders.items()}
     again = next((name for name in watched if calls[name] > 1), None)
-    return _Probe(leaders, each, boundary, width, len(blocks), again)
+    return _Probe(leaders, each, boundary, width, len(blocks), again, tuple(copied))
 
 
 class Tap:

@@ -219,6 +219,7 @@ class BuildPlan:
     the text and `rows` those of a batch; `checkpointed` says that activations are computed twice instead
     of kept. `moments` and `activations` are bytes: of the largest group, and of one batch. `repeated` says
     that some target runs more than once in a pass, so that none may end at the last target's first call.
+    `overwritten` are targets whose held vector, their output or input, the model changes in place later.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -229,6 +230,7 @@ class BuildPlan:
     moments: int
     activations: int
     repeated: bool = False
+    overwritten: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

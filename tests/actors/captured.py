@@ -86,12 +86,13 @@ def drawn(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def captured(setting: Setting, ids: torch.Tensor, labels: Labels = of_the_data) -> dict[str, Seen]:
     """What flows through the targets in one pass of the model in float64 and back."""
-    model, found = setting.model.double(), {}
+    model, found, gradients = setting.model.double(), {}, {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            output.retain_grad()
-            found[name] = args[0], output
+            # As they are now: models change some of them in place.
+            found[name] = args[0].clone(), output.clone()
+            output.register_hook(lambda gradient: gradients.update({name: gradient}))
 
         return hook
 
@@ -105,7 +106,7 @@ def captured(setting: Setting, ids: torch.Tensor, labels: Labels = of_the_data) 
     seen = {}
     for name, (inputs, output) in found.items():
         bias = model.get_submodule(name).bias
-        flat = [inputs, output if bias is None else output - bias, output.grad]
+        flat = [inputs, output if bias is None else output - bias, gradients[name]]
         seen[name] = Seen(*(tensor.detach().flatten(0, 1).numpy() for tensor in flat), len(wanted))
     model.float()
     return seen

@@ -126,6 +126,24 @@ def test_how_batches_are_computed_does_not_show(
     same(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("model_type", "settings"), [("falcon", {}), ("olmo", {"clip_qkv": 0.3})])
+def test_outputs_that_a_model_changes_in_place_count_as_they_were(
+    model_type: str, settings: dict[str, float], checkpointed: bool, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Falcon adds its attention to what leaves the MLP; OLMo clamps queries, keys and values."""
+    setting = setting_of(tiny.tiny_model(tmp_path, model_type, **settings))
+    made = plan(setting.model, setting.targets, ids, setting.names, float("inf"))
+    found = all_groups(setting, ids, replace(made, checkpointed=checkpointed), setting.names, "data")
+    seen = captured(setting, ids, of_the_data)
+    for name in setting.names:
+        moments = found[name].weighted
+        assert moments is not None
+        expected = seen[name].curvature(weight(setting.model.get_submodule(name)))
+        close(moments.mean, expected[1], 1e-4)
+        close(moments.covariance, expected[2], 1e-4)
+
+
 def test_checkpointing_computes_the_blocks_again(tiny_setting: Setting, ids: torch.Tensor) -> None:
     made = plan(tiny_setting.model, tiny_setting.targets, ids, tiny_setting.names, float("inf"))
     for checkpointed, calls in ((False, 1), (True, 2)):
