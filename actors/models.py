@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -62,6 +63,12 @@ def check_causal(source: ModelSource, config: Any) -> None:
     if config.is_encoder_decoder or not (known or remote):
         raise RankfrontError(
             f"{source.source}: {config.model_type!r} is not a causal language model (AutoModelForCausalLM)"
+        )
+    # Transformers gives encoders a causal head too; only as decoders do they not see what they predict.
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise RankfrontError(
+            f"{source.source}: {config.model_type!r} sees the tokens it is to predict; a causal language "
+            "model of this type has is_decoder: true in its config.json"
         )
     if experts_of_config(config) > 1:
         raise RankfrontError(f"{source.source}: {config.model_type!r} {NO_ADAPTER}")

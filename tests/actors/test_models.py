@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import MixtralConfig, PretrainedConfig, T5Config
 
 from actors.models import (
+    check_causal,
     copy_side_files,
     count_parameters,
     decoder_blocks,
@@ -137,6 +139,22 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     source = config_folder(tmp_path / "t5", T5Config(d_model=8, num_layers=1))
     with pytest.raises(RankfrontError, match="'t5' is not a causal language model"):
         materialise(source, tmp_path)
+
+
+def test_encoders_are_refused_unless_they_are_decoders(tmp_path: Path) -> None:
+    """An encoder's loss is of tokens it has seen, and says so nowhere."""
+    settings = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
+    for is_decoder in (False, True):
+        config = transformers.BertConfig(**settings, is_decoder=is_decoder)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+        first, second = model(ids).logits
+        assert torch.equal(first[:2], second[:2]) == is_decoder
+        source = config_folder(tmp_path / str(is_decoder), config)
+        with (
+            nullcontext() if is_decoder else pytest.raises(RankfrontError, match="'bert' sees the tokens it")
+        ):
+            check_causal(source, transformers.AutoConfig.from_pretrained(source.source))
 
 
 def test_classifiers_are_refused(tmp_path: Path) -> None:
