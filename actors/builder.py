@@ -136,7 +136,9 @@ class Builder:
         yield f"text: {tokens:,} calibration tokens, {self._splits['search'].tokens:,} search tokens a trial"
         if is_url(self._place) and self._problem() is not None and is_published(self._place):
             yield f"factor store: copying {self._place}"
-            shutil.rmtree(self._store.folder, ignore_errors=True)  # damaged, if it is there
+            with self._store.locked():  # not held below, where a copy takes the same lock
+                if self._problem() is not None:  # another process may have made it whole while this one asked
+                    shutil.rmtree(self._store.folder, ignore_errors=True)  # damaged, if it is there
             local_store(self._place, node_folder(self._spec))
         if self._problem() is not None:
             self._held.enter_context(self._store.locked())

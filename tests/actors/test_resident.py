@@ -12,9 +12,10 @@ import pytest
 import tiny
 from counted import Counted
 
+import actors.builder
 import actors.resident
 from actors.models import fingerprint
-from actors.node_cache import local_store
+from actors.node_cache import is_published, local_store
 from actors.preparation import prepare
 from actors.resident import local_source, resident
 from actors.scoring import Scorer
@@ -136,6 +137,26 @@ def test_a_damaged_copy_is_made_again(site: Site, prepared: Prepared) -> None:
     assert isinstance(again, Prepared)
     assert again.reused
     assert file.read_bytes() == whole
+
+
+def test_a_copy_that_another_study_made_meanwhile_is_left_to_it(
+    site: Site, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = site.spec("sixth")
+    found: list[Path] = []
+
+    def overtaken(place: str) -> bool:
+        """The other finishes its copy while this one waits for the network."""
+        if not found:
+            found.append(local_store(place, Path(spec.node_cache)))
+            (found[0] / "of the other").touch()
+        return is_published(place)
+
+    monkeypatch.setattr(actors.builder, "is_published", overtaken)
+    *_, again = prepare(spec)
+    assert isinstance(again, Prepared)
+    assert again.reused
+    assert (found[0] / "of the other").exists()
 
 
 def test_the_driver_reads_predicted_losses_from_a_copy(site: Site, prepared: Prepared) -> None:
