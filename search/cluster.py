@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray._private.state import state
 
@@ -99,9 +100,15 @@ def connect() -> Machine:
         else:
             _start(common)
     total = ray.cluster_resources()
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = _free_memory({} if address else total)
     cores, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
     return Machine(cores, gpus, memory, bool(address), tuple(cluster_nodes().rooms.values()))
+
+
+def _free_memory(resources: Mapping[str, float]) -> int:
+    """Bytes that are free on this node, caches among them, and no more than Ray's `resources` of it have:
+    they heed a container's limit, which the kernel's own figure does not."""
+    return int(min(psutil.virtual_memory().available, resources.get("memory", math.inf)))
 
 
 def _join(address: str, common: Mapping[str, Any]) -> None:

@@ -214,11 +214,18 @@ class Crew:
         return tuple(slot.health(now, time.time() - now) for slot in self.slots)
 
     def close(self) -> None:
-        """Let go of every replica at once."""
-        there: list[Any] = [slot.actor for slot in self.slots if slot.actor is not None]
+        """Let go of every replica at once.
+
+        Those without a node yet are killed before any is asked to end: they do not answer and, where this
+        process is killed as it waits for answers, an autoscaler would go on to start nodes for them.
+        """
+        held: list[Any] = []
+        for slot in self.slots:
+            if slot.actor is None:
+                continue
+            if slot.node is None or self.launch.tenure is None:
+                ray.kill(slot.actor)
+            else:
+                held.append(slot.actor)
         self.slots.clear()
-        if self.launch.tenure is not None:
-            end_all(there, self.launch.token)
-            return
-        for actor in there:
-            ray.kill(actor)
+        end_all(held, self.launch.token)

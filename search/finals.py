@@ -104,8 +104,8 @@ def evaluate_study(
         if wanted:
             with (
                 logged(session.folder, session.say, "evaluate", stop) as note,
-                replicas(session, note) as pool,
                 stop_on_signals(stop, console),
+                replicas(session, note) as pool,
             ):
                 score_finished(session.folder, study, wanted, pool, stop, session.say)
         return report(session.folder, study), stop.reason

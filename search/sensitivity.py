@@ -104,8 +104,8 @@ def sensitivity(config: Config, console: Console) -> tuple[Path, Sensitivity | N
         if missing:
             with (
                 logged(folder, say, "sensitivity", stop) as note,
-                replicas(session, note) as pool,
                 stop_on_signals(stop, console),
+                replicas(session, note) as pool,
                 _Screen(console, questions) as screen,
             ):
                 ask(questions, log, pool, stop, screen.redraw)

@@ -66,7 +66,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
             note = told(log, metrics.note)
             folder.patience.note = note
             note("resumed" if study.started else "started", study=config.study, trials=study.started)
-            with replicas(session, note) as pool, stop_on_signals(stop, console):
+            with stop_on_signals(stop, console), replicas(session, note) as pool:
                 beacon = Beacon(folder.path, study, pool, metrics, pool.alone_seconds)
 
                 def tell(reason: str) -> None:

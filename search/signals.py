@@ -13,7 +13,10 @@ from search.runner import Stop
 
 @contextlib.contextmanager
 def stop_on_signals(stop: Stop, console: Console) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the loop at its next look; the second ends the process."""
+    """The first Ctrl-C or SIGTERM ends the loop at its next look; the second ends the process.
+
+    Entered before replicas are made, so that a signal meanwhile leaves none behind.
+    """
 
     def handler(number: int, frame: object) -> None:
         if stop.reason:

@@ -54,8 +54,8 @@ def surgical(config: Config, console: Console) -> tuple[StudyFolder, StudySummar
         stop = Stop()
         with (
             logged(folder, say, "surgical", stop) as note,
-            replicas(session, note) as pool,
             stop_on_signals(stop, console),
+            replicas(session, note) as pool,
         ):
             score_open_trials(study, pool, stop, note)
             with _Screen(console, walk, folder) as screen:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from actors.types import Allocation, FactorSpec, Score, TargetSpec, TaskScore, TextScore
 from search.constraints import Constraint
 from search.cost import CostModel
+from search.health import ReplicaHealth
 from search.journal import open_journal
 from search.landscape import Landscape, landscape_of
 from search.patience import Patience
@@ -115,6 +116,8 @@ def dies_before_the_state(study: SearchStudy, monkeypatch: pytest.MonkeyPatch) -
 class MadeUpPool:
     """Has the interface of `Pool`; answers one job a look, the oldest first."""
 
+    alone_seconds, queued = 0.0, 0
+
     def __init__(self, answer: Callable[[Job], Outcome] | None = None, size: int = 2) -> None:
         self.size, self._answer = size, answer or (lambda job: Outcome(job, score_of(job.allocation)))
         self.submitted: list[Job] = []
@@ -135,6 +138,9 @@ class MadeUpPool:
     def wait(self, seconds: float) -> Iterator[Outcome]:
         if self._queue:
             yield self._answer(self._queue.pop(0))
+
+    def health(self) -> tuple[ReplicaHealth, ...]:
+        return ()
 
     def close(self) -> None:
         self._queue.clear()

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,16 @@ def test_connect_joins_what_is_there() -> None:
     machine = connect()
     assert (machine.cores, machine.gpus) == (4, 0)
     assert machine.memory > 0
+
+
+@pytest.mark.parametrize(("container", "free"), [(3e9, 3e9), (64e9, 8e9)])
+def test_free_memory_heeds_the_limit_of_a_container(
+    container: float, free: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "memory": container})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert connect().memory == free
 
 
 def test_connect_joins_no_cluster_that_was_not_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,27 @@ def test_a_stopped_command_says_how_to_go_on(
     assert [line["reason"] for line in lines].count("not scored yet") == COUNT - 4
 
 
+@pytest.mark.parametrize("name", ["sensitivity", "search", "surgical"])
+def test_a_signal_as_replicas_are_made_leaves_none_behind(
+    file: Path, machinery: Machinery, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[MadeUpPool] = []
+
+    def pool(*arguments: Any) -> MadeUpPool:
+        import signal
+
+        signal.raise_signal(signal.SIGINT)
+        return machinery.pool(*arguments)
+
+    monkeypatch.setattr(search.replicas, "Pool", pool)
+    monkeypatch.setattr(MadeUpPool, "close", lambda pool: closed.append(pool))
+    monkeypatch.setattr(sys, "argv", ["rankfront", name, str(file), "--set", "surgical.skip_blocks=0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert closed == machinery.pools != []
+
+
 def test_it_tells_the_log_of_the_study(config: Config, machinery: Machinery) -> None:
     sensitivity(config, Console(file=io.StringIO()))
     lines = [json.loads(line) for line in (config.folder / LOG).read_text().splitlines()]
