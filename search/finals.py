@@ -45,8 +45,9 @@ def score_finished(
     stop: Stop,
     say: Callable[[str], None],
     split: str = "test",
+    look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score finished trials once on a split; known scores are not repeated."""
+    """Score finished trials once on a split; known scores are not repeated. `look` is called meanwhile."""
     queue = [study.row(number) for number in unscored(folder, study, numbers, split)]
     if not queue:
         return
@@ -63,6 +64,7 @@ def score_finished(
                 say(f"trial {outcome.job.key} has no {split} score: {outcome.reason}")
             else:
                 evaluations.add(Evaluation(outcome.job.key, FACTORS, split, fingerprint, outcome.score), say)
+        look()
 
 
 def reopened(folder: StudyFolder, console: Console) -> contextlib.AbstractContextManager[Session]:

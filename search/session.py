@@ -76,7 +76,8 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
                 with ends_told(tell, stop):
                     reason = _run(session, study, pool, stop, console, beacon, note)
                     if not stop.reason:
-                        score_finished(folder, study, front_and_dense(study), pool, stop, session.say)
+                        last = front_and_dense(study)
+                        score_finished(folder, study, last, pool, stop, session.say, look=beacon.tick)
         if config.finalists.wanted and not stop.reason:
             report(folder, study)  # what was found is there to see while the finalists are followed
             with stop_on_signals(stop, console), reported(folder, study):

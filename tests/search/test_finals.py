@@ -71,6 +71,15 @@ def test_what_a_crash_left_of_a_row_is_said(folder: Any) -> None:
     assert len(said) == 2
 
 
+def test_the_world_is_told_while_trials_are_scored(folder: Any) -> None:
+    """After each look at the pool, by when the scores that it brought are kept."""
+    study, kept = open_study(folder.path, "random"), list[int]()
+    propose_and_complete(study, 3)
+    count = lambda: kept.append(len(Evaluations(folder.path, study.rows()).rows))  # noqa: E731
+    score_finished(folder, study, [0, 2], MadeUpPool(answer), Stop(), print, look=count)
+    assert kept == [1, 2]
+
+
 def test_trials_are_scored_once_and_left_as_they_are(folder: Any) -> None:
     study = open_study(folder.path, "random")
     propose_and_complete(study, 4)
