@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pools import local_ray as local_ray
+from pools import pool_of as pool_of
 from tiny_study import MACHINE, Tiny, make_study
 
 import search.refine
