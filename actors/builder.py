@@ -134,15 +134,17 @@ class Builder:
         check_packing(self._model, [each for data in splits for each in (*data.tasks, *data.bias)])
         tokens = self._windows.numel()
         yield f"text: {tokens:,} calibration tokens, {self._splits['search'].tokens:,} search tokens a trial"
-        if is_url(self._place) and self._problem() is not None and is_published(self._place):
+        problem = self._problem()  # every look at a store that is whole reads all of it
+        if is_url(self._place) and problem is not None and is_published(self._place):
             yield f"factor store: copying {self._place}"
             with self._store.locked():  # not held below, where a copy takes the same lock
                 if self._problem() is not None:  # another process may have made it whole while this one asked
                     shutil.rmtree(self._store.folder, ignore_errors=True)  # damaged, if it is there
             local_store(self._place, node_folder(self._spec))
-        if self._problem() is not None:
+            problem = self._problem()
+        if problem is not None:
             self._held.enter_context(self._store.locked())
-        problem = self._problem()  # another process may have built it while this one waited
+            problem = self._problem()  # another process may have built it while this one waited
         self._lap("verify")
         if problem is None:
             self._held.close()

@@ -17,7 +17,7 @@ from actors.agreement import compare_logits, hold
 from actors.factors import FactorStore
 from actors.low_rank import Ranks, TrialModel
 from actors.modeling_rankfront import PivotedLinear, RankfrontConfig
-from actors.models import context_limit, load_model, load_tokenizer, whole_model
+from actors.models import context_limit, load_model, load_tokenizer, same_tokenizers, whole_model
 from actors.refined import RefinedFactors
 from actors.scoring import score_split
 from actors.splits import load_split
@@ -80,11 +80,17 @@ def check(folder: Path, scored: Scored, added_bytes: int | None = None, device: 
     are on `device` one after the other, never two at a time.
 
     Raises:
-        RankfrontError: the files hold other bytes than were counted; logits or loss differ by more than
-            rounding.
+        RankfrontError: the tokenizer is another; the files hold other bytes than were counted; logits or loss
+            differ by more than rounding.
     """
     preparation, prepared = scored.preparation, scored.prepared
     tokenizer = load_tokenizer(folder, preparation.model)
+    ours = load_tokenizer(prepared.model_folder, preparation.model)
+    if not same_tokenizers(tokenizer, ours):
+        raise RankfrontError(
+            f"the folder's tokenizer, as transformers loads it ({type(tokenizer).__name__}), is not the "
+            f"model's ({type(ours).__name__}): text would be other tokens"
+        )
     store = scored.factors(device)
     model = load_model(prepared.model_folder, preparation.model, device)
     size, whole = tensor_bytes(folder), own_bytes(model)

@@ -20,7 +20,7 @@ from actors.licence import copy_licence_files
 from actors.linears import bias_of, weight_of
 from actors.low_rank import Ranks
 from actors.modeling_rankfront import RankfrontConfig, RankfrontForCausalLM
-from actors.models import copy_side_files, load_model, own_code
+from actors.models import copy_side_files, load_model, load_tokenizer, name_tokenizer, own_code
 from actors.node_cache import settle
 from actors.pivoting import pivot
 from actors.plain import to_yaml
@@ -133,6 +133,7 @@ def export(
             refuse_existing(destination)  # by one that was waited for
             added = _write_model(scored, store, partial, form)
             copy_side_files(prepared.model_folder, partial)
+            name_tokenizer(partial, load_tokenizer(prepared.model_folder, scored.preparation.model))
             copy_licence_files(prepared.model_folder, partial)
             (partial / DESCRIPTION).write_text(to_yaml(description), encoding="utf-8")
             with room_on(device):

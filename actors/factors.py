@@ -34,8 +34,13 @@ FORMAT = 3
 
 
 def needing_gradients(spec: FactorSpec, targets: Sequence[TargetSpec]) -> tuple[str, ...]:
-    """Names of the targets of which some method asks for the moment of output gradients."""
-    return tuple(target.name for target in targets if "curvature" in spec.methods_of(target.name))
+    """Names of the targets to measure the moment of output gradients of: all, if some method asks for it.
+
+    What truncation costs is then predicted of every target, for the seeds and the sampler.
+    """
+    if not any("curvature" in spec.methods_of(target.name) for target in targets):
+        return ()
+    return tuple(target.name for target in targets)
 
 
 def needing_spreads(spec: FactorSpec, targets: Sequence[TargetSpec]) -> tuple[str, ...]:
@@ -144,7 +149,8 @@ class StoreBuilder:
                 "files": files,
             }
             manifest["checksum"] = digest(manifest)
-            (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            with whole(self.partial / MANIFEST) as path:
+                path.write_text(json.dumps(manifest, indent=1))
             for left_behind in self.partial.glob("*.tmp"):
                 left_behind.unlink()
             if self.folder.exists():  # a damaged store: ours is whole
@@ -227,6 +233,8 @@ class FactorStore:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
         except FileNotFoundError as error:
             raise RankfrontError(no_store(self.folder)) from error
+        except ValueError as error:
+            raise RankfrontError(f"factor store {self.folder}: its {MANIFEST} is damaged: {error}") from error
         self.targets = tuple(TargetSpec(**target) for target in self.manifest["targets"])
         self.methods: dict[str, list[str]] = self.manifest["methods"]
         self._device = device

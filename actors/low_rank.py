@@ -88,7 +88,7 @@ class TrialLinear(nn.Module):
         """Make what `forward` reads at a rank."""
         weight, own = weight_of(self.dense), bias_of(self.dense)
         left, right, bias = store.rank(name, rank, method)  # (r, m), (r, n), (m,) or None
-        bias = None if bias is None else bias.to(weight.dtype)
+        bias = None if bias is None else bias.to(weight)
         rows, cols = weight.shape
         self._bias = bias if own is None else own if bias is None else own + bias
         without = min(rows, cols) - rank
@@ -96,14 +96,14 @@ class TrialLinear(nn.Module):
         exact = left.dtype == weight.dtype == torch.float32
         nested = store if exact and without < rank and isinstance(store, Nested) else None
         if factored_is_cheaper(rank, rows, cols, tokens, rank if nested is None else without):
-            self._left, self._right = left.to(weight.dtype).T, right.to(weight.dtype)
+            self._left, self._right = left.to(weight).T, right.to(weight)
             return
         self._left = self._right = None
         if self._product is None:
             self._product = weight.new_empty(rows, cols)
         if nested is not None:
             left, right = nested.rest(name, rank, method)  # (k - r, m), (k - r, n)
-        left, right = left.to(weight.dtype), right.to(weight.dtype)
+        left, right = left.to(weight), right.to(weight)
         if nested is None:
             torch.mm(left.T, right, out=self._product)
         else:

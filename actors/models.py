@@ -304,6 +304,30 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def same_tokenizers(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same of a text, and call the same tokens special."""
+    return (
+        fingerprint_tokenizer(one) == fingerprint_tokenizer(other)
+        and one.special_tokens_map == other.special_tokens_map
+    )
+
+
+def name_tokenizer(destination: Path, tokenizer: Any) -> None:
+    """Name a tokenizer's class beside its files.
+
+    Without that transformers goes by the type of the model, which in an export is another, and may take
+    another class, which has other special tokens or splits a text otherwise.
+    """
+    chosen = type(tokenizer)
+    if chosen.__module__.startswith("transformers_modules."):  # its code comes with it, and is named
+        return
+    path = destination / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if settings.get("tokenizer_class") != chosen.__name__:
+        named = {**settings, "tokenizer_class": chosen.__name__}
+        path.write_text(json.dumps(named, indent=2), encoding="utf-8")
+
+
 def copy_side_files(folder: str | Path, destination: Path) -> None:
     """Tokenizer and generation settings of a model folder, as they are, beside an export."""
     for file in sorted(Path(folder).iterdir()):

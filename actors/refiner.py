@@ -146,7 +146,6 @@ class Refiner:
         return HarnessScore(task, tuple(metrics_of(found)), time.perf_counter() - start)
 
     def _use(self, file: str | None) -> None:
-        scorer = self._scorer
-        device = str(scorer.model.device)
-        store = scorer.store if file is None else RefinedFactors(self._folder / file, device)
-        scorer.trial_model.use(store)
+        model = self._scorer.model
+        store = self._factors() if file is None else RefinedFactors(self._folder / file, str(model.device))
+        self._scorer.trial_model.use(store)

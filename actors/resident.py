@@ -37,7 +37,7 @@ def resident(preparation: PreparationSpec, prepared: Prepared) -> Prepared:
     hub_id = None if is_url(name) else Source.parse(name).hub_id
     if hub_id is not None:
         folder = download(hub_id, revision=folder.name)
-    elif not folder.is_dir():
+    elif not folder.is_dir() or str(folder) == name:
         model = local_source(preparation)
         folder = materialise(model, store_folder(preparation))
         if fingerprint(model) != prepared.fingerprints["model"]:

@@ -8,6 +8,7 @@ back to it. Hooks bring what a module is given to the module's device; all else 
 from __future__ import annotations
 
 import threading
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -211,4 +212,7 @@ class _Hooks:
             return {key: self._bring(value, device) for key, value in given.items()}
         if isinstance(given, tuple | list):
             return type(given)(self._bring(value, device) for value in given)
+        if isinstance(given, UserDict):  # K/V that blocks share: those behind read what these write into it
+            for key, value in given.items():
+                given[key] = self._bring(value, device)
         return given

@@ -27,6 +27,8 @@ SECTIONS = ("model", "text", "calibration", "factors", "targets", "storage", "sc
 """Sections of a study's config that decide which model an allocation is, and what its scores mean."""
 
 Metrics = dict[str, float | None]
+Method = Literal["weight", "feature", "curvature"]
+"""`METHOD_NAMES`, as pydantic and the schema need them."""
 
 
 class AllocationFile(Section):
@@ -53,7 +55,7 @@ class AllocationFile(Section):
     storage: Literal["auto", "pivoted", "factored"] = "auto"
     scoring: ScoringSection = ScoringSection()
     ranks: Annotated[dict[str, Positive | None], Field(min_length=1)]
-    methods: dict[str, str] = Field(default_factory=dict)
+    methods: dict[str, Method] = Field(default_factory=dict)
 
 
 def schema() -> dict[str, Any]:

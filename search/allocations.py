@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.types import Allocation, FactorSpec, RankfrontError, TargetSpec
+from actors.types import METHOD_NAMES, Allocation, FactorSpec, RankfrontError, TargetSpec
 from search.plain import from_json, read_yaml
+from search.rules import no_method
 
 # What members of front.json and configurations alone (`search.allocation_file`) tell of a trial beside its
 # ranks and methods: it is passed over.
@@ -38,7 +39,7 @@ def read_items(file: Path) -> list[Any]:
         if file.suffix == ".jsonl":
             lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
             return [_line(line, f"{file}:{number}") for number, line in lines if line.strip()]
-        data = read_yaml(file)
+        data = from_json(file.read_text(encoding="utf-8")) if file.suffix == ".json" else read_yaml(file)
     except (OSError, ValueError) as error:
         raise RankfrontError(f"{file}: cannot be read: {error}") from error
     return data if isinstance(data, list) else [data]
@@ -71,15 +72,24 @@ def read_allocations(file: Path, targets: Sequence[TargetSpec], factors: FactorS
 def _allocation(item: Any, targets: Sequence[TargetSpec], factors: FactorSpec, where: str) -> Allocation:
     ranks: Any = item
     methods: Any = {}
+    told = None
     if isinstance(item, Mapping) and "ranks" in item:
         ranks, methods = item["ranks"], item.get("methods") or {}
         unknown = [f"{where}.{key}: unknown key; {_BESIDE}" for key in item if key not in _KEYS]
         if unknown:
             raise RankfrontError("\n".join(unknown))
+        if "factors" in item:
+            try:
+                told = told_methods(item)
+            except TypeError as error:
+                raise RankfrontError(f"{where}: {error}") from error
     if not isinstance(ranks, Mapping):
         raise RankfrontError(f"{where}: is no mapping of targets to ranks")
     if not isinstance(methods, Mapping):
         raise RankfrontError(f"{where}.methods: is no mapping of targets to methods")
+    if told is not None:
+        unnamed = [target.name for target in targets if target.name not in methods]
+        methods = {**_implied(ranks, unnamed, told, factors, where), **methods}
     mistakes = []
     try:
         allocation = Allocation.of(ranks, targets, where, methods)
@@ -98,6 +108,50 @@ def _allocation(item: Any, targets: Sequence[TargetSpec], factors: FactorSpec, w
     # A target's configured method goes without saying, so that equal models have equal keys.
     differing = tuple(pair for pair in allocation.methods if pair[1] != factors.method_of(pair[0]))
     return dataclasses.replace(allocation, methods=differing)
+
+
+def _implied(
+    ranks: Mapping[Any, Any], names: Sequence[str], told: FactorSpec, factors: FactorSpec, where: str
+) -> dict[str, str]:
+    """The method by which each of these targets that has a rank was cut where the ranks were found.
+
+    Raises:
+        RankfrontError: this study has no factors by some of them.
+    """
+    methods = {name: told.method_of(name) for name in names if ranks.get(name) is not None}
+    lacking = [name for name, method in methods.items() if method not in factors.methods_of(name)]
+    if lacking:
+        name = lacking[0]
+        more = f", nor those of {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise RankfrontError(
+            f"{where}.factors: {name} was cut by {methods[name]!r}, and this study has no such factors of it"
+            f"{more}; without `factors` the ranks are taken by {factors.method_of(name)!r}"
+        )
+    return methods
+
+
+def told_methods(raw: Mapping[str, Any]) -> FactorSpec:
+    """How a config, as plain data, decomposes: its methods alone.
+
+    Raises:
+        TypeError: what it says of them is no mapping, or names no method.
+    """
+    factors = raw.get("factors", {})
+    if not isinstance(factors, Mapping) or not isinstance(factors.get("methods") or {}, Mapping):
+        raise TypeError("factors: no mapping, or its methods are none")
+    found = FactorSpec(
+        method=factors.get("method", FactorSpec.method),
+        methods=tuple((factors.get("methods") or {}).items()),
+    )
+    for name in (found.method, *(method for _, method in found.methods)):
+        check_method(name)
+    return found
+
+
+def check_method(method: object) -> None:
+    """Raises TypeError where it names no method."""
+    if method not in METHOD_NAMES:
+        raise TypeError(no_method(method))
 
 
 def method_list(allocation: Allocation) -> list[str | None]:

@@ -44,7 +44,8 @@ def cells(cost: CostModel, shares: Iterable[float]) -> Iterator[Cell]:
 class Record:
     """The end of one allocation: a score, or the reason there is none. A target of None is the dense model.
 
-    `share` is the one it was asked for; another share that allows the same rank is answered by it too.
+    `share` is the one it was asked for; another share that allows the same rank is answered by it too. `lost`
+    says that the reason is of the replica: it tells nothing of the allocation.
     """
 
     allocation: str
@@ -55,6 +56,7 @@ class Record:
     share: float | None
     score: Score | None
     reason: str | None
+    lost: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,7 +95,19 @@ class Log:
         record = self.get(key)
         return record.score if record else None
 
-    def add(self, allocation: Allocation, cell: Cell | None, score: Score | None, reason: str | None) -> None:
+    def broken(self, key: str) -> bool:
+        """Whether the allocation with this key was scored, and no score came of it."""
+        record = self.get(key)
+        return record is not None and record.score is None and not record.lost
+
+    def add(
+        self,
+        allocation: Allocation,
+        cell: Cell | None,
+        score: Score | None,
+        reason: str | None,
+        lost: bool = False,
+    ) -> None:
         """Durable when it returns."""
         record = Record(
             allocation=allocation.key,
@@ -103,6 +117,7 @@ class Log:
             share=cell.share if cell else None,
             score=score,
             reason=reason,
+            lost=lost,
         )
         append_record(self._path, record.to_dict())
         self._records[record.allocation] = record

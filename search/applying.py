@@ -43,7 +43,7 @@ def apply_configuration(
     for line in _compared(found, scored.score, scored.prepared.fingerprints):
         say(line)
     described = {
-        **{name: value for name, value in found.told.items() if name != "variant"},
+        **{name: value for name, value in found.told.items() if name not in ("variant", "budgets")},
         "scores": {"search": metrics_of(scored.score)},
         "fingerprints": dict(scored.prepared.fingerprints),
         **sections(config),

@@ -104,7 +104,7 @@ def _print_end(folder: StudyFolder, summary: StudySummary, reason: str, again: s
     tell(f"Stopped: {reason}. {counts}; all saved in ", (f"{folder.path}/", "bold"))
     console.print("  report.html, front.png   the front, to look at")
     console.print("  front.json, trials.parquet, evaluations.parquet   the same, to compute with")
-    more = (folder.config.stop.trials or len(summary.rows)) + 40
+    more = max(folder.config.stop.trials or 0, len(summary.rows)) + 40
     me, study = program(), quoted(folder.path)
     console.print("\nNext:", style="bold")
     if reason.startswith("SIG"):

@@ -32,7 +32,7 @@ from search.constraints import Constraint, flat
 from search.database import check_url
 from search.inputs import ModelSection, ScoringSection, TextSection
 from search.mistakes import sentences
-from search.places import CacheSection, factor_folder
+from search.places import FACTOR_STORES, CacheSection, factor_folder
 from search.plain import read_yaml
 from search.policy import RunSection, WarmStartSection
 from search.records import Objective
@@ -151,7 +151,7 @@ class Config(Section):
         """What the workers need of this config."""
         calibration, scoring = self.calibration, self.scoring
         shared = self.cache.factors if is_url(self.cache.factors) else None
-        stores = factor_folder(self.runs, self.cache) or Path(self.runs) / "factors"
+        stores = factor_folder(self.runs, self.cache) or Path(self.runs) / FACTOR_STORES
         text = TextSource(**self.text.model_dump())
         own = calibration.text
         return PreparationSpec(

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from actors.types import CHOICE, RankfrontError
 from search.choosing import chosen, untold
+from search.driving import logged
+from search.events import Note
 from search.failures import last_line
 from search.finals import reopened, score_finished, unscored
 from search.folder import StudyFolder, report, summarise
@@ -70,14 +72,22 @@ def follow(
     session: Session, study: SearchStudy, section: FinalistSection, stop: Stop, console: Console
 ) -> list[TrialRow]:
     """Choose the finalists, score them and the dense model on the test split, then refine one after the
-    other.
+    other; the study's log has when it began, what its replicas went through, and how it ended.
 
     Raises:
         RankfrontError: some could not be refined, the others were; or so many workers never run at once.
     """
+    with logged(session.folder, session.say, "finalists", stop) as note:
+        return _follow(session, study, section, stop, console, note)
+
+
+def _follow(
+    session: Session, study: SearchStudy, section: FinalistSection, stop: Stop, console: Console, note: Note
+) -> list[TrialRow]:
     folder, say = session.folder, session.say
     with contextlib.ExitStack() as held:
-        started = cache(lambda: held.enter_context(replicas(session)))  # where there is anything to score
+        # Where there is anything to score.
+        started = cache(lambda: held.enter_context(replicas(session, note)))
         near = undecided(summarise(folder, study), section) if CHOICE in folder.prepared.fingerprints else []
         if near:
             score_finished(folder, study, near, started(), stop, say, CHOICE)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
+from actors.node_cache import MANIFEST
 from actors.types import RankfrontError
 from search.cells import Cells
 from search.driving import logged
@@ -69,10 +71,12 @@ def score_finished(
 
 def reopened(folder: StudyFolder, console: Console) -> contextlib.AbstractContextManager[Session]:
     """A study held to measure its trials, in the folder it is in now: that may have moved since the search,
-    or be a copy, under any name. What the folder's neighbours hold, such as factors, is looked for there."""
-    path = folder.path
-    runs = path.parent if path.name not in ("", "..") else path.resolve().parent  # `.` has no other parent
-    return opened(folder.config.model_copy(update={"runs": str(runs)}), console, path)
+    or be a copy, under any name. Factors that are there, beside it or where they were made, are taken."""
+    config, store = folder.config, Path(folder.prepared.factor_store)
+    changes: dict[str, object] = {"runs": str(folder.path.resolve().parent)}
+    if (store / MANIFEST).exists():
+        changes["cache"] = config.cache.model_copy(update={"factors": str(store.parent)})
+    return opened(config.model_copy(update=changes), console, folder.path)
 
 
 def finished_numbers(study: SearchStudy, numbers: Sequence[int]) -> list[int]:

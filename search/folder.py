@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from actors.node_cache import local_store
+from actors.node_cache import MANIFEST, local_store
 from actors.storage import ITEMSIZE
 from actors.types import CHOICE, Allocation, FactorSpec, Prepared, RankfrontError
 from search.config import Config, parse_saved
@@ -18,10 +18,18 @@ from search.cost import CostModel
 from search.database import open_database, open_tables
 from search.evaluations import Evaluations
 from search.findings import percent
-from search.journal import JOURNAL, driver_lock, journal_has_trial, open_journal, repair_journal
+from search.journal import (
+    JOURNAL,
+    driver_lock,
+    journal_has_trial,
+    lock_holder,
+    open_journal,
+    repair_journal,
+)
 from search.landscape import Landscape, landscape_of
 from search.pareto import front
 from search.patience import Patience, impatient
+from search.places import FACTOR_STORES
 from search.plain import read_own
 from search.records import StudySummary
 from search.report import write_report
@@ -59,7 +67,7 @@ class StudyFolder:
         if not (path / CONFIG).exists() or not (path / PREPARED).exists():
             raise RankfrontError(f"{path} holds no study: no {CONFIG} and {PREPARED} in it")
         config = parse_saved(read_own(path / CONFIG, dict), str(path / CONFIG))
-        return cls(path, config, read_own(path / PREPARED, Prepared.from_dict))
+        return cls(path, config, _with_factors_beside(path, read_own(path / PREPARED, Prepared.from_dict)))
 
     def open_study(self, sampler: SamplerSection | None = None) -> SearchStudy:
         """The study behind the folder, ready to be read and written; it is begun if it is not."""
@@ -164,6 +172,13 @@ class StudyFolder:
         }
 
 
+def _with_factors_beside(path: Path, prepared: Prepared) -> Prepared:
+    """With the factors beside the study's folder, where they are: `runs` may have moved, or be a copy."""
+    made = prepared.factor_store
+    beside = path.resolve().parent / FACTOR_STORES / Path(made).name
+    return replace(prepared, factor_store=str(beside)) if (beside / MANIFEST).exists() else prepared
+
+
 def repair_if_idle(folder: Path) -> str | None:
     """Before something is written beside a possible driver: a torn tail may stay only where one runs.
 
@@ -198,6 +213,10 @@ def find_study(name: str, runs: Path) -> StudyFolder:
         RankfrontError: neither holds one, or what `StudyFolder.open` raises.
     """
     path, named = Path(name), runs / name
+    for folder in (path, named):
+        holder = None if (folder / PREPARED).exists() else lock_holder(folder)
+        if holder is not None:
+            raise RankfrontError(f"{folder} is being prepared by {holder}: there is nothing to look at yet")
     if path != named and not (path / CONFIG).exists() and not (named / CONFIG).exists():
         raise RankfrontError(
             f"{name} holds no study, nor does {named}: no {CONFIG} and {PREPARED} in either; give a study's "

@@ -10,6 +10,7 @@ from rich.console import Console
 from actors.harness_results import HarnessSpec, task_fingerprints
 from actors.refinement import FOLDER as REFINED
 from actors.types import Progress, RankfrontError, ScoringError, ShortOfMemoryError
+from search.driving import logged
 from search.evaluations import Evaluations
 from search.finals import finished_numbers, reopened
 from search.folder import StudyFolder, report
@@ -53,6 +54,7 @@ def evaluate_tasks(
         if queue:
             session.say(f"lm-evaluation-harness: {len(queue)} questions of a task and a model")
             with (
+                logged(session.folder, session.say, "evaluate", stop),
                 refiner(session.folder, session.machine, say=session.say) as worker,
                 stop_on_signals(stop, console),
                 mistakes_named(),

@@ -15,6 +15,9 @@ from search.section import Section, is_saved, known_home, readable_url
 if TYPE_CHECKING:
     from search.sections import CalibrationSection
 
+FACTOR_STORES = "factors"
+"""The folder of factor stores beside the studies in `runs`, unless `cache.factors` names another."""
+
 
 class CacheSection(Section):
     """`factors` is where factor stores are kept: a folder that all nodes share (`factors` in `runs`, unless
@@ -50,7 +53,7 @@ def factor_folder(runs: str, cache: CacheSection) -> Path | None:
     """
     if is_url(cache.factors):
         return None
-    return from_home(cache.factors or Path(runs) / "factors", "cache.factors")
+    return from_home(cache.factors or Path(runs) / FACTOR_STORES, "cache.factors")
 
 
 def name_mistakes(study: str, runs: str, cache: CacheSection) -> list[str]:

@@ -128,10 +128,13 @@ class Runner:
         redraw: Callable[[Progress], None] = lambda progress: None,
         staged: bool = False,
         note: Note = silent,
+        begun: float | None = None,
     ) -> None:
+        """`begun` is when the run began that `stop.hours` is of, by the monotonic clock; None is now."""
         self._study, self._pool, self._rules, self._origin = study, pool, rules, origin
         self._stop, self._redraw, self._staged = stop, redraw, staged
         self._note = note
+        self._begun = time.monotonic() if begun is None else begun
         self._planned: dict[int, Planned] = {}
         self._twins: dict[str, list[Planned]] = {}  # by allocation in flight: trials waiting for its score
         self._seen: set[str] = set()  # allocations that a trial has, unless it was lost
@@ -274,7 +277,7 @@ class Runner:
             return f"no trial has a score, {len(self._failures)} failed; the last, {self._failures[-1]}"
         if self._known_in_a_row >= EXHAUSTED and not self._study.waiting:
             return f"nothing new in the last {EXHAUSTED} proposals"
-        if rules.hours is not None and time.monotonic() - self.progress.started > rules.hours * 3600:
+        if rules.hours is not None and time.monotonic() - self._begun > rules.hours * 3600:
             return f"{rules.hours} hours"
         if rules.tokens is None and rules.plateau is None:
             return None

@@ -226,9 +226,11 @@ class StopSection(Section):
     """The search stops at the first of these; null never stops. It stops as well where nothing is left to
     propose, or where trials fail and none has a score.
 
-    `trials` is how many the study has, whatever their end and whoever proposed them; `tokens` how many went
-    through the model for scores of the study's trials; `hours` how long this run of it takes; `plateau` stops
-    where its hypervolume no longer grows.
+    `trials` is how many the study has, whatever their end and whoever proposed them; references, seeds,
+    warm starts and what was enqueued are scored even where there are more of them. `tokens` is how many
+    went through the model for scores of the study's trials; `hours` how long after its start, preparation
+    included, this run proposes; `plateau` stops where the study's hypervolume no longer grows. Trials that
+    are under way, scores on the test split and finalists come after that.
     """
 
     trials: Positive | None = 200

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,23 +45,29 @@ class Curve:
     corners: NDArray[np.intp]
 
 
-def curves_of(cost: CostModel, floor: float, losses_at: Callable[[TargetSpec], Floats]) -> list[Curve]:
-    """Every target's curve; `losses_at` gives its loss (k,), nats/token, at each rank 1..k."""
+def curves_of(
+    cost: CostModel,
+    floor: float,
+    losses_at: Callable[[TargetSpec], Floats],
+    broken: Mapping[str, int] = MappingProxyType({}),
+) -> list[Curve]:
+    """Every target's curve; `losses_at` gives its loss (k,), nats/token, at each rank 1..k.
+
+    `broken` has, by target, the rank at which, and below which, it is not to be stored.
+    """
     sizes: dict[tuple[int, int, bool], NDArray[np.int64]] = {}
     found = []
     for target in cost.targets:
         shape = target.rows, target.cols, target.bias
         if shape not in sizes:
             sizes[shape] = _stored(cost, target)
-        found.append(_curve(cost, target, floor, sizes[shape], losses_at(target)))
+        lowest = max(cost.largest_rank(target, floor) or target.full_rank, broken.get(target.name, 0) + 1)
+        found.append(_curve(target, lowest, sizes[shape], losses_at(target)))
     return found
 
 
-def _curve(
-    cost: CostModel, target: TargetSpec, floor: float, stored: NDArray[np.int64], loss: Floats
-) -> Curve:
-    """From `stored` parameters and `loss` (k,) at each rank, those of the floor's rank and above."""
-    lowest = cost.largest_rank(target, floor) or target.full_rank
+def _curve(target: TargetSpec, lowest: int, stored: NDArray[np.int64], loss: Floats) -> Curve:
+    """From `stored` parameters and `loss` (k,) at each rank, those of rank `lowest` and above, and dense."""
     # Dense first: a full rank that stores as much and loses as little is no gain, and not the model's own.
     ranks = np.append(DENSE, np.arange(lowest, target.full_rank + 1))
     sizes = np.append(target.parameters, stored[lowest - 1 :])
@@ -166,6 +173,8 @@ def predicted(cost: CostModel, floor: float, factors: FactorSpec, store: Path) -
 def measured(cost: CostModel, floor: float, shares: Iterable[float], log: Log) -> list[Curve]:
     """Every target's curve from its measured loss increases at `shares`.
 
+    Where a target alone broke the model, no curve goes down to that rank; one that always did stays dense.
+
     Raises:
         RankfrontError: the dense model or a target has no measured loss.
     """
@@ -173,17 +182,24 @@ def measured(cost: CostModel, floor: float, shares: Iterable[float], log: Log) -
     if dense is None:
         raise RankfrontError(f"{FILE} holds no score of the dense model for these factors and this split")
     increases: dict[str, dict[int, float]] = {target.name: {} for target in cost.targets}
+    broken: dict[str, int] = {}
     for cell in cells(cost, shares):
-        score = log.score(cell.key)
+        name, score = cell.target.name, log.score(cell.key)
         if score is not None and cell.rank is not None:
-            increases[cell.target.name][cell.rank] = score.text.nll - dense.text.nll
-    missing = [name for name, points in increases.items() if not points]
+            increases[name][cell.rank] = score.text.nll - dense.text.nll
+        elif cell.rank is not None and log.broken(cell.key):
+            broken[name] = max(broken.get(name, 0), cell.rank)
+    full = {target.name: target.full_rank for target in cost.targets}
+    broken = {name: rank if increases[name] else full[name] for name, rank in broken.items()}
+    missing = [name for name, points in increases.items() if not points and name not in broken]
     if missing:
         raise RankfrontError(
             f"{len(missing)} of {len(increases)} targets have no measured loss ({missing[0]} is the first); "
             "`rankfront sensitivity` goes on with them"
         )
-    return curves_of(cost, floor, lambda target: measured_losses(cost, target, increases[target.name]))
+    return curves_of(
+        cost, floor, lambda target: measured_losses(cost, target, increases[target.name]), broken
+    )
 
 
 def ladder(cost: CostModel, curves: Sequence[Curve], budgets: Iterable[float]) -> Iterator[Allocation | None]:

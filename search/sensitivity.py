@@ -72,7 +72,7 @@ def ask(
         for outcome in pool.wait(TICK_SECONDS):
             allocation, cell = asked[outcome.job.key]
             reason = outcome.reason or problem_of(outcome.score)
-            log.add(allocation, cell, None if reason else outcome.score, reason)
+            log.add(allocation, cell, None if reason else outcome.score, reason, outcome.lost)
             if reason and cell is None:
                 raise RankfrontError(f"the dense model has no score on the search split: {reason}")
             done += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -40,6 +41,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
     Raises:
         RankfrontError: another driver holds the study, it is another study, or it cannot start.
     """
+    begun = time.monotonic()
     check_sources(config)
     warm: list[tuple[Allocation, str]] = []
 
@@ -74,7 +76,7 @@ def search(config: Config, console: Console) -> tuple[StudyFolder, StudySummary,
                     beacon.stop(reason)
 
                 with ends_told(tell, stop):
-                    reason = _run(session, study, pool, stop, console, beacon, note)
+                    reason = _run(session, study, pool, stop, console, beacon, note, begun)
                     if not stop.reason:
                         last = front_and_dense(study)
                         score_finished(folder, study, last, pool, stop, session.say, look=beacon.tick)
@@ -128,6 +130,7 @@ def _run(
     console: Console,
     beacon: Beacon,
     note: Note,
+    begun: float,
 ) -> str:
     config = session.folder.config
     before = len([row for row in study.rows() if row.state not in ("WAITING", "RUNNING")])
@@ -148,5 +151,6 @@ def _run(
             redraw,
             staged=bool(config.scoring.stages),
             note=note,
+            begun=begun,
         )
         return runner.run()

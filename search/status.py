@@ -30,6 +30,7 @@ from search.study import IDENTITY, SearchStudy
 
 # Throughput is that of the last hour in which something ended.
 RATE_SECONDS = 3600.0
+_PROCESS = re.compile(r"process (\d+) on (\S+)")
 _ATTEMPT = re.compile(r" \(attempt \d+ of \d+\)$")
 
 
@@ -68,8 +69,8 @@ class Status:
     `driver` is who holds it, None where nobody does; `ended` is then why, None where the last driver did not
     come to say. `waits` are the seconds that the replicas of a killed driver wait for the next one at most, 0
     where none do. `health_seconds` is the age of what is said of replicas, None where this machine has
-    nothing of it: it is in the driver's folder. Rates are of trials that a replica scored; the hypervolume is
-    None until the dense model is scored.
+    nothing of it: it is in the driver's folder, and of the commands that drive a study only `search` writes
+    it. Rates are of trials that a replica scored; the hypervolume is None until the dense model is scored.
     """
 
     study: str
@@ -140,6 +141,8 @@ def _status(folder: StudyFolder, storage: BaseStorage | None, place: str, driver
         refuse_lost(folder.path)
     trials = [] if study is None else study.frozen()
     health = read_health(folder.path)
+    if driver and health and not _wrote(health, driver):
+        health = None  # a driver of before: its replicas and its queue are no more
     now = time.time()
     per_hour, per_second = _rates(trials, study, now if driver else None)
     return Status(
@@ -160,6 +163,15 @@ def _status(folder: StudyFolder, storage: BaseStorage | None, place: str, driver
         hypervolume=None if study is None else current_hypervolume(study),
         best=_best(study),
     )
+
+
+def _wrote(health: Health, driver: str) -> bool:
+    """Whether the driver that holds the study is the one whose health this is."""
+    named = _PROCESS.search(driver)
+    if named is None:
+        return False
+    pid, host = named.groups()
+    return int(pid) == health.pid and health.host.startswith(host)  # a database keeps only so much of a name
 
 
 def _opened(folder: StudyFolder, storage: BaseStorage | None) -> SearchStudy | None:

@@ -114,9 +114,11 @@ def accept(
     the walk those that are under way are waited for: their outcomes are nobody else's.
 
     Raises:
-        RankfrontError: a candidate was lost with its replica, which says nothing of its rank.
+        RankfrontError: the next step rests on a candidate that was lost with its replica, which says nothing
+            of its rank.
     """
     flying: dict[int, Cell] = {}
+    lost: dict[str, str] = {}
     submitted = 0
     while not stop.reason:
         for step in walk.advance():
@@ -124,7 +126,13 @@ def accept(
         redraw()
         if walk.done and not flying:
             return
-        keys = {cell.key for cell in flying.values()}
+        for cell in walk.wanted[:1]:
+            if cell.key in lost:
+                raise RankfrontError(
+                    f"surgical search: {cell.target.name} at rank {cell.rank} was not scored: "
+                    f"{lost[cell.key]}; that decides nothing, and the next run asks again"
+                )
+        keys = {*lost, *(cell.key for cell in flying.values())}
         for cell in walk.wanted:
             if len(flying) < pool.size and cell.key not in keys:
                 pool.submit(Job(submitted, cell.allocation))
@@ -133,10 +141,8 @@ def accept(
         for outcome in pool.wait(TICK_SECONDS):
             cell = flying.pop(outcome.job.key)
             if outcome.lost:
-                raise RankfrontError(
-                    f"surgical search: {cell.target.name} at rank {cell.rank} was not scored: "
-                    f"{outcome.reason}; that decides nothing, and the next run asks again"
-                )
+                lost[cell.key] = outcome.reason or "its replica died"
+                continue
             reason = outcome.reason or problem_of(outcome.score)
             answers.add(cell, None if reason else outcome.score, reason)
 

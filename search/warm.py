@@ -18,8 +18,8 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from actors.types import METHOD_NAMES, Allocation, FactorSpec, Prepared, RankfrontError, TargetSpec
-from search.allocations import read_items
+from actors.types import Allocation, FactorSpec, Prepared, RankfrontError, TargetSpec
+from search.allocations import check_method, read_items, told_methods
 from search.begun import stored_preparation
 from search.config import Config
 from search.constraints import feasible
@@ -30,7 +30,6 @@ from search.packing import PLAN, scored
 from search.pareto import contributions, front
 from search.plain import read_own
 from search.policy import WarmStartSection
-from search.rules import no_method
 
 ORIGIN = "warm"
 
@@ -134,13 +133,13 @@ def _read(
         raise RankfrontError(_nowhere(name, config))
     raw, prepared = kept
     study = optuna.load_study(study_name=name, storage=storage)
-    return _members(_Study(study, prepared.targets, _factors(raw)), config.warm_start, targets)
+    return _members(_Study(study, prepared.targets, told_methods(raw)), config.warm_start, targets)
 
 
 def _in_folder(folder: Path) -> _Study:
     """Its config is not held against this version's schema: texts it names may be gone."""
     name, database, factors = read_own(
-        folder / CONFIG, lambda kept: (str(kept["study"]), kept.get("database"), _factors(kept))
+        folder / CONFIG, lambda kept: (str(kept["study"]), kept.get("database"), told_methods(kept))
     )
     needed = (PREPARED, JOURNAL) if database is None else (PREPARED,)
     missing = [name for name in needed if not (folder / name).exists()]
@@ -156,35 +155,11 @@ def _in_folder(folder: Path) -> _Study:
     return _Study(study, prepared.targets, factors)
 
 
-def _factors(raw: Mapping[str, Any]) -> FactorSpec:
-    """How a config, as plain data, decomposes: its methods alone.
-
-    Raises:
-        TypeError: what it says of them is no mapping, or names no method.
-    """
-    factors = raw.get("factors", {})
-    if not isinstance(factors, Mapping) or not isinstance(factors.get("methods") or {}, Mapping):
-        raise TypeError("factors: no mapping, or its methods are none")
-    found = FactorSpec(
-        method=factors.get("method", FactorSpec.method),
-        methods=tuple((factors.get("methods") or {}).items()),
-    )
-    for name in (found.method, *(method for _, method in found.methods)):
-        _known(name)
-    return found
-
-
-def _known(method: object) -> None:
-    """Raises TypeError where it names no method."""
-    if method not in METHOD_NAMES:
-        raise TypeError(no_method(method))
-
-
 # -- what sources have ------------------------------------------------------------------------
 
 
 def _members(source: _Study, section: WarmStartSection, targets: Sequence[TargetSpec]) -> list[_Found]:
-    """The front of a study, at most `limit` of it: those that add most hypervolume, the most first.
+    """The front of a study; where it has more than `limit`, those that add most hypervolume, the most first.
 
     Measured from a tenth of the front's range beyond its worst values, so that its ends count too. Trials
     that other programs proposed by levels alone have no ranks, those that they completed no score: both are
@@ -201,10 +176,11 @@ def _members(source: _Study, section: WarmStartSection, targets: Sequence[Target
         return []
     points = np.array([trial.values for trial in trials]) * signs
     members = front(points)
-    best, worst = points[members].min(axis=0), points[members].max(axis=0)
-    added = contributions(points[members], worst + 0.1 * np.maximum(worst - best, 1e-9))
-    order = members[np.argsort(-added, kind="stable")][: section.limit]
-    return [_of_plan(trials[index].user_attrs[PLAN], source) for index in order]
+    if len(members) > section.limit:
+        best, worst = points[members].min(axis=0), points[members].max(axis=0)
+        added = contributions(points[members], worst + 0.1 * np.maximum(worst - best, 1e-9))
+        members = members[np.argsort(-added, kind="stable")][: section.limit]
+    return [_of_plan(trials[index].user_attrs[PLAN], source) for index in members]
 
 
 def _of_plan(plan: Mapping[str, Any], source: _Study) -> _Found:
@@ -225,8 +201,8 @@ def _named(item: Any, where: str) -> _Found:
         raise RankfrontError(f"{where}.methods: {', '.join(unknown)}: no ranks are given for them")
     try:
         for method in filter(None, methods.values()):
-            _known(method)
-        factors = _factors(whole) if "factors" in whole else None
+            check_method(method)
+        factors = told_methods(whole) if "factors" in whole else None
     except TypeError as error:
         raise RankfrontError(f"{where}: {error}") from error
     cut = {name: methods.get(name) or (factors.method_of(name) if factors else None) for name in ranks}

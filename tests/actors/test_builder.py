@@ -106,6 +106,20 @@ def finish_what_is_left(spec: PreparationSpec, done: int, whole: Path) -> None:
     assert not list(Path(spec.cache).glob("*.partial"))
 
 
+def test_a_store_that_is_whole_is_read_once(root: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold hundreds of gigabytes."""
+    looked: list[Path] = []
+
+    def look(folder: Path, fingerprint: str) -> str | None:
+        looked.append(folder)
+        return store_problem(folder, fingerprint)
+
+    monkeypatch.setattr(actors.builder, "store_problem", look)
+    _, prepared = prepared_by(spec_of(root, root / "whole"))
+    assert prepared.reused
+    assert looked == [whole]
+
+
 def test_it_is_said_that_a_model_has_no_family_of_its_own(root: Path, tmp_path: Path) -> None:
     for model_type, notes in (("gpt_neox", 1), ("llama", 0)):
         folder = tiny.tiny_model(tmp_path / model_type, model_type)

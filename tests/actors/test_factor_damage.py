@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from stores import MIXED, SPEC, Setting, build, names, one_block, setting_of, weight, write
 
 import actors.factors
-from actors.factors import StoreBuilder, store_problem
+from actors.factors import FactorStore, StoreBuilder, store_problem
 from actors.types import RankfrontError
 
 
@@ -83,6 +83,13 @@ def test_damage_is_noticed_and_built_over(
     assert problem in (store_problem(folder, "print") or "")
     build(folder, few)
     assert store_problem(folder, "print") is None
+
+
+def test_a_store_whose_manifest_is_damaged_says_so(few: Setting, tmp_path: Path) -> None:
+    build(tmp_path / "store", few)
+    (tmp_path / "store" / "manifest.json").write_text("")
+    with pytest.raises(RankfrontError, match=r"factor store .*store: its manifest\.json is damaged: "):
+        FactorStore(tmp_path / "store")
 
 
 def test_another_fingerprint_another_format_and_no_store_at_all(

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from actors.calibration import collect_moments
 from actors.factors import FactorStore
-from actors.low_rank import TrialModel
+from actors.low_rank import TrialLinear, TrialModel
 from actors.models import list_targets, load_model
 from actors.types import Allocation, FactorSpec, ModelSource, TargetSpec
 
@@ -313,3 +313,16 @@ def test_rounded_factors_are_what_runs(tokens: int, llama: Path, ids: torch.Tens
         expected = x.double() @ right.double().T @ left.double()
         found = model.get_submodule(target.name)(x)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "tokens"), [(2, FEW), (30, MANY)])
+def test_only_the_ranks_that_are_taken_go_to_the_models_device(
+    setting: Setting, rank: int, tokens: int
+) -> None:
+    """From factors in the memory of the machine: here to `meta`, in place of a GPU."""
+    target = next(target for target in setting.targets if target.full_rank >= 32)
+    layer = TrialLinear(setting.dense().get_submodule(target.name).to("meta"))
+    layer.install(rank, FactorStore(setting.store.folder), target.name, tokens)
+    held = [each for each in (layer._left, layer._right, layer._product, layer._bias) if each is not None]
+    assert {tensor.device.type for tensor in held} == {"meta"}
+    assert layer(torch.empty(3, target.cols, device="meta")).shape == (3, target.rows)

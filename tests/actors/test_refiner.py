@@ -52,6 +52,7 @@ def test_what_trials_hold_is_dropped_while_factors_move(refiner: Refiner, alloca
             assert all(each() is None for each in held)
             assert not scorer.store._tensors
         assert refiner.score(allocation, "test", None).metrics == before
+        assert not scorer.store._tensors, "a device that refines has no room for the factors of every rank"
 
 
 def test_a_helper_lets_go_of_one_run_before_the_next(

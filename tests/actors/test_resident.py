@@ -194,6 +194,18 @@ def test_a_hub_model_is_brought_at_the_commit_it_was_prepared_with(
 
 def test_what_is_here_is_used_as_it_is(llama: Path, tmp_path: Path, prepared: Prepared) -> None:
     spec = replace(Site(tmp_path).spec("node"), model=ModelSource(str(llama)), shared=None)
-    here = replace(prepared, model_folder=str(llama), factor_store=str(tmp_path))
+    known = {**prepared.fingerprints, "model": fingerprint(spec.model)}
+    here = replace(prepared, model_folder=str(llama), factor_store=str(tmp_path), fingerprints=known)
     assert resident(spec, here) == here
     assert local_source(spec) == spec.model
+
+
+def test_another_model_in_the_same_place_on_a_node_is_refused(
+    llama: Path, tmp_path: Path, prepared: Prepared
+) -> None:
+    """Its weights would be scored with the factors of the study's."""
+    spec = replace(Site(tmp_path).spec("node"), model=ModelSource(str(llama)), shared=None)
+    known = {**prepared.fingerprints, "model": "that of the other nodes"}
+    here = replace(prepared, model_folder=str(llama), factor_store=str(tmp_path), fingerprints=known)
+    with pytest.raises(RankfrontError, match="no longer the model that the study was prepared with"):
+        resident(spec, here)

@@ -235,7 +235,8 @@ def asking_for_kl(replica: ReplicaSpec, **changes: Any) -> ReplicaSpec:
 def test_a_split_that_became_another_one_is_refused(replica: ReplicaSpec, split: str) -> None:
     """A replica that starts later, or on a node that has another file there."""
     asked = asking_for_kl(replica, tokens={"search": 70, "test": 64, "choice": 128})
-    edited = replace(asked, prepared=replace(asked.prepared, fingerprints={split: "another"}))
+    known = {"model": asked.prepared.fingerprints["model"], split: "another"}
+    edited = replace(asked, prepared=replace(asked.prepared, fingerprints=known))
     with pytest.raises(RankfrontError, match=f"text, .*: no longer the {split} split that the study was"):
         Scorer(edited).split(split)
 

@@ -14,12 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.cache_utils import KVSharingDict
 
 from actors.busy import Busy
 from actors.factors import FactorStore
 from actors.models import count_parameters, decoder_blocks, load_model
 from actors.perplexity import window_losses
-from actors.spans import Sizes, sizes_of, split, spread
+from actors.relay import Relay
+from actors.spans import Sizes, _Hooks, sizes_of, split, spread
 from actors.types import ModelSource, RankfrontError
 
 Step = tuple[str, int]
@@ -153,6 +155,20 @@ def test_weights_factors_and_states_are_where_they_are_used(
             assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
             with pytest.raises(NotImplementedError, match="out of meta tensor"):  # torch's own words
                 model(ids[:2])  # back at the embedding's device, to which meta has nothing to copy
+
+
+def test_what_blocks_share_goes_along_and_stays_one_object() -> None:
+    """K/V that blocks leave for those behind them, as in Gemma 3n and 4: what is written stays written."""
+    hooks = _Hooks(Relay(Busy(["cpu", "cpu"])))
+    states = KVSharingDict({"sliding_attention": (torch.ones(2), torch.ones(2))})
+    hook = hooks.onto(1, "meta")
+    hooks.begin(nn.Identity(), ())
+    for _ in range(2):  # the blocks of a span
+        _, keywords = hook(nn.Identity(), (), {"shared_kv_states": states})
+        assert keywords["shared_kv_states"] is states
+    states["full_attention"] = (torch.ones(2, device="meta"),) * 2
+    hook(nn.Identity(), (), {"shared_kv_states": states})
+    assert {tensor.device.type for pair in states.values() for tensor in pair} == {"meta"}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: a model spread over them")

@@ -48,6 +48,8 @@ def test_json_is_read_as_well(tmp_path: Path) -> None:
     file.write_text(json.dumps({"ranks": RANKS, "methods": {"layers.1.q_proj": "weight"}}))
     [found] = read_allocations(file, TARGETS, CHOOSING)
     assert found == Allocation.of(RANKS, TARGETS, methods={"layers.1.q_proj": "weight"})
+    file.write_text(json.dumps([RANKS], indent="\t"))  # which is no YAML
+    assert read_allocations(file, TARGETS, CHOOSING) == [Allocation.of(RANKS, TARGETS)]
 
 
 def test_json_lines_are_read_as_well(tmp_path: Path) -> None:
@@ -64,9 +66,7 @@ def test_json_lines_are_read_as_well(tmp_path: Path) -> None:
 def test_a_target_that_is_there_twice_is_no_allocation(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_text('{"ranks": {"layers.0.q_proj": 5, "layers.0.q_proj": 3}}\n')
-    with pytest.raises(
-        RankfrontError, match=r"mine.*:1.*: cannot be read: 'layers\.0\.q_proj' is there twice$"
-    ):
+    with pytest.raises(RankfrontError, match=r"mine.*: cannot be read: 'layers\.0\.q_proj' is there twice$"):
         read_allocations(file, TARGETS, CHOOSING)
 
 
@@ -77,6 +77,21 @@ def test_the_configured_method_goes_without_saying(tmp_path: Path) -> None:
     assert found.key == Allocation.of(RANKS, TARGETS).key
     [other] = read(tmp_path, {"ranks": RANKS, "methods": dict.fromkeys(said, "feature")})
     assert other.methods == (("layers.0.q_proj", "feature"),)
+
+
+def test_a_file_that_says_how_it_was_found_is_cut_so(tmp_path: Path) -> None:
+    """The ranks.yaml of another study: what goes without saying there may differ here."""
+    told = {"ranks": RANKS, "factors": {"method": "curvature", "methods": {"layers.0.*": "feature"}}}
+    [found] = read(tmp_path, told)
+    assert found.methods == (("layers.0.q_proj", "feature"), ("layers.1.q_proj", "curvature"))
+    [found] = read(tmp_path, {**told, "methods": {"layers.0.q_proj": "weight"}})
+    assert found.methods == (("layers.1.q_proj", "curvature"),)
+    assert refused(tmp_path, [told, RANKS], FactorSpec("feature")) == [
+        "mine.yaml[0].factors: layers.1.q_proj was cut by 'curvature', and this study has no such factors of "
+        "it; without `factors` the ranks are taken by 'feature'"
+    ]
+    [line] = refused(tmp_path, {"ranks": RANKS, "factors": {"method": "svd"}})
+    assert line.startswith("mine.yaml[0]: 'svd' is no method of a target")
 
 
 def test_every_mistake_of_every_item_is_listed(tmp_path: Path) -> None:

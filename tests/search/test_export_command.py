@@ -308,6 +308,7 @@ def test_a_configuration_makes_the_same_model_again(
     assert told["ranks"] == ranks
     nll = description(exported)["scores"]["search"]["nll"]
     assert told["scores"]["search"]["nll"] == pytest.approx(nll, rel=1e-5)
+    assert "budgets" not in told, "they were those of the other model, and would be of an edited file too"
 
 
 @pytest.mark.parametrize("command", ["export", "check", "apply"])
@@ -336,6 +337,7 @@ def test_mistakes_of_a_configuration_are_listed_at_once(
     told = description(exported)
     told |= {"format": "rankfront-allocation-9", "colour": "red", "storage": "packed"}
     told["ranks"] = {"model.layers.0.self_attn.q_proj": "many"}
+    told["methods"] = {"model.layers.0.self_attn.q_proj": "feture"}
     del told["text"]
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(told))
     assert run("apply", tmp_path / "bad.yaml", root / "model", "--to", tmp_path / "new") == 2
@@ -343,10 +345,11 @@ def test_mistakes_of_a_configuration_are_listed_at_once(
     for mistake in (
         "colour: unknown key",
         "format: 'rankfront-allocation-9'",
+        "methods.model.layers.0.self_attn.q_proj: 'feture': input should be 'weight', 'feature' or 'curv",
         "ranks.model.layers.0.self_attn.q_proj: 'many': input should be a valid integer",
         "storage: 'packed'",
         "text: missing",
-        "5 mistakes",
+        "6 mistakes",
     ):
         assert mistake in said
     told = description(exported) | {"ranks": {"model.layers.0.self_attn.q_proj": 33, "model.layers.7.x": 2}}

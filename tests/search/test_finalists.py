@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from search.choosing import chosen, untold
 from search.cli import app
 from search.config import parse_config
 from search.evaluations import Evaluations
+from search.event_log import LOG
+from search.events import Note
 from search.finalist_table import finalist_cells
 from search.finalists import finalists, reported, run_finalists
 from search.folder import StudyFolder, summarise
@@ -45,8 +48,9 @@ def started(study: Tiny, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             yield Session(folder, MACHINE, console.print)
 
     @contextlib.contextmanager
-    def replicas(session: Session) -> Iterator[MadeUpPool]:
+    def replicas(session: Session, note: Note) -> Iterator[MadeUpPool]:
         started.append("replicas")
+        note("replica started", replica="replica-0", starts=1)
         with study.refiner(session.folder, session.machine) as worker:
 
             def answer(job: Job) -> Outcome:
@@ -88,6 +92,9 @@ def test_a_finalist_is_scored_and_refined_once(study: Tiny, started: list[str]) 
     command(study, "--budget", "0.99", "--no-refine")
     assert started == ["replicas"]
     assert sorted(study.asked) == [("test", None), ("test", None)], "the finalist and the dense model"
+    events = [json.loads(line) for line in (path / LOG).read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "replica started", "stopped"]
+    assert (events[0]["command"], events[2]["reason"]) == ("finalists", "done")
 
     out = command(study, "--budget", "0.99", "--budget", "0.98")
     assert started == ["replicas", "refiner"]

@@ -27,7 +27,7 @@ from search.evaluations import FILE, Evaluations
 from search.finalist_table import finalist_cells
 from search.finals import evaluate_study, reopened, score_finished, split_cells
 from search.findings import front_cells, headline
-from search.folder import CONFIG, StudyFolder, summarise
+from search.folder import CONFIG, PREPARED, StudyFolder, summarise
 from search.journal import JOURNAL, lock_holder
 from search.opening import Session
 from search.pool import Job, Outcome
@@ -190,7 +190,7 @@ def test_a_copy_under_another_name_is_measured_itself(
     assert (stopped, len(summary.rows)) == (None, 2)
     assert [row.trial for row in Evaluations(copy, summary.rows).rows] == [1]
     assert content(study.folder.path) == before
-    assert prepared_in == [str(tmp_path / "factors")]
+    assert prepared_in == [str(Path(study.folder.prepared.factor_store).parent)]
 
 
 @pytest.mark.parametrize("named", ["old", "."])
@@ -206,7 +206,48 @@ def test_a_renamed_folder_is_no_new_study(
         assert len(session.folder.open_study().rows()) == 2
     assert (renamed / CONFIG).read_bytes() == config, "only its driver changes it"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["old"]
-    assert prepared_in == [str(tmp_path / "factors")]
+    assert prepared_in == [str(Path(study.folder.prepared.factor_store).parent)]
+
+
+def store_in(folder: Path, name: str) -> str:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "manifest.json").touch()
+    return str(folder / name)
+
+
+def prepared_with(study: Tiny, store: str) -> None:
+    prepared = replace(study.folder.prepared, factor_store=store)
+    (study.folder.path / PREPARED).write_text(json.dumps(prepared.to_dict()))
+
+
+def test_factors_that_moved_with_their_study_are_found_beside_it(
+    study: Tiny, prepared_in: list[str], tmp_path: Path
+) -> None:
+    """`runs` was fetched from a cluster: the store is not where it was made."""
+    prepared_with(study, "/home/ubuntu/runs/factors/0123456789abcdef")
+    store = store_in(study.folder.path.parent / "factors", "0123456789abcdef")
+    folder = StudyFolder.open(study.folder.path)
+    assert folder.prepared.factor_store == store
+    with reopened(folder, Console(file=io.StringIO())):
+        assert prepared_in == [str(Path(store).parent)]
+
+
+def test_factors_of_a_study_that_is_named_from_elsewhere_are_found_where_they_were_made(
+    study: Tiny, prepared_in: list[str], tmp_path: Path
+) -> None:
+    """By a link, or as a copy of its folder alone: they are not built again beside that."""
+    prepared_with(study, store_in(tmp_path / "scratch", "0123456789abcdef"))
+    link, copy, late = tmp_path / "home" / "link", tmp_path / "archive" / "copy", tmp_path / "late" / "copy"
+    link.parent.mkdir()
+    link.symlink_to(study.folder.path)
+    for path in (copy, late):
+        shutil.copytree(study.folder.path, path)
+    for path in (link, copy):
+        with reopened(StudyFolder.open(path), Console(file=io.StringIO())):
+            assert prepared_in.pop() == str(tmp_path / "scratch")
+    shutil.rmtree(tmp_path / "scratch")
+    with reopened(StudyFolder.open(late), Console(file=io.StringIO())):
+        assert prepared_in == [str(late.parent / "factors")], "built anew, where the study is now"
 
 
 def evaluated(study: Tiny, *numbers: int, **prints: str) -> StudySummary:

@@ -224,6 +224,28 @@ def test_unmeasured_targets_are_counted(tmp_path: Path) -> None:
     assert "3 of 12 targets have no measured loss (layers.3.q_proj is the first)" in said
 
 
+def test_a_target_keeps_more_than_what_broke_the_model(tmp_path: Path) -> None:
+    """One that always broke stays dense; one that was lost with its replica tells nothing."""
+    section = SeedSection(spectra=(), sensitivity=(0.6,))
+    low, always, lost = cheap = [target.name for target in TARGETS[:3]]
+    log = measured_log(tmp_path, {t.name: 0.001 if t.name in cheap else 1.0 for t in TARGETS})
+    [before], _ = seeds(tmp_path, section, log)
+    for cell in cells(COST, (0.75, 0.4)):
+        if cell.target.name == always or (cell.target.name in (low, lost) and cell.share == 0.4):
+            log.add(cell.allocation, cell, None, "nll is nan", cell.target.name == lost)
+    [found], said = seeds(tmp_path, section, log)
+    assert not said
+    broke = next(cell.rank for cell in cells(COST, (0.4,)) if cell.target.name == low)
+    assert broke is not None
+    ranks, ranks_before = found.to_dict(), before.to_dict()
+    assert (ranks_before[low] or 99) <= broke
+    assert (ranks[low] or 99) > broke
+    assert ranks_before[always] is not None
+    assert ranks[always] is None
+    assert (ranks[lost] or 99) <= broke
+    assert COST.budgets(found)["budget.linear"] <= 0.6
+
+
 def test_noise_of_measured_losses_is_taken_out() -> None:
     """Gains are none, and keeping more never costs: what is left is 0 at dense and falls."""
     target = TARGETS[1]

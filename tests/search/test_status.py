@@ -92,6 +92,28 @@ def test_a_study_that_is_driven(folder: StudyFolder) -> None:
     assert all(best.budget >= study.rows()[best.trial].budget_model for best in status.best)
 
 
+def test_what_an_earlier_driver_said_is_not_of_this_one(folder: StudyFolder) -> None:
+    """A search was killed; another command drives the study, and has said nothing of replicas."""
+    searched(folder)
+    write_health(folder.path, replace(here(5.0, 1, (replace(BUSY, trials=(5, 6)),)), pid=os.getppid()))
+    with driver_lock(folder.path):
+        status = read_status(str(folder.path), Path("runs"))
+    assert (status.queue, status.replicas, status.health_seconds) == (0, (), None)
+    assert [(each.trial, each.replica) for each in status.running] == [(5, None), (6, None)]
+    assert read_status(str(folder.path), Path("runs")).replicas, "as they were last, with its driver gone"
+
+
+def test_a_study_that_is_being_prepared_is_no_wrong_name(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "llama"
+    path.mkdir(parents=True)
+    with driver_lock(path):
+        for name in ("llama", str(path)):
+            with pytest.raises(RankfrontError, match=f"{path} is being prepared by process {os.getpid()} on"):
+                read_status(name, tmp_path / "runs")
+    with pytest.raises(RankfrontError, match="holds no study"):
+        read_status("llama", tmp_path / "runs")
+
+
 def test_rates_are_of_what_replicas_scored(folder: StudyFolder) -> None:
     """Two trials of 100 tokens each, from the first start to the last end."""
     searched(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,9 +62,18 @@ def test_stops_after_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     study = open_study(tmp_path)
     loop = runner(study, MadeUpPool(answer, size=1), hours=1.5)
-    loop.progress.started = 0.0
     assert loop.run() == "1.5 hours"
     assert states(study) == ["COMPLETE"] * 11, "more than 90 minutes after ten, and one more was in flight"
+
+
+def test_hours_are_of_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what came before the first trial."""
+    monkeypatch.setattr("search.runner.time", SimpleNamespace(monotonic=lambda: 7300.0))
+    study, rules = open_study(tmp_path), StopSection(trials=5, hours=2)
+    run = partial(Runner, study, MadeUpPool(), rules, "sampler", Stop())  # type: ignore[arg-type]
+    assert run(begun=0.0).run() == "2.0 hours"
+    assert states(study) == []
+    assert run(begun=200.0).run() == "5 trials"
 
 
 def test_stops_on_a_plateau(tmp_path: Path) -> None:

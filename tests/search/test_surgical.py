@@ -73,6 +73,7 @@ class Run:
         size: int = 1,
         stop_after: int = 10**6,
         dies_at: int = 10**6,
+        losing: Callable[[Job], bool] = lambda job: False,
     ) -> None:
         self.study = open_study(folder)
         self.study.enqueue([(Allocation.dense(TARGETS), "dense")])
@@ -87,7 +88,7 @@ class Run:
         def answer(job: Job) -> Outcome:
             if len(self.pool.submitted) >= stop_after:
                 stop.reason = "SIGINT"
-            if len(self.pool.submitted) >= dies_at:
+            if len(self.pool.submitted) >= dies_at or losing(job):
                 return Outcome(job, None, "replica-0 died", lost=True)
             found = score(job.allocation)
             return Outcome(job, found, None if found else "nll is nan")
@@ -208,6 +209,17 @@ def test_a_candidate_that_died_with_its_replica_is_asked_again(tmp_path: Path) -
         Run(folder, TEXT_MODE, by_text, dies_at=5)
     assert len((folder / FILE).read_text().splitlines()) == 4
     assert Run(folder, TEXT_MODE, by_text).ranks == Run(tmp_path, TEXT_MODE, by_text).ranks
+
+
+def test_what_was_lost_and_nobody_needs_ends_nothing(tmp_path: Path) -> None:
+    """With three replicas, candidates above the one that is taken are scored for nothing, or lost."""
+    section = SurgicalSection(skip_blocks=1, growth=0.5)
+    alone = Run(tmp_path, section, by_text)
+    needed, folder = {*alone.scored}, tmp_path / "three"
+    folder.mkdir()
+    found = Run(folder, section, by_text, size=3, losing=lambda job: job.allocation.key not in needed)
+    assert {*found.scored} > needed
+    assert found.ranks == alone.ranks
 
 
 def test_one_replica_scores_nothing_beyond_the_accepted_rank(tmp_path: Path) -> None:
