@@ -10,10 +10,10 @@ storage, equal shares, and halves the ladder. Both keep the dense model's states
 score in this process, and record candidates and steps in a folder as the command does. Decompositions are not
 timed; `plain` and `exact` cut their ranks from the same factors.
 
-Fronts are of the share of all parameters and the loss on the search text, over the dense model and every
-accepted step; the area is bounded by the dense size and the loss that is allowed at the end. A point of
-`plain` is covered where a point is no larger and no worse, but for rounding. The last allocation of each is
-scored on the test text too.
+Fronts are of the share of all parameters and the loss on the search text, over the dense model and what
+every step accepts, which are the trials of the study; the area is bounded by the dense size and the loss that
+is allowed at the end. A point of `plain` is covered where a point is no larger and no worse, but for
+rounding. The last allocation of each is scored on the test text too.
 """
 
 from __future__ import annotations
@@ -191,10 +191,10 @@ def walked(name: str, config: Config, ready: Prepared, count: int) -> Found:
         )
         seconds = time.perf_counter() - start
         front = [(1.0, first.text.nll)]
-        for step in walk.steps:
-            score = answers(step.allocation)
-            if step.rank is not None and score is not None:
-                front.append((folder.cost.budgets(step.allocation)["budget.model"], score.text.nll))
+        for allocation in (each for step in walk.steps for each in step.accepted):
+            score = answers(allocation)
+            if score is not None:
+                front.append((folder.cost.budgets(allocation)["budget.model"], score.text.nll))
         ranks = {step.target.name: step.rank for step in walk.steps}
         return Found(
             name, seconds, pool.scored + 1, ranks, front, scorer.score(walk.steps[-1].allocation, "test")

@@ -9,7 +9,8 @@ the known answers decide; `search.surgical_run` has them scored.
                 parts' smallest, and taken back if the accuracy over all of them falls by more than delta.
     ladder      `paper`: rank 1 and 10%, 20%, ... 90% of mn/(m+n), where factors begin to save parameters.
                 `shares`: the largest ranks that store 10%, 20%, ... 90% of the target's parameters.
-    ranks       `scan`: upwards, as the paper does. `bisect`: by halves, which takes acceptance for monotone.
+    ranks       `scan`: upwards, as the paper does. `bisect`: by halves, which takes acceptance for monotone;
+                the larger ranks that pass on the way belong to what the search has found.
 
 A target of which no rank is accepted stays dense.
 """
@@ -140,11 +141,20 @@ def order(targets: Sequence[TargetSpec], skip_blocks: int) -> tuple[TargetSpec, 
 
 @dataclass(frozen=True)
 class Step:
-    """A target is decided: it keeps `rank` (None: dense) in every allocation from here on."""
+    """A target is decided: it keeps `rank` (None: dense) in every allocation from here on.
+
+    `passed` are allocations with larger ranks of it that were scored on the way of halving, and passed too.
+    """
 
     target: TargetSpec
     rank: int | None
     allocation: Allocation
+    passed: tuple[Allocation, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[Allocation, ...]:
+        """What it adds to the study, the largest first."""
+        return self.passed if self.rank is None else (*self.passed, self.allocation)
 
 
 @dataclass
@@ -212,19 +222,22 @@ class Walk:
 
     def _take(self, target: TargetSpec, cells: Sequence[Cell], flags: Flags, dense: Score) -> Step:
         if self.section.ranks == "scan":
-            chosen = _first_to_pass(flags)
+            first = _first_to_pass(flags)
+            passing = [] if first is None else [cells[first]]
         else:
-            _, high = _halved(flags)
-            chosen = high if high < len(cells) else None
-        rank = None
-        if chosen is not None:
-            score = self.answer(cells[chosen].allocation)
-            if score is not None and self.rule.holds(score, dense):
-                rank = cells[chosen].rank
+            on_the_way = dict.fromkeys(high for _, high in _spans(flags))
+            passing = [cells[high] for high in on_the_way if high < len(cells)]
+        held = [cell for cell in passing if self._holds(cell, dense)]
+        rank = passing[-1].rank if held and held[-1] is passing[-1] else None
         self._ranks[target.name] = rank
-        step = Step(target, rank, Allocation.of(self._ranks, self.cost.targets))
+        passed = tuple(cell.allocation for cell in held if cell.rank != rank)
+        step = Step(target, rank, Allocation.of(self._ranks, self.cost.targets), passed)
         self.steps.append(step)
         return step
+
+    def _holds(self, cell: Cell, dense: Score) -> bool:
+        score = self.answer(cell.allocation)
+        return score is not None and self.rule.holds(score, dense)
 
 
 def _first_to_pass(flags: Flags) -> int | None:
@@ -257,25 +270,28 @@ def _lowest_passing(flags: Flags) -> int | None:
     return next((index for index, found in enumerate(flags) if found and all(found)), None)
 
 
-def _halved(flags: Flags) -> tuple[int, int]:
-    """What halving leaves open: `low` fails, or is -1, `high` passes, or is dense, behind the last.
+def _spans(flags: Flags) -> Iterator[tuple[int, int]]:
+    """What halving leaves open, from the whole on: `low` fails, or is -1, `high` passes, or is dense, behind
+    the last.
 
     Only middles on the way are looked at. What further replicas have answered beside it decides nothing, so
     their number does not either, nor which answers a walk begins with.
     """
     low, high = -1, len(flags)
+    yield low, high
     while high - low > 1 and (found := flags[(low + high) // 2]) is not None:
         if all(found):
             high = (low + high) // 2
         else:
             low = (low + high) // 2
-    return low, high
+        yield low, high
 
 
 def _unhalved(flags: Flags) -> list[int]:
     """The middle of what halving leaves open, then the middles of its halves (for further replicas), without
     those that are answered; empty where nothing is open."""
-    middles, spans = [], [_halved(flags)]
+    *_, left_open = _spans(flags)
+    middles, spans = [], [left_open]
     while spans:
         left, right = spans.pop(0)
         middle = (left + right) // 2

@@ -99,10 +99,11 @@ class Answers:
         self._log.add(cell.allocation, cell, score, reason)
 
     def accept(self, step: Step) -> None:
-        """Make a step that changes something a trial of the study."""
-        score = self(step.allocation)
-        if step.rank is not None and score is not None:
-            self._study.add(step.allocation, ORIGIN, score)
+        """Make what a step accepts trials of the study."""
+        for allocation in step.accepted:
+            score = self(allocation)
+            if score is not None:
+                self._study.add(allocation, ORIGIN, score)
 
 
 def accept(

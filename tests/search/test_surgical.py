@@ -296,6 +296,24 @@ def test_every_accepted_step_is_a_trial(tmp_path: Path) -> None:
     assert budgets == sorted(budgets, reverse=True)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_halving_leaves_what_passes_on_its_way_too(tmp_path: Path, size: int) -> None:
+    """Of one target the largest first; the same with more replicas, and what fails is no trial."""
+    section = SurgicalSection(skip_blocks=1, growth=0.2, ranks="bisect")
+    run = Run(tmp_path, section, by_text, size=size)
+    accepted = [each for step in run.walk.steps for each in step.accepted]
+    assert [row.allocation for row in run.study.rows()] == [Allocation.dense(TARGETS), *accepted]
+    assert len(accepted) > sum(step.rank is not None for step in run.walk.steps)
+    (tmp_path / "alone").mkdir()
+    alone = Run(tmp_path / "alone", section, by_text)
+    assert accepted == [each for step in alone.walk.steps for each in step.accepted]
+    for visited, step in enumerate(run.walk.steps, start=1):
+        ranks = [allocation.to_dict()[step.target.name] or 99 for allocation in step.accepted]
+        assert ranks == sorted(ranks, reverse=True)
+        for allocation in step.passed:
+            assert loss(allocation) <= DENSE_NLL + visited * math.log1p(section.growth) + 1e-9
+
+
 @pytest.mark.parametrize("stop_after", [1, 7, 20])
 def test_a_stopped_walk_goes_on_where_it_was(tmp_path: Path, stop_after: int) -> None:
     for name in ("whole", "halted"):
