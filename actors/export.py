@@ -133,7 +133,8 @@ def export(
             refuse_existing(destination)  # by one that was waited for
             added = _write_model(scored, store, partial, form)
             copy_side_files(prepared.model_folder, partial)
-            name_tokenizer(partial, load_tokenizer(prepared.model_folder, scored.preparation.model))
+            if form == LOW_RANK:
+                name_tokenizer(partial, load_tokenizer(prepared.model_folder, scored.preparation.model))
             copy_licence_files(prepared.model_folder, partial)
             (partial / DESCRIPTION).write_text(to_yaml(description), encoding="utf-8")
             with room_on(device):

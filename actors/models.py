@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedTokenizerFast,
 )
 
 from actors.families import family_of
@@ -318,14 +319,16 @@ def name_tokenizer(destination: Path, tokenizer: Any) -> None:
     Without that transformers goes by the type of the model, which in an export is another, and may take
     another class, which has other special tokens or splits a text otherwise.
     """
-    chosen = type(tokenizer)
-    if chosen.__module__.startswith("transformers_modules."):  # its code comes with it, and is named
+    if type(tokenizer).__module__.startswith("transformers_modules."):  # its code comes with it, and is named
         return
+    # By the name that transformers 4 knows it by too, where it has an own one for it.
+    name = (
+        "PreTrainedTokenizerFast" if type(tokenizer) is PreTrainedTokenizerFast else type(tokenizer).__name__
+    )
     path = destination / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if settings.get("tokenizer_class") != chosen.__name__:
-        named = {**settings, "tokenizer_class": chosen.__name__}
-        path.write_text(json.dumps(named, indent=2), encoding="utf-8")
+    if settings.get("tokenizer_class") != name:
+        path.write_text(json.dumps({**settings, "tokenizer_class": name}, indent=2), encoding="utf-8")
 
 
 def copy_side_files(folder: str | Path, destination: Path) -> None:

@@ -34,10 +34,10 @@ def resident(preparation: PreparationSpec, prepared: Prepared) -> Prepared:
         RankfrontError: model or factors cannot be brought here, or the model is another one by now.
     """
     folder, name = Path(prepared.model_folder), preparation.model.source
-    hub_id = None if is_url(name) else Source.parse(name).hub_id
-    if hub_id is not None:
-        folder = download(hub_id, revision=folder.name)
-    elif not folder.is_dir() or str(folder) == name:
+    source = None if is_url(name) else Source.parse(name)
+    if source is not None and source.hub_id is not None:
+        folder = download(source.hub_id, revision=folder.name)
+    elif not folder.is_dir() or (source is not None and source.path == folder):
         model = local_source(preparation)
         folder = materialise(model, store_folder(preparation))
         if fingerprint(model) != prepared.fingerprints["model"]:

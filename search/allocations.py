@@ -87,10 +87,13 @@ def _allocation(item: Any, targets: Sequence[TargetSpec], factors: FactorSpec, w
         raise RankfrontError(f"{where}: is no mapping of targets to ranks")
     if not isinstance(methods, Mapping):
         raise RankfrontError(f"{where}.methods: is no mapping of targets to methods")
-    if told is not None:
-        unnamed = [target.name for target in targets if target.name not in methods]
-        methods = {**_implied(ranks, unnamed, told, factors, where), **methods}
     mistakes = []
+    if told is not None:
+        cut = {t.name: told.method_of(t.name) for t in targets if ranks.get(t.name) is not None}
+        lacking = [name for name in cut if name not in methods and cut[name] not in factors.methods_of(name)]
+        if lacking:
+            mistakes.append(_lacking(lacking, cut, factors, where))
+        methods = {**{name: method for name, method in cut.items() if name not in lacking}, **methods}
     try:
         allocation = Allocation.of(ranks, targets, where, methods)
     except RankfrontError as error:
@@ -110,24 +113,13 @@ def _allocation(item: Any, targets: Sequence[TargetSpec], factors: FactorSpec, w
     return dataclasses.replace(allocation, methods=differing)
 
 
-def _implied(
-    ranks: Mapping[Any, Any], names: Sequence[str], told: FactorSpec, factors: FactorSpec, where: str
-) -> dict[str, str]:
-    """The method by which each of these targets that has a rank was cut where the ranks were found.
-
-    Raises:
-        RankfrontError: this study has no factors by some of them.
-    """
-    methods = {name: told.method_of(name) for name in names if ranks.get(name) is not None}
-    lacking = [name for name, method in methods.items() if method not in factors.methods_of(name)]
-    if lacking:
-        name = lacking[0]
-        more = f", nor those of {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise RankfrontError(
-            f"{where}.factors: {name} was cut by {methods[name]!r}, and this study has no such factors of it"
-            f"{more}; without `factors` the ranks are taken by {factors.method_of(name)!r}"
-        )
-    return methods
+def _lacking(names: Sequence[str], cut: Mapping[str, str], factors: FactorSpec, where: str) -> str:
+    name = names[0]
+    more = f", nor those of {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"{where}.factors: {name} was cut by {cut[name]!r}, and this study has no such factors of it{more}; "
+        f"without `factors` the ranks are taken by {factors.method_of(name)!r}"
+    )
 
 
 def told_methods(raw: Mapping[str, Any]) -> FactorSpec:

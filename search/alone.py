@@ -64,7 +64,8 @@ class Record:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
         score = data["score"]
-        return cls(**{**data, "score": None if score is None else Score.from_dict(score)})
+        # One that was kept before there was `lost` does not say, and tells nothing of the allocation either.
+        return cls(**{"lost": True, **data, "score": None if score is None else Score.from_dict(score)})
 
 
 class Log:

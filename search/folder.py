@@ -210,18 +210,20 @@ def find_study(name: str, runs: Path) -> StudyFolder:
     """A study by the path of its folder, or by its name in `runs`.
 
     Raises:
-        RankfrontError: neither holds one, or what `StudyFolder.open` raises.
+        RankfrontError: neither holds one, or its first trial is still prepared, or what `StudyFolder.open`
+            raises.
     """
     path, named = Path(name), runs / name
-    for folder in (path, named):
-        holder = None if (folder / PREPARED).exists() else lock_holder(folder)
-        if holder is not None:
-            raise RankfrontError(f"{folder} is being prepared by {holder}: there is nothing to look at yet")
-    if path != named and not (path / CONFIG).exists() and not (named / CONFIG).exists():
-        raise RankfrontError(
-            f"{name} holds no study, nor does {named}: no {CONFIG} and {PREPARED} in either; give a study's "
-            "folder, or its name in --runs"
-        )
+    if not (path / CONFIG).exists() and not (named / CONFIG).exists():
+        for folder in (path, named):
+            holder = lock_holder(folder)
+            if holder is not None:
+                raise RankfrontError(f"{folder} is being prepared by {holder}: there is nothing to see yet")
+        if path != named:
+            raise RankfrontError(
+                f"{name} holds no study, nor does {named}: no {CONFIG} and {PREPARED} in either; give a "
+                "study's folder, or its name in --runs"
+            )
     return StudyFolder.open(path if (path / CONFIG).exists() else named)
 
 

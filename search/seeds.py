@@ -163,7 +163,8 @@ def predicted(cost: CostModel, floor: float, factors: FactorSpec, store: Path) -
     if missing:
         raise RankfrontError(
             f"{len(missing)} of {len(cost.targets)} targets have no predicted loss ({missing[0]} is the "
-            "first): the factors were built without gradients, which only `curvature` needs"
+            "first): the factors were built without its gradients, by methods that need none or by an "
+            f"earlier version; without the folder {store} they are built anew"
         )
     return curves_of(
         cost, floor, lambda target: tail_losses(known[target.name][factors.method_of(target.name)])
@@ -189,8 +190,9 @@ def measured(cost: CostModel, floor: float, shares: Iterable[float], log: Log) -
             increases[name][cell.rank] = score.text.nll - dense.text.nll
         elif cell.rank is not None and log.broken(cell.key):
             broken[name] = max(broken.get(name, 0), cell.rank)
-    full = {target.name: target.full_rank for target in cost.targets}
-    broken = {name: rank if increases[name] else full[name] for name, rank in broken.items()}
+    for target in cost.targets:
+        if target.name in broken and not increases[target.name]:
+            broken[target.name] = target.full_rank
     missing = [name for name, points in increases.items() if not points and name not in broken]
     if missing:
         raise RankfrontError(
@@ -203,7 +205,7 @@ def measured(cost: CostModel, floor: float, shares: Iterable[float], log: Log) -
 
 
 def ladder(cost: CostModel, curves: Sequence[Curve], budgets: Iterable[float]) -> Iterator[Allocation | None]:
-    """An allocation for each linear budget; None where the floor alone stores more."""
+    """An allocation for each linear budget; None where the lowest ranks of the curves store more."""
     names = [target.name for target in cost.targets]
     for ranks in share_out(curves, (int(budget * cost.linear_parameters) for budget in budgets)):
         yield None if ranks is None else Allocation(tuple(zip(names, ranks, strict=True)))
@@ -238,7 +240,8 @@ def seed_allocations(
             continue
         for budget, allocation in zip(budgets, ladder(cost, found, budgets), strict=True):
             if allocation is None:
-                say(f"seeds.{name}: none at {budget:g}; space.floor {floor:g} keeps more than that")
+                more = ", and what broke the model alone, keep" if name == "sensitivity" else " keeps"
+                say(f"seeds.{name}: none at {budget:g}; space.floor {floor:g}{more} more than that")
             else:
                 yield allocation, ORIGIN
 

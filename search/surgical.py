@@ -228,9 +228,10 @@ class Walk:
             on_the_way = dict.fromkeys(high for _, high in _spans(flags))
             passing = [cells[high] for high in on_the_way if high < len(cells)]
         held = [cell for cell in passing if self._holds(cell, dense)]
-        rank = passing[-1].rank if held and held[-1] is passing[-1] else None
+        smallest = passing[-1] if passing else None
+        rank = smallest.rank if smallest is not None and smallest in held else None
         self._ranks[target.name] = rank
-        passed = tuple(cell.allocation for cell in held if cell.rank != rank)
+        passed = tuple(cell.allocation for cell in held if cell is not smallest)
         step = Step(target, rank, Allocation.of(self._ranks, self.cost.targets), passed)
         self.steps.append(step)
         return step

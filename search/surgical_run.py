@@ -1,4 +1,4 @@
-"""`rankfront surgical`: the candidates of a walk scored on the replicas, every accepted step a trial."""
+"""`rankfront surgical`: the candidates of a walk scored on the replicas, what it accepts made trials."""
 
 from __future__ import annotations
 

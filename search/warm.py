@@ -159,7 +159,7 @@ def _in_folder(folder: Path) -> _Study:
 
 
 def _members(source: _Study, section: WarmStartSection, targets: Sequence[TargetSpec]) -> list[_Found]:
-    """The front of a study; where it has more than `limit`, those that add most hypervolume, the most first.
+    """The front of a study, at most `limit` of it: those that add most hypervolume, the most first.
 
     Measured from a tenth of the front's range beyond its worst values, so that its ends count too. Trials
     that other programs proposed by levels alone have no ranks, those that they completed no score: both are
@@ -176,11 +176,10 @@ def _members(source: _Study, section: WarmStartSection, targets: Sequence[Target
         return []
     points = np.array([trial.values for trial in trials]) * signs
     members = front(points)
-    if len(members) > section.limit:
-        best, worst = points[members].min(axis=0), points[members].max(axis=0)
-        added = contributions(points[members], worst + 0.1 * np.maximum(worst - best, 1e-9))
-        members = members[np.argsort(-added, kind="stable")][: section.limit]
-    return [_of_plan(trials[index].user_attrs[PLAN], source) for index in members]
+    best, worst = points[members].min(axis=0), points[members].max(axis=0)
+    added = contributions(points[members], worst + 0.1 * np.maximum(worst - best, 1e-9))
+    order = members[np.argsort(-added, kind="stable")][: section.limit]
+    return [_of_plan(trials[index].user_attrs[PLAN], source) for index in order]
 
 
 def _of_plan(plan: Mapping[str, Any], source: _Study) -> _Found:

@@ -8,6 +8,7 @@ from typing import Any
 
 import tiny
 import torch
+from hub_tokenizers import as_on_the_hub
 from transformers import GenerationConfig
 
 from actors.check import Scored
@@ -58,10 +59,18 @@ class Case:
 
 
 def make_case(
-    root: Path, model_type: str, storage: str, bias: str, dtype: str = "float32", **model_settings: Any
+    root: Path,
+    model_type: str,
+    storage: str,
+    bias: str,
+    dtype: str = "float32",
+    hub: bool = False,
+    **model_settings: Any,
 ) -> Case:
-    """Every rank from one to full occurs, and some targets stay dense."""
+    """Every rank from one to full occurs, and some targets stay dense. `hub`: its tokenizer is as there."""
     tiny.tiny_model(root / "model", model_type, **model_settings)
+    if hub:
+        as_on_the_hub(root / "model", model_type)
     GenerationConfig(max_new_tokens=9).save_pretrained(root / "model")
     config = parse_config(
         tiny.tiny_config(root, model={"dtype": dtype}, factors={"bias": bias}, storage=storage)

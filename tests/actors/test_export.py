@@ -16,9 +16,10 @@ from safetensors import safe_open
 from strangers import ask_stranger
 from transformers import AutoModelForCausalLM
 
+import actors.export
 from actors.modeling_rankfront import FactoredLinear, PivotedLinear, RankfrontForCausalLM
-from actors.models import load_model
-from actors.types import Allocation
+from actors.models import load_model, load_tokenizer, same_tokenizers
+from actors.types import Allocation, RankfrontError
 
 # What another Python does, see `ask_stranger`.
 STRANGER = """
@@ -248,3 +249,20 @@ def test_an_export_is_checked_on_the_device_that_is_named(cases: dict[str, Case]
     assert torch.cuda.max_memory_allocated() == before
     cases["tied"].export(tmp_path / "cuda", device="cuda")
     assert torch.cuda.max_memory_allocated() > before
+
+
+def test_a_folder_makes_the_models_tokens_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it is refused; beside dense weights the type of the model says all, and files stay as they are."""
+    case = make_case(tmp_path, "olmo2", "auto", "none", hub=True)
+    source = case.config.preparation().model
+    folders = (case.prepared.model_folder, case.folder)
+    assert same_tokenizers(*(load_tokenizer(folder, source) for folder in folders))
+    case.export(tmp_path / "dense", form="dense")
+    own, dense = (Path(folder) / "tokenizer_config.json" for folder in (folders[0], tmp_path / "dense"))
+    assert dense.read_bytes() == own.read_bytes()
+    monkeypatch.setattr(actors.export, "name_tokenizer", lambda folder, tokenizer: None)
+    with pytest.raises(
+        RankfrontError, match=r"the folder's tokenizer, .*\(GPT2Tokenizer\), is not the model's"
+    ):
+        case.export(tmp_path / "unnamed")
+    assert not (tmp_path / "unnamed").exists()

@@ -25,6 +25,7 @@ from search.cluster import connect
 from search.folder import CONFIG, StudyFolder, summarise
 from search.journal import JOURNAL
 from search.runner import Stop
+from search.sections import StopSection
 from search.signals import stop_on_signals
 
 
@@ -213,7 +214,9 @@ def test_the_closing_screen_gives_commands_that_a_shell_reads_as_they_were_given
     place.mkdir(parents=True)
     config = place / "a [bold]config.yaml"
     config.write_text((folder.path / CONFIG).read_text())
-    summary, moved = summarise(folder, folder.open_study()), replace(folder, path=place)
+    summary = summarise(folder, folder.open_study())
+    few = folder.config.model_copy(update={"stop": StopSection(trials=1)})  # a walk leaves more than that
+    moved = replace(folder, path=place, config=few)
     sets = ("--set", "warm_start.sources=[/data/runs/other]", "--set", "objectives=[budget.model,nll]")
     given = [str(config), *sets]
     monkeypatch.setattr("search.cli.search", lambda config, console: (moved, summary, "SIGINT"))
@@ -233,6 +236,7 @@ def test_the_closing_screen_gives_commands_that_a_shell_reads_as_they_were_given
     found = printed(*again)
     assert found[goes_on] == again
     assert found[further][:-1] == again[:-1]
+    assert int(found[further][-1]) == len(summary.rows) + 40
     assert found["write the report again"] == ["report", str(place)]
     assert found["write the best model at <= 90%"] == ["export", str(place), "--budget", "0.9"]
     for command in ("surgical", "sensitivity"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from actors.tasks import TASKS
 from actors.types import RankfrontError, ReplicaSpec, ScoringError, ShortOfMemoryError
 from search.cli import app
 from search.evaluations import Evaluations
+from search.event_log import LOG
 from search.folder import StudyFolder
 from search.harness_run import ask, questions
 from search.journal import driver_lock
@@ -82,6 +84,11 @@ def test_trials_and_their_variants_are_asked_once_and_kept_beside_the_study(stud
     study.asked.clear()
     out = evaluate(study, tasks)
     assert study.asked == [("tiny_piqa", None), ("tiny_piqa", None), ("tiny_piqa", refined.path.name)]
+    events = [json.loads(line) for line in (study.folder.path / LOG).read_text().splitlines()]
+    assert [(event["event"], event.get("command")) for event in events[-2:]] == [
+        ("started", "evaluate"),
+        ("stopped", None),
+    ]
     found = {(e.trial, e.variant): e.score for e in Evaluations(study.folder.path, before).harness}
     expected = {(0, "factors"): None, (1, "factors"): None, (1, refined.variant): refined.path}
     assert found.keys() == expected.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import re
 from collections.abc import Callable
@@ -196,6 +197,26 @@ def test_what_failed_is_asked_again_and_mended(tmp_path: Path) -> None:
 
 
 # -- the table --------------------------------------------------------------------------------
+
+
+def test_what_was_lost_with_its_replica_is_not_broken(tmp_path: Path) -> None:
+    """Nor is what was kept before that was told apart."""
+    name, log = TARGETS[4].name, Log(tmp_path, PRINTS)
+    keys = {cell.key for cell in cells(COST, SHARES) if cell.target.name == name}
+
+    def losing(job: Job) -> Outcome:
+        return dataclasses.replace(failing(name)(job), lost=True)
+
+    for answer, broken in ((losing, False), (failing(name), True)):
+        asked(log, answer)
+        for kept in (log, Log(tmp_path, PRINTS)):
+            assert {kept.broken(key) for key in keys} == {broken}
+    file = tmp_path / FILE
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        del record["lost"]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert not any(Log(tmp_path, PRINTS).broken(key) for key in keys)
 
 
 def test_rows_hold_the_closed_forms(full: Log) -> None:
