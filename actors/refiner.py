@@ -83,10 +83,10 @@ class Refiner:
     def _factors(self) -> FactorStore:
         """The study's, read from disk rank by rank, for a model that is dense from now on: beside what moves
         the device may have no room for all ranks, nor for the products of trials."""
-        scorer = self._scorer
-        scorer.trial_model.use(scorer.store)
-        scorer.store.release()
-        return FactorStore(self._spec.prepared.factor_store)
+        self._scorer.store.release()
+        store = FactorStore(self._spec.prepared.factor_store)
+        self._scorer.trial_model.use(store)
+        return store
 
     @property
     def helping(self) -> Helping:
@@ -146,6 +146,8 @@ class Refiner:
         return HarnessScore(task, tuple(metrics_of(found)), time.perf_counter() - start)
 
     def _use(self, file: str | None) -> None:
-        model = self._scorer.model
-        store = self._factors() if file is None else RefinedFactors(self._folder / file, str(model.device))
-        self._scorer.trial_model.use(store)
+        if file is None:
+            self._factors()
+        else:
+            device = str(self._scorer.model.device)
+            self._scorer.trial_model.use(RefinedFactors(self._folder / file, device))

@@ -11,28 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
-from hub_tokenizers import HUB, as_on_the_hub
 from safetensors.torch import load_file, save_file
-from tokenizers.normalizers import Lowercase
 from torch import nn
 from transformers import MixtralConfig, PretrainedConfig, T5Config
 
 from actors.models import (
     check_causal,
-    copy_side_files,
     count_parameters,
     decoder_blocks,
     fingerprint,
-    fingerprint_tokenizer,
     list_targets,
     load_model,
-    load_tokenizer,
     materialise,
-    name_tokenizer,
-    same_tokenizers,
 )
 from actors.types import ModelSource, RankfrontError, TargetSpec
 
@@ -240,21 +232,11 @@ def test_a_weight_of_another_shape_is_refused(llama: Path, tmp_path: Path) -> No
         load_model(folder, ModelSource(str(folder)))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_folder_without_a_tokenizer_says_so(kind: str, llama: Path, tmp_path: Path) -> None:
-    """Of some models transformers then makes an empty one."""
-    settings = json.loads((llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": kind}))
-    with pytest.raises(RankfrontError, match=f"^{tmp_path}: its tokenizer "):
-        load_tokenizer(tmp_path, ModelSource(str(tmp_path)))
-
-
-def changed(llama: Path, folder: Path, file: str, content: Any) -> ModelSource:
-    """A copy of a model with one of its JSON files replaced, or, by a mapping, some keys of its config."""
+def changed(llama: Path, folder: Path, **settings: Any) -> ModelSource:
+    """A copy of a model with some keys of its config replaced."""
     shutil.copytree(llama, folder)
-    if file == "config.json":
-        content = {**json.loads((folder / file).read_text()), **content}
-    (folder / file).write_text(json.dumps(content))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
     return ModelSource(str(folder))
 
 
@@ -271,7 +253,7 @@ def changed(llama: Path, folder: Path, file: str, content: Any) -> ModelSource:
 def test_quantised_models_are_refused_by_name(
     settings: dict[str, Any], by: str, llama: Path, tmp_path: Path
 ) -> None:
-    source = changed(llama, tmp_path / "model", "config.json", {"quantization_config": settings})
+    source = changed(llama, tmp_path / "model", quantization_config=settings)
     says = f"{tmp_path / 'model'}: quantised{by}; name the unquantised model, or a .gguf file of it"
     with pytest.raises(RankfrontError, match=f"^{re.escape(says)}$"):
         materialise(source, tmp_path)
@@ -280,7 +262,7 @@ def test_quantised_models_are_refused_by_name(
 def test_what_a_quantised_model_needs_to_be_loaded_is_said(llama: Path, tmp_path: Path) -> None:
     """It can be measured where that is installed."""
     settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    source = changed(llama, tmp_path / "model", "config.json", settings)
+    source = changed(llama, tmp_path / "model", **settings)
     with pytest.raises(RankfrontError, match=f"^{tmp_path / 'model'}: cannot be loaded as a model: .*GPTQ"):
         load_model(source.source, source)
 
@@ -302,7 +284,7 @@ def test_what_a_quantised_model_needs_to_be_loaded_is_said(llama: Path, tmp_path
 def test_a_config_that_is_none_is_named_with_its_cause(
     settings: dict[str, Any], cause: str, llama: Path, tmp_path: Path
 ) -> None:
-    source = changed(llama, tmp_path / "model", "config.json", settings)
+    source = changed(llama, tmp_path / "model", **settings)
     for refused in (lambda: materialise(source, tmp_path), lambda: load_model(source.source, source)):
         with pytest.raises(RankfrontError, match=rf"^{source.source}: cannot be .*{re.escape(cause)}.*$"):
             refused()
@@ -319,28 +301,10 @@ def test_a_config_that_is_none_is_named_with_its_cause(
 def test_a_setting_that_only_the_model_looks_at_is_named(
     settings: dict[str, Any], cause: str, llama: Path, tmp_path: Path
 ) -> None:
-    source = changed(llama, tmp_path / "model", "config.json", settings)
+    source = changed(llama, tmp_path / "model", **settings)
     says = f"{source.source}: cannot be loaded as a model: {cause}"
     with pytest.raises(RankfrontError, match=f"^{re.escape(says)}$"):
         load_model(source.source, source)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "cause"),
-    [
-        ("tokenizer.json", {}, "'added_tokens' is missing, or unknown to transformers"),
-        ("tokenizer.json", {"added_tokens": [], "model": {}}, ""),
-        ("tokenizer.json", 3, ""),
-        ("tokenizer_config.json", [], "'list' object has no attribute 'get'"),
-        ("tokenizer_config.json", {"tokenizer_class": 5}, ""),
-    ],
-)
-def test_a_tokenizer_that_is_none_is_named_with_its_cause(
-    file: str, content: Any, cause: str, llama: Path, tmp_path: Path
-) -> None:
-    source = changed(llama, tmp_path / "model", file, content)
-    with pytest.raises(RankfrontError, match=rf"^{source.source}: its tokenizer cannot be read: {cause}.*$"):
-        load_tokenizer(source.source, source)
 
 
 def test_remote_code_is_refused_and_never_run(tmp_path: Path) -> None:
@@ -370,57 +334,3 @@ def test_fingerprint_is_of_files_and_precision(llama: Path, tmp_path: Path) -> N
         weights.seek(-1, 2)
         weights.write(bytes([last[0] ^ 1]))
     assert before != fingerprint(source)
-
-
-def test_tokenizer_fingerprint_is_of_what_it_does(llama: Path) -> None:
-    source = ModelSource(str(llama))
-    one, other = load_tokenizer(llama, source), load_tokenizer(llama, source)
-    assert fingerprint_tokenizer(one) == fingerprint_tokenizer(other)
-    other.add_tokens(["<new>"])
-    assert fingerprint_tokenizer(one) != fingerprint_tokenizer(other)
-    lower = load_tokenizer(llama, source)
-    lower.backend_tokenizer.normalizer = Lowercase()
-    assert fingerprint_tokenizer(one) != fingerprint_tokenizer(lower)
-
-
-def test_side_files_leave_weights_and_config_behind(llama: Path, tmp_path: Path) -> None:
-    copy_side_files(llama, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    assert (tmp_path / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
-
-
-def test_side_files_never_hold_a_pickle(llama: Path, tmp_path: Path) -> None:
-    source, destination = tmp_path / "source", tmp_path / "destination"
-    shutil.copytree(llama, source)
-    destination.mkdir()
-    for name in ("pytorch_model.bin", "optimizer.pt", "model.pth", "training_args.bin", "state.pkl"):
-        (source / name).write_bytes(pickle.dumps({}))
-    copy_side_files(source, destination)
-    assert {file.suffix for file in destination.iterdir()} == {".json"}
-
-
-@pytest.mark.parametrize("model_type", HUB)
-def test_an_exports_tokenizer_is_that_of_its_model(model_type: str, tmp_path: Path) -> None:
-    """Transformers picks its class by the type of the model too, unless it is named as here."""
-    folder, export = tmp_path / "model", tmp_path / "export"
-    tiny.tiny_model(folder, model_type)
-    as_on_the_hub(folder, model_type)
-    export.mkdir()
-    copy_side_files(folder, export)
-    (export / "config.json").write_text(json.dumps({"model_type": "rankfront"}))
-    source = ModelSource(str(folder))
-    ours = load_tokenizer(folder, source)
-    assert same_tokenizers(ours, load_tokenizer(export, source)) == (model_type == "llama")
-    before = (export / "tokenizer_config.json").read_bytes()
-    name_tokenizer(export, ours)
-    theirs = load_tokenizer(export, source)
-    assert same_tokenizers(ours, theirs)
-    assert type(theirs) is type(ours)
-    after = (export / "tokenizer_config.json").read_bytes()
-    named = {"tokenizer_class": json.loads(after)["tokenizer_class"]}
-    assert json.loads(after) == json.loads(before) | named
-    assert (after == before) == (model_type == "llama"), "what is read alike stays as it is"
