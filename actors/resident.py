@@ -27,8 +27,9 @@ def resident(preparation: PreparationSpec, prepared: Prepared) -> Prepared:
     """The same, with the model folder and the factor store of this node.
 
     A model of the hub is brought here at the commit that the study was prepared with; what is there already
-    is not fetched again, but its folder is there from the first file on. Another model whose folder this node
-    lacks is brought by its name, as the builder did, and held against the fingerprint of the study.
+    is not fetched again, but its folder is there from the first file on. Another model that is read where its
+    source is, or whose folder this node lacks and brings by its name, as the builder did, is held against the
+    fingerprint of the study.
 
     Raises:
         RankfrontError: model or factors cannot be brought here, or the model is another one by now.
